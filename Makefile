@@ -1,0 +1,47 @@
+# make demo: the main job on made-up data; make test: every check. Both set themselves up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint check-wheel bench clean
+
+help:
+	@echo "make demo         train, export, certify, evaluate, bench and predict on made-up data"
+	@echo "make test         lint, types, import rules and the whole suite"
+	@echo "make lint         ruff, mypy and the import rules alone"
+	@echo "make check-wheel  build the wheel, install it in a clean environment, test it there"
+	@echo "make bench        run the benchmarks behind the figures in README.md"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/srdeploy demo --out demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+check-wheel: $(READY)
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --wheel --quiet
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[cpu,dev]"
+	.venv-wheel/bin/pytest -o pythonpath= -m wheel
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step_cost.py
+
+clean:
+	rm -rf $(VENV) .venv-wheel build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The command line: verbs parse their options, import what they need, and hand over to the library."""

@@ -1,0 +1,124 @@
+"""Files that appear whole or not at all, their digests, and readers whose errors name the file."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from srdeploy.errors import UserError
+
+
+def explain_os_error(error: OSError, path: Path | str) -> UserError:
+    """One line for a failed read or write of `path`, with what to do about it."""
+    if error.errno == errno.ENOSPC:
+        return UserError(
+            f"no space left on the device while writing {path}: free some space, then run again"
+        )
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"no such file or folder: {path}")
+    if isinstance(error, PermissionError):
+        return UserError(f"no permission for {path}: check its owner and mode")
+    return UserError(f"{path}: {error.strerror or error}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` to write into, and moves it there when the block ends well.
+
+    When the block raises, nothing is left behind and an older `path` stays as it was.
+    Raises UserError where the folder can't be made or the disk is full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=f".part{path.suffix}"
+        )
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        # mkstemp makes files for the owner alone; published files get the usual mode.
+        os.chmod(temporary, 0o666 & ~_umask())
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` to fill; when the block ends well it replaces `path`.
+
+    A folder that stood at `path` before is removed only after the new one is complete.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():
+            aside = temporary.with_suffix(".old")
+            os.replace(path, aside)
+            os.replace(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Writes `content` (text as UTF-8) to `path` in one step: readers see the old file or the new one."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON with a final newline; NaN and infinity are refused."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """The text of `path`. Raises UserError where it is absent, unreadable or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file") from error
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`. Raises UserError with the line where it does not parse."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

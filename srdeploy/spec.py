@@ -1,0 +1,101 @@
+"""The spec: everything that turns a photo into the network's input and its output into a mask.
+
+It is made from the data set, saved with the run (spec.json), written into the ONNX metadata (key
+`srdeploy.spec`) and read by every runtime. Nothing else says how to pre- or post-process.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from srdeploy.validation import Settings
+
+ONNX_KEY = "srdeploy.spec"
+"""Key of the spec's JSON in an ONNX file's metadata."""
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[Byte, Byte, Byte]
+Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class InputPolicy(Settings):
+    """Which sizes the network is given. Sizes are (height, width) in pixels."""
+
+    longest_side: int | None = Field(default=None, ge=32)
+    """Photos are scaled so that their longest side is this; None: the network sees the photo's own size."""
+    smallest: Size = (32, 32)
+    """Anything smaller is refused."""
+    usual: Size = (512, 512)
+    """The size that most inputs have: benchmarks, parity checks and TensorRT's `opt` profile use it."""
+    largest: Size = (2048, 2048)
+    """Largest size promised to work: parity checks and TensorRT's `max` profile use it."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        for axis in (0, 1):
+            if not self.smallest[axis] <= self.usual[axis] <= self.largest[axis]:
+                raise ValueError(
+                    f"sizes must grow: smallest {self.smallest}, usual {self.usual}, "
+                    f"largest {self.largest}"
+                )
+        return self
+
+
+class Spec(Settings):
+    """Pre- and post-processing of one segmentation network. Frozen; equal specs process equally."""
+
+    version: Literal[1] = 1
+    classes: tuple[str, ...] = Field(min_length=2, max_length=255)
+    """Class names; the position is the id that masks carry."""
+    palette: tuple[Colour, ...]
+    """One RGB colour per class, 0..255."""
+    ignore_index: Byte = 255
+    """Label of pixels that are neither trained on nor scored."""
+    void_colour: Colour = (224, 224, 192)
+    """RGB colour of ignored pixels in pictures."""
+    scored: tuple[int, ...] | None = None
+    """Class ids that mIoU averages over; pixels with other true ids are ignored. None: all."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Per channel in RGB order, of values scaled to 0..1."""
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (
+        IMAGENET_STD
+    )
+    """Per channel in RGB order, of values scaled to 0..1."""
+    colour_order: Literal["RGB", "BGR"] = "RGB"
+    """Channel order the network was trained with. Images in memory are always RGB."""
+    input: InputPolicy = InputPolicy()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes but {len(self.palette)} palette colours")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("class names must differ from each other")
+        if self.ignore_index < len(self.classes):
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is also the id of class "
+                f"'{self.classes[self.ignore_index]}'"
+            )
+        bad = [i for i in self.scored or () if not 0 <= i < len(self.classes)]
+        if bad or (self.scored is not None and not self.scored):
+            raise ValueError(f"scored class ids {bad} are not among 0..{len(self.classes) - 1}")
+        return self
+
+    @property
+    def class_count(self) -> int:
+        """K, the number of classes, scored or not."""
+        return len(self.classes)
+
+    @property
+    def scored_ids(self) -> tuple[int, ...]:
+        """The class ids that count."""
+        return self.scored if self.scored is not None else tuple(range(len(self.classes)))
+
+    def to_json(self) -> str:
+        """One line of JSON with sorted keys: equal specs give equal text."""
+        import json
+
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,58 @@
+"""pydantic models whose errors people can act on: the key, the value, what was expected, the closest name."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from srdeploy.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of every configuration model: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the nearest of `known`, else the list of them; to end a message with."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """Makes `model` from `values`. Raises UserError of one line that names `where` and the first fault."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+        if fault["type"] == "extra_forbidden":
+            known = _fields_at(model, fault["loc"][:-1])
+            message = f"unknown key '{key}': {closest(str(fault['loc'][-1]), known)}"
+        elif fault["type"] == "missing":
+            message = f"'{key}' is missing"
+        else:
+            reason = fault["msg"].removeprefix("Value error, ")
+            reason = reason[0].lower() + reason[1:]
+            message = f"'{key}' is {str(fault['input'])[:80]!r}: {reason}"
+        raise UserError(f"{where}: {message}") from error
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model nested at `location` below `model`."""
+    current = model
+    for part in location:
+        field = current.model_fields.get(str(part))
+        if field is None:
+            break
+        candidates = [field.annotation, *get_args(field.annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            break
+        current = nested[0]
+    return list(current.model_fields)
