@@ -1,0 +1,7 @@
+"""Verbs of export."""
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""

@@ -1,0 +1,7 @@
+"""Verbs of serve."""
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
