@@ -141,6 +141,13 @@ def overlay(photo: Pixels, labels: Pixels, spec: Spec, opacity: float = 0.5) -> 
     return mixed.round().astype(np.uint8)
 
 
+def encode_png(image: Pixels) -> bytes:
+    """RGB uint8 [H, W, 3] as PNG."""
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def encode_jpeg(image: Pixels, quality: int = 90) -> bytes:
     """RGB uint8 [H, W, 3] as JPEG."""
     buffer = BytesIO()

@@ -1,0 +1,94 @@
+"""One self-contained HTML page: verdicts on top, then tables, charts and pictures. No external resources."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files as package_files
+from pathlib import Path
+
+from srdeploy.files import write_whole
+from srdeploy.imaging import Pixels, encode_jpeg, encode_png
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the answer: did it hold, and the figure that says so."""
+
+    claim: str
+    figure: str
+    passed: bool | None
+    """None: a figure without a pass mark."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table; the first column names the row."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with its caption; `source` is a data URI."""
+
+    source: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a paragraph, then tables, charts and rows of pictures."""
+
+    title: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    charts: Sequence[Picture] = ()
+    gallery_header: Sequence[str] = ()
+    gallery: Sequence[Sequence[Picture]] = ()
+    legend: Sequence[tuple[str, str]] = ()
+    """(class name, CSS colour) of the masks shown."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page, in its order."""
+
+    title: str
+    lead: str
+    verdicts: Sequence[Verdict]
+    sections: Sequence[Section]
+    command: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def chart(svg: str, caption: str) -> Picture:
+    """SVG text as a picture."""
+    return Picture("data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(), caption)
+
+
+def photo(image: Pixels, caption: str) -> Picture:
+    """RGB uint8 [H, W, 3] as a JPEG picture."""
+    return Picture("data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image)).decode(), caption)
+
+
+def drawing(image: Pixels, caption: str) -> Picture:
+    """RGB uint8 [H, W, 3] with flat colours as a PNG picture."""
+    return Picture("data:image/png;base64," + base64.b64encode(encode_png(image)).decode(), caption)
+
+
+def render(report: Report) -> str:
+    """The page as HTML text."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = package_files("srdeploy.serve").joinpath("report.html").read_text("utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template).render(report=report)
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Writes the page to `path` in one step. Raises UserError where that fails."""
+    write_whole(path, render(report))
