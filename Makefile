@@ -38,7 +38,8 @@ check-wheel: $(READY)
 	$(BIN)/python -m build --wheel --quiet
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[cpu,dev]"
-	.venv-wheel/bin/pytest -o pythonpath= -m wheel
+	.venv-wheel/bin/python -P -c "import srdeploy; assert 'site-packages' in srdeploy.__file__, srdeploy.__file__"
+	PYTHONSAFEPATH=1 .venv-wheel/bin/pytest -o pythonpath= -m wheel
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py

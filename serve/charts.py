@@ -1,7 +1,9 @@
-"""Charts as self-contained SVG text: readable on light and dark pages, and in print. Source of data: the caller."""
+"""Charts as self-contained SVG text: readable on light and dark pages, and in print. Source of
+data: the caller."""
 
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -9,12 +11,13 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with every kind of colour vision. The order is kept across all charts
-# of a page, so that an artifact has one colour.
+# Okabe and Ito's palette: told apart with every kind of colour vision. The order is kept across
+# all charts of a page, so that an artifact has one colour.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 INK = "#7a7f87"  # readable on white and on the dark page alike
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "srdeploy",  # equal charts are equal text
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -43,7 +46,9 @@ def curves(series: Series, x: str, y: str) -> str:
     return _render(draw, x, y)
 
 
-def grouped_bars(groups: Sequence[str], values: Mapping[str, Sequence[float | None]], y: str) -> str:
+def grouped_bars(
+    groups: Sequence[str], values: Mapping[str, Sequence[float | None]], y: str
+) -> str:
     """One bar per group and name; None leaves a gap. Returns SVG text."""
 
     def draw(axes: Axes) -> None:
@@ -61,7 +66,8 @@ def grouped_bars(groups: Sequence[str], values: Mapping[str, Sequence[float | No
 
 
 def distributions(samples: Mapping[str, npt.NDArray[np.float64]], x: str) -> str:
-    """Empirical distribution functions, one per name: the share of runs at or below a value. SVG text."""
+    """Empirical distribution functions, one per name: the share of runs at or below a value. SVG
+    text."""
 
     def draw(axes: Axes) -> None:
         for (name, values), colour in zip(samples.items(), COLOURS, strict=False):
@@ -82,5 +88,7 @@ def _render(draw: Callable[[Axes], None], x: str, y: str) -> str:
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         text = StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            text, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     return text.getvalue()

@@ -1,4 +1,5 @@
-"""One self-contained HTML page: verdicts on top, then tables, charts and pictures. No external resources."""
+"""One self-contained HTML page: verdicts on top, then tables, charts and pictures. No external
+resources."""
 
 import base64
 from collections.abc import Sequence
@@ -70,7 +71,9 @@ def chart(svg: str, caption: str) -> Picture:
 
 def photo(image: Pixels, caption: str) -> Picture:
     """RGB uint8 [H, W, 3] as a JPEG picture."""
-    return Picture("data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image)).decode(), caption)
+    return Picture(
+        "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image)).decode(), caption
+    )
 
 
 def drawing(image: Pixels, caption: str) -> Picture:

@@ -1,4 +1,5 @@
-"""What people see while a verb runs. Messages and progress go to stderr; stdout carries results only."""
+"""What people see while a verb runs. Messages and progress go to stderr; stdout carries results
+only."""
 
 import json
 import sys
@@ -66,7 +67,9 @@ def print_table(table: "Table") -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120  # a pipe has no width; tables that wrap at 80 are hard to read and to grep
+        console.width = (
+            120  # a pipe has no width; tables that wrap at 80 are hard to read and to grep
+        )
     console.print(table)
 
 

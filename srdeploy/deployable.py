@@ -1,7 +1,7 @@
 """The deployed graph as a module: pre-processing, the plain network, post-processing.
 
-Training normalises with `Normalise`, the torch runtime runs `Deployable`, and export traces the same
-`Deployable`: there is no second implementation that could differ.
+Training normalises with `Normalise`, the torch runtime runs `Deployable`, and export traces the
+same `Deployable`: there is no second implementation that could differ.
 """
 
 from typing import Literal
@@ -18,7 +18,8 @@ OutputKind = Literal["labels", "logits", "both"]
 
 
 class Normalise(nn.Module):
-    """images uint8 [N, H, W, 3] RGB -> float32 [N, 3, H, W], normalised and in the network's colour order."""
+    """images uint8 [N, H, W, 3] RGB -> float32 [N, 3, H, W], normalised and in the network's
+    colour order."""
 
     scale: Tensor
     offset: Tensor
@@ -42,7 +43,8 @@ class Deployable(nn.Module):
     """What is deployed: uint8 images in, uint8 labels out, by default.
 
     images: uint8 [N, H, W, 3] RGB, or float32 [N, 3, H, W] already normalised (input="float32").
-    Returns labels uint8 [N, H, W]; or logits float32 [N, K, H, W]; or both as a tuple (labels, logits).
+    Returns labels uint8 [N, H, W]; or logits float32 [N, K, H, W]; or both as a tuple (labels,
+    logits).
     """
 
     def __init__(

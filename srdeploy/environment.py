@@ -1,4 +1,5 @@
-"""Where figures were taken: machine, device, versions. Recorded beside every measurement and certificate."""
+"""Where figures were taken: machine, device, versions. Recorded beside every measurement and
+certificate."""
 
 import os
 import platform
@@ -12,7 +13,8 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "nu
 
 
 def describe_environment(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Name -> value: srdeploy, Python, system, processor, cores, and the versions of installed `packages`.
+    """Name -> value: srdeploy, Python, system, processor, cores, and the versions of installed
+    `packages`.
 
     Reads package metadata only, so nothing heavy is imported. Holds no host name, user or path.
     """

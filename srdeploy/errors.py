@@ -1,8 +1,10 @@
-"""The errors that people see. Everything else that is raised is a bug of ours and keeps its traceback."""
+"""The errors that people see. Everything else that is raised is a bug of ours and keeps its
+traceback."""
 
 
 class UserError(Exception):
-    """Input that can't be used: one line saying what was wrong, where, and what to do. Exit code 2."""
+    """Input that can't be used: one line saying what was wrong, where, and what to do. Exit code
+    2."""
 
 
 class MissingPackageError(UserError):

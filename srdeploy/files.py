@@ -29,7 +29,8 @@ def explain_os_error(error: OSError, path: Path | str) -> UserError:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` to write into, and moves it there when the block ends well.
+    """Yields a temporary path beside `path` to write into, and moves it there when the block
+    ends well.
 
     When the block raises, nothing is left behind and an older `path` stays as it was.
     Raises UserError where the folder can't be made or the disk is full.
@@ -84,7 +85,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Writes `content` (text as UTF-8) to `path` in one step: readers see the old file or the new one."""
+    """Writes `content` (text as UTF-8) to `path` in one step: readers see the old file or the
+    new one."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 

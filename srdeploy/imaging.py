@@ -1,6 +1,8 @@
-"""Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and encoded.
+"""Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and
+encoded.
 
-Images in memory are RGB uint8 [H, W, 3]; labels are uint8 [H, W]. H height, W width, N batch, K classes.
+Images in memory are RGB uint8 [H, W, 3]; labels are uint8 [H, W]. H height, W width, N batch, K
+classes.
 """
 
 from io import BytesIO
@@ -15,7 +17,7 @@ from srdeploy.spec import Spec
 
 Pixels = npt.NDArray[np.uint8]
 
-PHOTO_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
+PHOTO_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"])
 
 
 class UnreadableImageError(UserError):
@@ -25,7 +27,8 @@ class UnreadableImageError(UserError):
 def read_photo(path: Path) -> Pixels:
     """Decodes a photo to RGB uint8 [H, W, 3], upright as its EXIF orientation says.
 
-    Gray, gray + alpha, palette, RGBA, CMYK and 16-bit files are handled: alpha is laid over white, 16 bits
+    Gray, gray + alpha, palette, RGBA, CMYK and 16-bit files are handled: alpha is laid over
+    white, 16 bits
     keep their upper byte (a 16-bit file that holds 0..65535; values are not stretched).
     Raises UnreadableImageError.
     """
@@ -34,7 +37,13 @@ def read_photo(path: Path) -> Pixels:
             return to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError as error:
         raise UnreadableImageError(f"no such file: {path}") from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as error:
         raise UnreadableImageError(f"{path}: not a readable image ({_reason(error)})") from error
 
 
@@ -55,7 +64,8 @@ def to_rgb(image: Image.Image) -> Pixels:
 
 
 def read_labels(path: Path) -> Pixels:
-    """Decodes a label mask (8-bit gray or palette, class id per pixel) to uint8 [H, W]; colours are not read.
+    """Decodes a label mask (8-bit gray or palette, class id per pixel) to uint8 [H, W]; colours
+    are not read.
 
     Raises UnreadableImageError, also where the file holds colours instead of ids.
     """
@@ -63,8 +73,8 @@ def read_labels(path: Path) -> Pixels:
         with Image.open(path) as file:
             if file.mode not in ("L", "P", "1"):
                 raise UnreadableImageError(
-                    f"{path}: a label mask holds one class id per pixel (8-bit gray or palette PNG), "
-                    f"this file is {file.mode}"
+                    f"{path}: a label mask holds one class id per pixel (8-bit gray or palette "
+                    f"PNG), this file is {file.mode}"
                 )
             return np.array(file if file.mode != "1" else file.convert("L"))
     except FileNotFoundError as error:
@@ -74,7 +84,8 @@ def read_labels(path: Path) -> Pixels:
 
 
 def fitted_size(height: int, width: int, spec: Spec) -> tuple[int, int]:
-    """(height, width) at which the network sees a photo of the given size, as the spec's policy says."""
+    """(height, width) at which the network sees a photo of the given size, as the spec's policy
+    says."""
     longest = spec.input.longest_side
     if longest is None:
         return height, width
@@ -83,13 +94,14 @@ def fitted_size(height: int, width: int, spec: Spec) -> tuple[int, int]:
 
 
 def fit(photo: Pixels, spec: Spec) -> Pixels:
-    """The photo at the size that the network sees, uint8 [h, w, 3]. Raises UserError where it is too small."""
+    """The photo at the size that the network sees, uint8 [h, w, 3]. Raises UserError where it is
+    too small."""
     height, width = fitted_size(photo.shape[0], photo.shape[1], spec)
     least = spec.input.smallest
     if height < least[0] or width < least[1]:
         raise UserError(
-            f"an image of {width}x{height} is too small: the network needs at least {least[1]}x{least[0]} "
-            "(width x height)"
+            f"an image of {width}x{height} is too small: the network needs at least "
+            f"{least[1]}x{least[0]} (width x height)"
         )
     if (height, width) == photo.shape[:2]:
         return photo
@@ -104,7 +116,8 @@ def restore(labels: Pixels, height: int, width: int) -> Pixels:
 
 
 def normalise(images: Pixels, spec: Spec) -> npt.NDArray[np.float32]:
-    """uint8 [N, H, W, 3] RGB to the network's float32 [N, 3, H, W]: for graphs that leave this to the client.
+    """uint8 [N, H, W, 3] RGB to the network's float32 [N, 3, H, W]: for graphs that leave this
+    to the client.
 
     Equal to `srdeploy.deployable.Normalise` (a test holds them together).
     """
@@ -125,7 +138,8 @@ def colour_table(spec: Spec) -> Pixels:
 
 
 def encode_mask(labels: Pixels, spec: Spec) -> bytes:
-    """Labels uint8 [H, W] as a palette PNG: the pixel value is the class id, viewers show the colour."""
+    """Labels uint8 [H, W] as a palette PNG: the pixel value is the class id, viewers show the
+    colour."""
     image = Image.fromarray(labels, mode="L")
     image.putpalette(colour_table(spec).tobytes())
     buffer = BytesIO()
@@ -134,7 +148,8 @@ def encode_mask(labels: Pixels, spec: Spec) -> bytes:
 
 
 def overlay(photo: Pixels, labels: Pixels, spec: Spec, opacity: float = 0.5) -> Pixels:
-    """The photo with the class colours laid over it, uint8 [H, W, 3]; ignored pixels show the photo."""
+    """The photo with the class colours laid over it, uint8 [H, W, 3]; ignored pixels show the
+    photo."""
     colours = colour_table(spec)[labels].astype(np.float32)
     mixed = photo * (1 - opacity) + colours * opacity
     mixed = np.where((labels < spec.class_count)[..., None], mixed, photo)

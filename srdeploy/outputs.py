@@ -1,4 +1,5 @@
-"""What networks return: a tensor, a dict with "out", an object with .logits, a tuple. One place reads them."""
+"""What networks return: a tensor, a dict with "out", an object with .logits, a tuple. One place
+reads them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,8 @@ from srdeploy.errors import UserError
 
 
 def main_logits(output: Any) -> Tensor:
-    """The main logits float [N, K, h, w] of a network's output. Raises UserError naming what came instead."""
+    """The main logits float [N, K, h, w] of a network's output. Raises UserError naming what
+    came instead."""
     found = output
     if isinstance(output, Mapping):
         key = next((k for k in ("out", "logits") if k in output), None)
@@ -29,13 +31,15 @@ def main_logits(output: Any) -> Tensor:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise UserError(
             f"the network returned {type(found).__name__}{shape}: logits [N, K, H, W] are needed "
-            "(a tensor, a dict with 'out' or 'logits', an object with .logits, or a tuple that starts with them)"
+            "(a tensor, a dict with 'out' or 'logits', an object with .logits, or a tuple that "
+            "starts with them)"
         )
     return found
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits [N, K, h, w] at `size` (H, W), bilinear with half-pixel centres; unchanged where they fit."""
+    """Logits [N, K, h, w] at `size` (H, W), bilinear with half-pixel centres; unchanged where
+    they fit."""
     if logits.shape[-2:] == torch.Size(size):
         return logits
     return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -1,12 +1,12 @@
 """A run folder, read: which network was trained, on which spec, with which weights.
 
-    runs/NAME/  network.safetensors   the plain network, best on val          (export, serve, bench)
-                exits.safetensors     the exits that trained it; absent for a baseline
-                state.pt              everything needed to go on: weights, optimizer, step (train alone)
-                config.yaml           the whole configuration; `network` is read here
-                spec.json             pre- and post-processing
-                metrics.jsonl         one record per logged step and per validation
-                samples/              a few val photos, for checks on real images
+runs/NAME/  network.safetensors   the plain network, best on val          (export, serve, bench)
+            exits.safetensors     the exits that trained it; absent for a baseline
+            state.pt              everything needed to go on: weights, optimizer, step (train alone)
+            config.yaml           the whole configuration; `network` is read here
+            spec.json             pre- and post-processing
+            metrics.jsonl         one record per logged step and per validation
+            samples/              a few val photos, for checks on real images
 """
 
 from dataclasses import dataclass
@@ -81,11 +81,15 @@ def open_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"no such run folder: {folder}")
     if not is_run(folder):
-        raise UserError(f"{folder} is not a run folder: it has no {CONFIG} and {SPEC} (see srdeploy train)")
+        raise UserError(
+            f"{folder} is not a run folder: it has no {CONFIG} and {SPEC} (see srdeploy train)"
+        )
     try:
         config = yaml.safe_load(read_text(folder / CONFIG))
     except yaml.YAMLError as error:
-        raise UserError(f"{folder / CONFIG}: not valid YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{folder / CONFIG}: not valid YAML ({str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("network"), dict):
         raise UserError(f"{folder / CONFIG}: no 'network' section: written by another tool?")
     spec = validated(Spec, read_json(folder / SPEC), str(folder / SPEC))
@@ -94,12 +98,15 @@ def open_run(folder: Path) -> Run:
 
 
 def load_network(run: Run) -> "nn.Module":
-    """The run's plain network with its best weights, in evaluation mode on the CPU. Raises UserError."""
+    """The run's plain network with its best weights, in evaluation mode on the CPU. Raises
+    UserError."""
     from srdeploy.models import make_network
     from srdeploy.models.weights import load_exactly
 
     if not run.weights.exists():
-        raise UserError(f"{run.folder} has no {WEIGHTS} yet: the run stopped before its first validation")
+        raise UserError(
+            f"{run.folder} has no {WEIGHTS} yet: the run stopped before its first validation"
+        )
     network = make_network(run.network.name, run.spec.class_count, **run.network.options)
     load_exactly(network, run.weights)
     return network.eval()

@@ -25,11 +25,13 @@ class InputPolicy(Settings):
     """Which sizes the network is given. Sizes are (height, width) in pixels."""
 
     longest_side: int | None = Field(default=None, ge=32)
-    """Photos are scaled so that their longest side is this; None: the network sees the photo's own size."""
+    """Photos are scaled so that their longest side is this; None: the network sees the photo's
+    own size."""
     smallest: Size = (32, 32)
     """Anything smaller is refused."""
     usual: Size = (512, 512)
-    """The size that most inputs have: benchmarks, parity checks and TensorRT's `opt` profile use it."""
+    """The size that most inputs have: benchmarks, parity checks and TensorRT's `opt` profile use
+    it."""
     largest: Size = (2048, 2048)
     """Largest size promised to work: parity checks and TensorRT's `max` profile use it."""
 
@@ -60,9 +62,9 @@ class Spec(Settings):
     """Class ids that mIoU averages over; pixels with other true ids are ignored. None: all."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Per channel in RGB order, of values scaled to 0..1."""
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (
-        IMAGENET_STD
-    )
+    std: tuple[
+        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
+    ] = IMAGENET_STD
     """Per channel in RGB order, of values scaled to 0..1."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
     """Channel order the network was trained with. Images in memory are always RGB."""

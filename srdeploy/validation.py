@@ -1,4 +1,5 @@
-"""pydantic models whose errors people can act on: the key, the value, what was expected, the closest name."""
+"""pydantic models whose errors people can act on: the key, the value, what was expected, the
+closest name."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -18,14 +19,16 @@ class Settings(BaseModel):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the nearest of `known`, else the list of them; to end a message with."""
+    """' Did you mean X?' for the nearest of `known`, else the list of them; to end a message
+    with."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
 def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """Makes `model` from `values`. Raises UserError of one line that names `where` and the first fault."""
+    """Makes `model` from `values`. Raises UserError of one line that names `where` and the first
+    fault."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:

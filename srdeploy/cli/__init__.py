@@ -1,1 +1,2 @@
-"""The command line: verbs parse their options, import what they need, and hand over to the library."""
+"""The command line: verbs parse their options, import what they need, and hand over to the
+library."""

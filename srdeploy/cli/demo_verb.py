@@ -9,9 +9,9 @@ from srdeploy.cli.options import Force, Json, Quiet
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, runs, exports and report.html.")] = Path(
-        "demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for data, runs, exports and report.html.")
+    ] = Path("demo"),
     steps: Annotated[
         int, typer.Option(help="Training steps of each of the two networks.", min=1)
     ] = 400,
@@ -20,7 +20,7 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Make data, train baseline and regulated, export, certify, evaluate, bench, predict; write a report.
+    """Make data, train two networks, export, certify, evaluate, bench, predict, report.
 
     Takes minutes on two cores without a GPU and downloads nothing. Open OUT/report.html afterwards.
 

@@ -1,6 +1,7 @@
 """The `srdeploy` command: all verbs, and the one place where errors become lines and exit codes.
 
-Exit codes: 0 all well; 1 a verdict failed or part of the input was skipped; 2 input that can't be used.
+Exit codes: 0 all well; 1 a verdict failed or part of the input was skipped; 2 input that can't
+be used.
 """
 
 import errno
@@ -19,10 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
-        "Train semantic segmentation with self-regulation, deploy the plain network, and prove that it "
-        "is the plain one.\n\n"
-        "First steps: srdeploy demo (minutes, no GPU), then srdeploy train DATA, srdeploy export RUN, "
-        "srdeploy predict DEPLOY PHOTOS --out MASKS."
+        "Train semantic segmentation with self-regulation, deploy the plain network, and prove "
+        "that it is the plain one.\n\n"
+        "First steps: srdeploy demo (minutes, no GPU), then srdeploy train DATA, "
+        "srdeploy export RUN, srdeploy predict DEPLOY PHOTOS --out MASKS."
     ),
 )
 
@@ -56,10 +57,13 @@ def main() -> None:
     except UserError as error:
         _refuse(str(error))
     except OSError as error:
-        # A full disk can strike in any write, also inside libraries; everything else is a bug of ours.
+        # A full disk can strike in any write, also inside libraries; everything else is a bug of
+        # ours.
         if error.errno != errno.ENOSPC:
             raise
-        _refuse(f"no space left on the device ({error.filename or 'while writing'}): free some space")
+        _refuse(
+            f"no space left on the device ({error.filename or 'while writing'}): free some space"
+        )
 
 
 def _refuse(message: str) -> None:

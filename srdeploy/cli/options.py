@@ -21,7 +21,7 @@ Classes = Annotated[
     Path | None,
     typer.Option(
         "--classes",
-        help="classes.json for an ONNX file without srdeploy's metadata (names, palette, mean, std).",
+        help="classes.json for an ONNX file without our metadata (names, palette, mean, std).",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder where it exists.")]
