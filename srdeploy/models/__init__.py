@@ -1,0 +1,56 @@
+"""The plain networks, by name: what is trained, exported and served. They know nothing of exits.
+
+Every network maps images float32 [N, 3, H, W] to logits float32 [N, K, H, W] for any H, W >= 32, and has
+`stages` (names of its feature stages for get_submodule, shallow to deep; its own logits are one more, last exit)
+and `own_exits` (heads of its own that are supervised in training, with their loss weight; empty in all of these).
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from srdeploy.errors import UserError
+from srdeploy.models.deeplab import (
+    deeplabv2_mobilenetv2,
+    deeplabv2_resnet18,
+    deeplabv2_resnet50,
+    deeplabv2_resnet101,
+)
+from srdeploy.models.segnet import SegNet
+from srdeploy.models.unet import UNet
+from srdeploy.validation import closest
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "deeplabv2-resnet18": deeplabv2_resnet18,
+    "deeplabv2-resnet50": deeplabv2_resnet50,
+    "deeplabv2-resnet101": deeplabv2_resnet101,
+    "deeplabv2-mobilenetv2": deeplabv2_mobilenetv2,
+    "segnet": SegNet,
+    "unet": UNet,
+}
+"""Builders: classes (K) and keyword options -> the network with fresh weights from torch's global generator."""
+
+
+def make_network(name: str, classes: int, **options: Any) -> nn.Module:
+    """Builds the network `name` for `classes` classes, with fresh weights, in training mode on the CPU.
+
+    Raises UserError for an unknown name or option, naming the closest one, and for a value that does not fit.
+    """
+    builder = NETWORKS.get(name)
+    if builder is None:
+        raise UserError(f"unknown network '{name}': {closest(name, NETWORKS)}")
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
+        raise UserError(
+            f"network '{name}': classes is {classes!r}: a whole number from 2 is needed"
+        )
+    known = [
+        parameter.name
+        for parameter in inspect.signature(builder).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    for option in options:
+        if option not in known:
+            raise UserError(f"network '{name}' has no option '{option}': {closest(option, known)}")
+    return builder(classes, **options)
