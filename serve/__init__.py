@@ -1,0 +1,1 @@
+"""Runtimes and what is done with them: prediction over folders, evaluation, benchmarks."""

@@ -1,0 +1,50 @@
+"""What a verb was given: a run folder, a deploy folder or an .onnx file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from srdeploy.errors import UserError
+from srdeploy.runs import is_run, open_run
+from srdeploy.serve.signature import Signature, read_signature
+from srdeploy.spec import Spec
+
+MODEL = "model.onnx"
+"""The graph's file in a deploy folder."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something that can be run."""
+
+    kind: Literal["run", "deploy", "onnx"]
+    path: Path
+    """As it was given."""
+    file: Path
+    """The weights' or graph's file."""
+    spec: Spec | None
+    """None for an ONNX file that other tools wrote."""
+    signature: Signature | None
+    """Of the ONNX file; None for a run."""
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Looks at `path`. Raises UserError where there is nothing, or nothing that can be run."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}")
+    if path.is_dir():
+        if is_run(path):
+            run = open_run(path)
+            return Artifact("run", path, run.weights, run.spec, None)
+        if not (path / MODEL).is_file():
+            raise UserError(
+                f"{path} is neither a run folder (config.yaml and spec.json, see srdeploy train) "
+                f"nor a deploy folder ({MODEL}, see srdeploy export)"
+            )
+        signature = read_signature(path / MODEL)
+        return Artifact("deploy", path, path / MODEL, signature.spec, signature)
+    if path.suffix.lower() != ".onnx":
+        raise UserError(f"{path}: give a run folder, a deploy folder or an .onnx file")
+    signature = read_signature(path)
+    return Artifact("onnx", path, path, signature.spec, signature)

@@ -1,0 +1,186 @@
+"""The runtime contract: photos in, labels out, the same on every backend.
+
+    with open_runtime("deploy/night", device="cpu") as runtime:
+        labels = runtime.run(images)        # uint8 [N, H, W, 3] RGB -> uint8 [N, H, W]
+
+What a runtime is (spec, device, precision, input shape) is known at once; it must be open to run.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from srdeploy.errors import UserError
+from srdeploy.imaging import Pixels
+from srdeploy.serve.artifact import Artifact, open_artifact
+from srdeploy.serve.signature import Shape, check_class_count
+from srdeploy.spec import Spec
+from srdeploy.validation import closest
+
+Logits = npt.NDArray[np.float32]
+
+RUNTIMES = ("auto", "torch", "onnxruntime")
+
+
+class ImageShapeError(UserError):
+    """Images that this runtime can't take; the message has the actual shape."""
+
+
+class Runtime(ABC):
+    """One network, ready to run on one device. A context manager: open it before use."""
+
+    backend: str
+    """Which library runs it: torch or onnxruntime."""
+    precision: str
+    """Of the arithmetic, as it really is."""
+
+    def __init__(self, artifact: Artifact, spec: Spec, device: str, input_shape: Shape) -> None:
+        self.artifact = artifact
+        self.path = artifact.path
+        self.spec = spec
+        self.device = device
+        self.input_shape = input_shape
+        self._is_open = False
+
+    def __enter__(self) -> Self:
+        self._open()
+        self._is_open = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_open = False
+        self._close()
+
+    def run(self, images: Pixels) -> Pixels:
+        """images uint8 [N, H, W, 3] RGB -> labels uint8 [N, H, W].
+
+        Raises ImageShapeError (a UserError) where the graph can't take them.
+        """
+        self._check(images)
+        return self._labels(images)
+
+    def logits(self, images: Pixels) -> Logits:
+        """images uint8 [N, H, W, 3] RGB -> logits float32 [N, K, H, W].
+
+        Raises UserError where the graph gives labels alone, or can't take the images.
+        """
+        self._check(images)
+        return self._logits(images)
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.backend}, {self.device}, {self.precision})"
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Loads the network onto the device."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Frees what _open took."""
+
+    @abstractmethod
+    def _labels(self, images: Pixels) -> Pixels:
+        """run, on checked images."""
+
+    @abstractmethod
+    def _logits(self, images: Pixels) -> Logits:
+        """logits, on checked images."""
+
+    def _check(self, images: Pixels) -> None:
+        if not self._is_open:
+            raise UserError(f"the runtime of {self.path} is not open: use it in a with block")
+        shape = tuple(images.shape)
+        if images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] < 1:
+            raise ImageShapeError(
+                f"images are {images.dtype} {list(shape)}: uint8 [N, H, W, 3] is needed"
+            )
+        for name, actual, wanted in zip("NHW", shape[:3], self.input_shape[:3], strict=True):
+            if wanted is not None and actual != wanted:
+                raise ImageShapeError(
+                    f"{self.path} takes images of {_shape_text(self.input_shape)} alone, "
+                    f"not {list(shape)} ({name} is {actual})"
+                )
+        least = self.spec.input.smallest
+        if shape[1] < least[0] or shape[2] < least[1]:
+            raise ImageShapeError(
+                f"images are {list(shape)}: {self.path} needs at least {least[0]} x {least[1]} "
+                "(height x width)"
+            )
+
+
+def open_runtime(
+    path: Path | str,
+    device: str = "cpu",
+    runtime: str = "auto",
+    spec: Spec | None = None,
+    threads: int | None = None,
+) -> Runtime:
+    """The runtime for a run folder (torch), a deploy folder or an .onnx file (onnxruntime).
+
+    It is not open yet. device: cpu, cuda or cuda:N. spec: for ONNX files that carry none. threads:
+    CPU threads [all cores]. Raises UserError where artifact, device or their combination can't
+    be used; nothing falls back to something else.
+    """
+    artifact = open_artifact(Path(path))
+    if runtime not in RUNTIMES:
+        raise UserError(f"unknown runtime '{runtime}': {closest(runtime, RUNTIMES)}")
+    parse_device(device)
+    if artifact.kind == "run":
+        if runtime == "onnxruntime":
+            raise UserError(
+                f"{path} is a run folder, which torch runs: for onnxruntime, export it first "
+                f"(srdeploy export {path})"
+            )
+        from srdeploy.serve.torch_runtime import TorchRuntime
+
+        return TorchRuntime(artifact, _resolve_spec(artifact, spec), device, threads)
+    if runtime == "torch":
+        raise UserError(
+            f"{path} holds an ONNX graph, which onnxruntime runs: for torch, give the run folder"
+        )
+    from srdeploy.serve.onnx_runtime import OnnxRuntime
+
+    return OnnxRuntime(artifact, _resolve_spec(artifact, spec), device, threads)
+
+
+def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int]:
+    """("cpu", 0) or ("cuda", N). Raises UserError for anything else."""
+    kind, _, index = device.partition(":")
+    if kind in ("cpu", "cuda") and (index.isdecimal() or device == kind) and device != "cpu:":
+        if kind == "cpu" and index not in ("", "0"):
+            raise UserError(f"unknown device '{device}': the CPU is one device, cpu")
+        return cast(Literal["cpu", "cuda"], kind), int(index or 0)
+    raise UserError(f"unknown device '{device}': cpu, cuda or cuda:N")
+
+
+def _resolve_spec(artifact: Artifact, given: Spec | None) -> Spec:
+    own = artifact.spec
+    if given is None:
+        if own is None:
+            raise UserError(
+                f"{artifact.path} carries no srdeploy metadata (key 'srdeploy.spec'): "
+                "say what its classes are with --classes classes.json"
+            )
+        return own
+    if own is not None and own != given:
+        raise UserError(
+            f"{artifact.path} has its own classes and pre-processing, and others were given: "
+            "leave --classes away"
+        )
+    if artifact.signature is not None:
+        check_class_count(artifact.signature.classes, given, artifact.path)
+    return given
+
+
+def _shape_text(shape: Shape) -> str:
+    names = ("N", "H", "W", "3")
+    return "[" + ", ".join(str(s or n) for s, n in zip(shape, names, strict=True)) + "]"

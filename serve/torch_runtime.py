@@ -1,0 +1,72 @@
+"""torch behind the runtime contract, for run folders. The only module here that imports torch."""
+
+import torch
+
+from srdeploy.deployable import Deployable
+from srdeploy.errors import UserError
+from srdeploy.imaging import Pixels
+from srdeploy.runs import load_network, open_run
+from srdeploy.serve.artifact import Artifact
+from srdeploy.serve.runtime import Logits, Runtime, parse_device
+from srdeploy.spec import Spec
+
+
+class TorchRuntime(Runtime):
+    """A run's plain network in eager torch, float32 (no TF32)."""
+
+    backend = "torch"
+    precision = "float32"
+
+    def __init__(self, artifact: Artifact, spec: Spec, device: str, threads: int | None) -> None:
+        super().__init__(artifact, spec, device, (None, None, None, 3))
+        self._threads = threads
+        self._threads_before: int | None = None
+        self._to_labels: Deployable | None = None
+        self._to_logits: Deployable | None = None
+
+    def _open(self) -> None:
+        self._require_device()
+        network = load_network(open_run(self.path))
+        # Two faces of one network: the weights are shared.
+        self._to_labels = Deployable(network, self.spec, output="labels").eval().to(self.device)
+        self._to_logits = Deployable(network, self.spec, output="logits").eval().to(self.device)
+        if self._threads is not None:
+            self._threads_before = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+
+    def _close(self) -> None:
+        self._to_labels = self._to_logits = None
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
+
+    def _labels(self, images: Pixels) -> Pixels:
+        assert self._to_labels is not None
+        return self._infer(self._to_labels, images).numpy()
+
+    def _logits(self, images: Pixels) -> Logits:
+        assert self._to_logits is not None
+        return self._infer(self._to_logits, images).numpy()
+
+    def _infer(self, module: Deployable, images: Pixels) -> torch.Tensor:
+        # torch.from_numpy warns about arrays that can't be written to, such as Pillow's.
+        writable = images if images.flags.writeable else images.copy()
+        try:
+            with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+                output = module(torch.from_numpy(writable).to(self.device))
+                assert isinstance(output, torch.Tensor)
+                return output.cpu()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {self.device} with images {list(images.shape)}: "
+                "use smaller images or a smaller batch"
+            ) from error
+
+    def _require_device(self) -> None:
+        kind, index = parse_device(self.device)
+        if kind == "cuda" and (not torch.cuda.is_available() or index >= torch.cuda.device_count()):
+            raise UserError(
+                f"device {self.device} was asked for, but torch {torch.__version__} sees "
+                f"{torch.cuda.device_count()} CUDA devices: check the driver and the torch build, "
+                "or use --device cpu"
+            )
