@@ -1,0 +1,197 @@
+"""The losses of self-regulation, as pure functions (ICCV 2021, arXiv 2108.09702).
+
+Shapes: N batch, K classes, C channels, H and W label size, h and w an exit's size. Everything is
+computed in float32 whatever comes in. Pixels labelled `ignore_index` count for nothing; where no pixel
+is left the loss is exactly 0 with zero gradients. Teachers are detached here, where they are used.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from srdeploy.outputs import resize_logits
+
+TINY = torch.finfo(torch.float32).tiny
+"""Least denominator: 0 / TINY is 0, and any real sum of weights is larger."""
+
+
+def shrink_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Integer labels [N, H, W] at `size` (h, w): each cell takes the pixel under its centre.
+
+    The indices are exact integers, as in 'nearest-exact'; plain 'nearest' takes each cell's upper
+    left pixel and so trains an exit on labels that are half a cell off.
+    """
+    height, width = labels.shape[-2:]
+    if (height, width) == tuple(size):
+        return labels
+    rows = _centres(size[0], height, labels.device)
+    columns = _centres(size[1], width, labels.device)
+    return labels[:, rows[:, None], columns]
+
+
+def count_labels(labels: Tensor, classes: int, size: tuple[int, int], ignore_index: int) -> Tensor:
+    """How many pixels of each class every cell holds: labels [N, H, W] -> float32 [N, K, h, w].
+
+    Each pixel is counted in the one cell that its centre lies in; ignored pixels in none.
+    """
+    batch, height, width = labels.shape
+    rows = _centres(height, size[0], labels.device)
+    columns = _centres(width, size[1], labels.device)
+    cells = rows[:, None] * size[1] + columns
+    valid = labels != ignore_index
+    known = torch.where(valid, labels, 0).long()
+    images = torch.arange(batch, device=labels.device)[:, None, None]
+    places = (images * classes + known) * (size[0] * size[1]) + cells
+    counts = torch.zeros(batch * classes * size[0] * size[1], device=labels.device)
+    # Sums of ones are exact in float32, so their order does not matter: deterministic on GPUs too.
+    counts.scatter_add_(0, places.flatten(), valid.flatten().float())
+    return counts.view(batch, classes, *size)
+
+
+def presence(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Which classes an image shows: labels [N, H, W] -> float32 [N, K] of 0 and 1.
+
+    Class 0 counts like any other; ignored pixels count for no class.
+    """
+    flat = labels.flatten(1)
+    places = torch.where(flat == ignore_index, classes, flat).long()
+    shown = torch.zeros(labels.shape[0], classes + 1, device=labels.device)
+    return shown.scatter_(1, places, 1.0)[:, :classes]
+
+
+def pixel_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy over valid pixels: logits [N, K, H, W], integer labels [N, H, W] -> scalar.
+
+    With `class_weights` [K] it is the weighted mean, sum(w * ce) / sum(w), as in torch.
+    """
+    # Not reduction="mean": that is NaN without valid pixels, and not deterministic on CUDA.
+    losses = functional.cross_entropy(
+        logits.float(),
+        labels.long(),
+        weight=class_weights,
+        ignore_index=ignore_index,
+        reduction="none",
+    )
+    valid = labels != ignore_index
+    if class_weights is None:
+        share = valid.sum().clamp(min=1)
+    else:
+        weights = class_weights[torch.where(valid, labels, 0).long()]
+        share = torch.where(valid, weights, 0).sum().clamp(min=TINY)
+    return losses.sum() / share
+
+
+def count_cross_entropy(
+    logits: Tensor, counts: Tensor, class_weights: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of logits [N, K, h, w] against `count_labels`' [N, K, h, w] -> scalar.
+
+    Every labelled pixel weighs the same, so this equals `pixel_cross_entropy` at full size of logits
+    that are constant in each cell, without ever making them.
+    """
+    weighted = counts if class_weights is None else counts * class_weights[:, None, None]
+    losses = weighted * functional.log_softmax(logits.float(), dim=1)
+    return -losses.sum() / weighted.sum().clamp(min=TINY)
+
+
+def classification(class_logits: Tensor, targets: Tensor, labelled: Tensor) -> Tensor:
+    """Multi-label loss: class_logits [N, K], targets [N, K] in 0..1 -> scalar.
+
+    Binary cross-entropy on logits, mean over classes and over the images that are `labelled`
+    (bool [N]): an image without a valid pixel says nothing about what it shows.
+    """
+    losses = functional.binary_cross_entropy_with_logits(
+        class_logits.float(), targets.float(), reduction="none"
+    ).mean(1)
+    return _masked_mean(losses, labelled)
+
+
+def hard_feedback(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """SR-F on labels: cross-entropy against the teacher's argmax.
+
+    student, teacher: logits [N, K, h, w] on one grid (`on_one_grid`); valid: bool [N, h, w].
+    """
+    labels = teacher.detach().argmax(1)
+    losses = functional.cross_entropy(student.float(), labels, reduction="none")
+    return _masked_mean(losses, valid)
+
+
+def soft_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """SR-F on probabilities: t^2 KL(softmax(teacher / t) || softmax(student / t)).
+
+    student, teacher: logits [N, K, h, w] on one grid; valid: bool [N, h, w]. The divergence is summed
+    over classes and averaged over valid pixels.
+    """
+    expected = functional.log_softmax(teacher.detach().float() / temperature, dim=1)
+    found = functional.log_softmax(student.float() / temperature, dim=1)
+    losses = functional.kl_div(found, expected, reduction="none", log_target=True).sum(1)
+    return temperature**2 * _masked_mean(losses, valid)
+
+
+def feature_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """SR-F on hidden maps: where in the image does each channel look, in the teacher and the student?
+
+    student, teacher: [N, C, h, w] on one grid; valid: bool [N, h, w]. Each channel's map becomes a
+    distribution over the valid positions, softmax(map / t); the loss is t^2 KL(teacher || student),
+    summed over positions and averaged over channels and over images with a valid position.
+    """
+    mask = valid.flatten(1)[:, None]
+    # The lowest finite number, not -inf: an image without valid positions would turn into NaN.
+    lowest = torch.finfo(torch.float32).min
+    expected = teacher.detach().float().flatten(2) / temperature
+    expected = functional.log_softmax(expected.masked_fill(~mask, lowest), dim=2)
+    found = student.float().flatten(2) / temperature
+    found = functional.log_softmax(found.masked_fill(~mask, lowest), dim=2)
+    losses = functional.kl_div(found, expected, reduction="none", log_target=True)
+    losses = torch.where(mask, losses, 0).sum(2).mean(1)
+    return temperature**2 * _masked_mean(losses, valid.flatten(1).any(1))
+
+
+def class_feedback(
+    student: Tensor, teacher: Tensor, labelled: Tensor, temperature: float
+) -> Tensor:
+    """SR-L: t^2 BCE(student / t, sigmoid(teacher / t)); class logits [N, K] -> scalar.
+
+    Mean over classes and over the images that are `labelled` (bool [N]).
+    """
+    targets = torch.sigmoid(teacher.detach().float() / temperature)
+    return temperature**2 * classification(student.float() / temperature, targets, labelled)
+
+
+def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits [N, K, ., .] on the coarser of their grids, per axis; the finer one is interpolated.
+
+    Bilinear with half-pixel centres reads the finer map at the coarser cells' centres, which is where
+    `shrink_labels` reads the labels; and logits that a network has enlarged from that grid come back
+    as they were, but for the border.
+    """
+    size = _coarser(student, teacher)
+    return resize_logits(student.float(), size), resize_logits(teacher.detach().float(), size)
+
+
+def pooled_to_student(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both hidden maps [N, C, ., .] on the coarser of their grids, the teacher averaged over cells."""
+    size = _coarser(student, teacher)
+    averaged = functional.adaptive_avg_pool2d(teacher.detach().float(), size)
+    return resize_logits(student.float(), size), averaged
+
+
+def labelled_images(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which images have a valid pixel: labels [N, H, W] -> bool [N]."""
+    return (labels != ignore_index).flatten(1).any(1)
+
+
+def _masked_mean(losses: Tensor, valid: Tensor) -> Tensor:
+    """Mean of `losses` where `valid` (of equal shape) holds; 0 where it holds nowhere."""
+    return torch.where(valid, losses, 0).sum() / valid.sum().clamp(min=1)
+
+
+def _centres(size: int, other: int, device: torch.device) -> Tensor:
+    """For each of `size` cells the index among `other` cells that its centre lies in: int64 [size]."""
+    return ((2 * torch.arange(size, device=device) + 1) * other) // (2 * size)
+
+
+def _coarser(a: Tensor, b: Tensor) -> tuple[int, int]:
+    return min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])

@@ -1,0 +1,244 @@
+"""Self-regulation of any segmentation network, in training alone (ICCV 2021, arXiv 2108.09702).
+
+    regulated = SelfRegulation(network, classes=21)
+    optimizer = torch.optim.SGD(regulated.parameters(), lr=0.01)
+    ...
+    regulated.losses(images, labels, progress=step / steps).total.backward()
+
+`regulated.network` is the very module that was given, and stays plain: it is what is saved and deployed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from srdeploy.errors import UserError
+from srdeploy.outputs import main_logits, resize_logits
+from srdeploy.train import losses
+from srdeploy.train.exits import Exits, make_exits
+from srdeploy.train.regulation_config import RegulationConfig
+from srdeploy.train.schedule import ramp
+from srdeploy.train.taps import collected, feature_map, find_taps, probe
+
+
+@dataclass(frozen=True)
+class ExitOutputs:
+    """What all exits say about a batch, shallow to deep; the last one is the network's own output."""
+
+    logits: list[Tensor]
+    """[N, K, h, w] each, at the exit's own resolution."""
+    class_logits: list[Tensor]
+    """[N, K] each; empty for a baseline."""
+    hidden: list[Tensor | None]
+    """[N, C, h, w] each; None for the network's own output."""
+    own: dict[str, Tensor] = field(default_factory=dict)
+    """Logits [N, K, h, w] of the network's own further supervised heads (`own_exits`), by module name."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One step's losses. Scalars stay on the device: reading them is the caller's choice of moment."""
+
+    total: Tensor
+    """What to call backward on."""
+    terms: dict[str, Tensor]
+    """The parts that went into the total, unweighted and detached: "main" always, "own" where the network
+    has own_exits (with its weights in), "seg" and "cls" with exits, "srf" and "srl" once feedback began."""
+
+
+class SelfRegulation(nn.Module):
+    """A plain network and the exits that regulate its training; a baseline with `settings.enabled` False.
+
+    network: any module whose output `srdeploy.outputs.main_logits` understands, of `classes` channels.
+    taps: module names, shallow to deep, or "auto": `settings.taps`, and where that is "auto" too, the
+    network's `stages`. ignore_index: label of pixels that count for nothing. class_weights: float [K],
+    weighs the cross-entropies against ground truth. Raises UserError for taps that can't be read.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: int,
+        taps: str | Sequence[str] = "auto",
+        settings: RegulationConfig = RegulationConfig(),
+        ignore_index: int = 255,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not 2 <= classes <= 255:
+            raise UserError(f"classes is {classes}: between 2 and 255 are needed")
+        if 0 <= ignore_index < classes:
+            raise UserError(
+                f"ignore_index {ignore_index} is also the id of a class (0..{classes - 1})"
+            )
+        if class_weights is not None and class_weights.shape != (classes,):
+            raise UserError(
+                f"class_weights has shape {tuple(class_weights.shape)}, not ({classes},)"
+            )
+        self.network = network
+        self.classes = classes
+        self.settings = settings
+        self.ignore_index = ignore_index
+        weights = None if class_weights is None else class_weights.detach().float()
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.own_exits: dict[str, float] = dict(getattr(network, "own_exits", None) or {})
+        self.taps: tuple[str, ...] = ()
+        if settings.enabled:
+            self.taps = find_taps(network, settings.taps if taps == "auto" else taps)
+        found = probe(network, self.taps, tuple(self.own_exits))
+        for name, channels in found.own_channels.items():
+            if channels != classes:
+                where = f"'{name}' of the network" if name else "the network"
+                raise UserError(
+                    f"{where} gives {channels} logits per pixel, but classes is {classes}"
+                )
+        self.exits: Exits | None = None
+        if settings.enabled:
+            like = next(network.parameters(), torch.empty(0))
+            self.exits = make_exits(found.channels, found.strides, classes, settings, like)
+            if settings.srf_form == "feature" and settings.srf_weight > 0 and len(self.taps) < 2:
+                raise UserError(
+                    "srf_form 'feature' needs two taps or more: the network has no hidden map"
+                )
+
+    def forward(self, images: Tensor) -> ExitOutputs:
+        """images float32 [N, 3, H, W], normalised -> all exits' outputs. A baseline has the last alone."""
+        with collected(self.network, (*self.taps, *self.own_exits)) as outputs:
+            logits = main_logits(self.network(images))
+        own = {name: feature_map(outputs, name) for name in self.own_exits}
+        if self.exits is None:
+            return ExitOutputs([logits], [], [None], own)
+        found = self.exits([feature_map(outputs, name) for name in self.taps])
+        return ExitOutputs(
+            logits=[*(one.logits for one in found), logits],
+            class_logits=[*(one.class_logits for one in found), self.exits.classify(logits)],
+            hidden=[*(one.hidden for one in found), None],
+            own=own,
+        )
+
+    def losses(self, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
+        """One step's losses, ready for backward; usable under autocast.
+
+        images: float32 [N, 3, H, W], normalised; labels: uint8 or int64 [N, H, W]; progress: share of
+        the training that is done, 0..1, from which the feedback's strength follows.
+        Raises UserError for labels of another size, and on the CPU for ids that are no class.
+        """
+        if labels.shape != (images.shape[0], *images.shape[2:]):
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} do not fit images of shape {tuple(images.shape)}: "
+                "they must be [N, H, W]"
+            )
+        return self.losses_of(self(images), labels, progress)
+
+    def losses_of(self, outputs: ExitOutputs, labels: Tensor, progress: float = 1.0) -> Losses:
+        """`losses` of outputs that are there already, e.g. of a forward through DistributedDataParallel."""
+        self._check_ids(labels)
+        with torch.autocast(labels.device.type, enabled=False):
+            terms = {"main": self._full_size(outputs.logits[-1], labels)}
+            weights = {"main": 1.0}
+            for name, weight in self.own_exits.items():
+                loss = weight * self._full_size(outputs.own[name], labels)
+                terms["own"] = terms["own"] + loss if "own" in terms else loss
+                weights["own"] = 1.0
+            if self.exits is not None:
+                self._add_ground_truth(outputs, labels, terms, weights)
+                self._add_feedback(outputs, labels, progress, terms, weights)
+            total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return Losses(total, {name: term.detach() for name, term in terms.items()})
+
+    def _full_size(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy at the labels' size: the baseline's loss, and the same function in every run."""
+        resized = resize_logits(logits.float(), (labels.shape[1], labels.shape[2]))
+        return losses.pixel_cross_entropy(resized, labels, self.ignore_index, self.class_weights)
+
+    def _add_ground_truth(
+        self,
+        outputs: ExitOutputs,
+        labels: Tensor,
+        terms: dict[str, Tensor],
+        weights: dict[str, float],
+    ) -> None:
+        """MEA: every exit's segmenter and classifier against ground truth, at its own resolution."""
+        if self.settings.seg_weight > 0:
+            terms["seg"] = _sum([self._own_size(z, labels) for z in outputs.logits[:-1]])
+            weights["seg"] = self.settings.seg_weight
+        if self.settings.cls_weight > 0:
+            shown = losses.presence(labels, self.classes, self.ignore_index)
+            labelled = losses.labelled_images(labels, self.ignore_index)
+            terms["cls"] = _sum(
+                [losses.classification(c, shown, labelled) for c in outputs.class_logits]
+            )
+            weights["cls"] = self.settings.cls_weight
+
+    def _own_size(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy at the logits' size, against labels brought there."""
+        size = (logits.shape[2], logits.shape[3])
+        if self.settings.labels == "proportion":
+            counts = losses.count_labels(labels, self.classes, size, self.ignore_index)
+            return losses.count_cross_entropy(logits, counts, self.class_weights)
+        shrunk = losses.shrink_labels(labels, size)
+        return losses.pixel_cross_entropy(logits, shrunk, self.ignore_index, self.class_weights)
+
+    def _add_feedback(
+        self,
+        outputs: ExitOutputs,
+        labels: Tensor,
+        progress: float,
+        terms: dict[str, Tensor],
+        weights: dict[str, float],
+    ) -> None:
+        """SR-F from the shallowest exit and SR-L from the deepest, once the schedule lets them act."""
+        settings = self.settings
+        strength = ramp(progress, settings.start, settings.ramp)
+        if strength * settings.srf_weight > 0:
+            terms["srf"] = self._shallow_feedback(outputs, labels)
+            weights["srf"] = strength * settings.srf_weight
+        if strength * settings.srl_weight > 0:
+            labelled = losses.labelled_images(labels, self.ignore_index)
+            *students, teacher = outputs.class_logits
+            terms["srl"] = _sum(
+                [
+                    losses.class_feedback(c, teacher, labelled, settings.temperature)
+                    for c in students
+                ]
+            )
+            weights["srl"] = strength * settings.srl_weight
+
+    def _shallow_feedback(self, outputs: ExitOutputs, labels: Tensor) -> Tensor:
+        """SR-F: the shallowest exit teaches all deeper ones; in the feature form those with a hidden map."""
+        form, temperature = self.settings.srf_form, self.settings.temperature
+        found = []
+        maps = outputs.logits
+        if form == "feature":
+            maps = [hidden for hidden in outputs.hidden if hidden is not None]
+        for deeper in maps[1:]:
+            join = losses.pooled_to_student if form == "feature" else losses.on_one_grid
+            student, teacher = join(deeper, maps[0])
+            shrunk = losses.shrink_labels(labels, (student.shape[2], student.shape[3]))
+            valid = shrunk != self.ignore_index
+            if form == "hard":
+                found.append(losses.hard_feedback(student, teacher, valid))
+            elif form == "soft":
+                found.append(losses.soft_feedback(student, teacher, valid, temperature))
+            else:
+                found.append(losses.feature_feedback(student, teacher, valid, temperature))
+        return _sum(found)
+
+    def _check_ids(self, labels: Tensor) -> None:
+        """Refuses ids that are no class. On the CPU only: on a GPU it would wait for the device."""
+        if labels.device.type != "cpu":
+            return
+        wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= self.classes))
+        if bool(wrong.any()):
+            raise UserError(
+                f"labels hold the id {int(labels[wrong][0])}: ids are 0..{self.classes - 1}, "
+                f"or {self.ignore_index} for pixels to ignore"
+            )
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum()
