@@ -5,12 +5,17 @@ Images in memory are RGB uint8 [H, W, 3]; labels are uint8 [H, W]. H height, W w
 classes.
 """
 
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from srdeploy.errors import UserError
 from srdeploy.spec import Spec
@@ -27,35 +32,31 @@ class UnreadableImageError(UserError):
 def read_photo(path: Path) -> Pixels:
     """Decodes a photo to RGB uint8 [H, W, 3], upright as its EXIF orientation says.
 
-    Gray, gray + alpha, palette, RGBA, CMYK and 16-bit files are handled: alpha is laid over
-    white, 16 bits
-    keep their upper byte (a 16-bit file that holds 0..65535; values are not stretched).
-    Raises UnreadableImageError.
+    Gray, gray + alpha, palette, RGBA, CMYK and 16-bit files are handled: alpha is laid over white,
+    16 bits keep their upper byte (values are not stretched). Raises UnreadableImageError.
     """
-    try:
-        with Image.open(path) as file:
-            return to_rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError as error:
-        raise UnreadableImageError(f"no such file: {path}") from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise UnreadableImageError(f"{path}: not a readable image ({_reason(error)})") from error
+    with _opened(path, "image") as file:
+        turn = _TURNS.get(_orientation(file))
+        return to_rgb(file if turn is None else file.transpose(turn))
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """(height, width) as of `read_photo`, from the header alone. Raises UnreadableImageError."""
+    with _opened(path, "image") as file:
+        width, height = file.size
+        return (width, height) if _orientation(file) >= 5 else (height, width)
 
 
 def to_rgb(image: Image.Image) -> Pixels:
-    """Any Pillow image as RGB uint8 [H, W, 3]."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+    """Any Pillow image as RGB uint8 [H, W, 3]. Raises ValueError for more than 16 bits a pixel."""
+    if image.mode.startswith("I"):
         values = np.asarray(image)
-        if image.mode == "F":
-            values = np.nan_to_num(values)
-        # Pillow opens 16-bit PNG and TIFF as I;16 or I: both hold 0..65535.
-        gray = (np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+        if values.size and not 0 <= values.min() <= values.max() <= 65535:
+            raise ValueError("32-bit pixels outside 0..65535: save it with 8 or 16 bits")
+        gray = (values.astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown: save it with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
@@ -64,32 +65,90 @@ def to_rgb(image: Image.Image) -> Pixels:
 
 
 def read_labels(path: Path) -> Pixels:
-    """Decodes a label mask (8-bit gray or palette, class id per pixel) to uint8 [H, W]; colours
-    are not read.
+    """Decodes a label mask (gray or palette, class id per pixel) to uint8 [H, W].
 
+    Colours are not read. Masks of 1, 2 and 4 bits, as PNG optimisers write them, keep their ids.
     Raises UnreadableImageError, also where the file holds colours instead of ids.
     """
+    with _opened(path, "mask") as file:
+        if file.mode not in ("L", "P", "1"):
+            raise UnreadableImageError(
+                f"{path}: a label mask holds one class id per pixel (8-bit gray or palette PNG), "
+                f"this file is {file.mode}"
+            )
+        # Pillow spreads gray of few bits over 0..255 while decoding; ids must come back as stored.
+        raw_mode = None
+        if isinstance(file, PngImagePlugin.PngImageFile) and file.tile:
+            raw_mode = file.tile[0].args
+        labels = np.array(file, np.uint8)
+    return labels // np.uint8(_SPREAD.get(raw_mode, 1))
+
+
+_SPREAD: dict[object, int] = {"L;2": 85, "L;4": 17}
+"""Factor by which Pillow multiplies gray of 2 and 4 bits, by the raw mode of the PNG's tile."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets an image upright, by its EXIF orientation; 5 and above swap height and width."""
+
+# Pillow raises all of these for broken files, by format; none may pass as a bug of ours.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Image.Image]:
+    """The file opened by Pillow; whatever goes wrong in the block is said of the file."""
     try:
         with Image.open(path) as file:
-            if file.mode not in ("L", "P", "1"):
-                raise UnreadableImageError(
-                    f"{path}: a label mask holds one class id per pixel (8-bit gray or palette "
-                    f"PNG), this file is {file.mode}"
-                )
-            return np.array(file if file.mode != "1" else file.convert("L"))
+            yield file
     except FileNotFoundError as error:
         raise UnreadableImageError(f"no such file: {path}") from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise UnreadableImageError(f"{path}: not a readable mask ({_reason(error)})") from error
+    except _BROKEN as error:
+        raise UnreadableImageError(f"{path}: not a readable {what} ({_reason(error)})") from error
+
+
+def _orientation(file: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none or the EXIF block is broken, as viewers do."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Corrupt EXIF data": handled here
+            value = file.getexif().get(ExifTags.Base.Orientation, 1)
+    except _BROKEN:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def fitted_size(height: int, width: int, spec: Spec) -> tuple[int, int]:
     """(height, width) at which the network sees a photo of the given size, as the spec's policy
     says."""
-    longest = spec.input.longest_side
-    if longest is None:
+    return scaled_size(height, width, spec.input.longest_side)
+
+
+def scaled_size(height: int, width: int, longest_side: int | None) -> tuple[int, int]:
+    """(height, width) in proportion, the longer one `longest_side`; unchanged for None."""
+    if longest_side is None:
         return height, width
-    scale = longest / max(height, width)
+    scale = longest_side / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 

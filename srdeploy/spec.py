@@ -4,6 +4,9 @@ It is made from the data set, saved with the run (spec.json), written into the O
 `srdeploy.spec`) and read by every runtime. Nothing else says how to pre- or post-process.
 """
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,10 +18,37 @@ ONNX_KEY = "srdeploy.spec"
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Byte, Byte, Byte]
+Mean = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_classes(
+    names: Sequence[str],
+    palette: Sequence[Colour],
+    ignore_index: int,
+    scored: Sequence[int] | None,
+) -> None:
+    """Raises ValueError where names, colours, ignored label and scored ids don't fit together."""
+    if len(palette) != len(names):
+        raise ValueError(f"{len(names)} classes but {len(palette)} palette colours")
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise ValueError(f"class names must differ from each other: '{doubled[0]}' stands twice")
+    if ignore_index < len(names):
+        raise ValueError(
+            f"ignore_index {ignore_index} is also the id of class '{names[ignore_index]}'"
+        )
+    if scored is None:
+        return
+    bad = [i for i in scored if not 0 <= i < len(names)]
+    if bad:
+        raise ValueError(f"scored class ids {bad} are not among 0..{len(names) - 1}")
+    if not scored or len(set(scored)) != len(scored):
+        raise ValueError(f"scored class ids {list(scored)} must be one or more, each once")
 
 
 class InputPolicy(Settings):
@@ -60,11 +90,9 @@ class Spec(Settings):
     """RGB colour of ignored pixels in pictures."""
     scored: tuple[int, ...] | None = None
     """Class ids that mIoU averages over; pixels with other true ids are ignored. None: all."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
     """Per channel in RGB order, of values scaled to 0..1."""
-    std: tuple[
-        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-    ] = IMAGENET_STD
+    std: tuple[Std, Std, Std] = IMAGENET_STD
     """Per channel in RGB order, of values scaled to 0..1."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
     """Channel order the network was trained with. Images in memory are always RGB."""
@@ -72,18 +100,7 @@ class Spec(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(self.palette) != len(self.classes):
-            raise ValueError(f"{len(self.classes)} classes but {len(self.palette)} palette colours")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("class names must differ from each other")
-        if self.ignore_index < len(self.classes):
-            raise ValueError(
-                f"ignore_index {self.ignore_index} is also the id of class "
-                f"'{self.classes[self.ignore_index]}'"
-            )
-        bad = [i for i in self.scored or () if not 0 <= i < len(self.classes)]
-        if bad or (self.scored is not None and not self.scored):
-            raise ValueError(f"scored class ids {bad} are not among 0..{len(self.classes) - 1}")
+        check_classes(self.classes, self.palette, self.ignore_index, self.scored)
         return self
 
     @property
@@ -98,6 +115,4 @@ class Spec(Settings):
 
     def to_json(self) -> str:
         """One line of JSON with sorted keys: equal specs give equal text."""
-        import json
-
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

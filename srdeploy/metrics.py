@@ -1,0 +1,200 @@
+"""Accuracy of label maps: IoU, pixel accuracy, and the two failures that self-regulation is for.
+
+*Failure-1*, small things are missed: of the small connected components of the ground truth, the
+fraction of which less than half the pixels are found.
+*Failure-2*, minor parts of large things get another class: of the large components whose majority
+is right, the share of pixels that another foreground class takes.
+
+Both are taken over scored classes that are foreground: all but one named "background" or "void".
+The definitions are ours, after the failure modes named in "Self-Regulation for Semantic
+Segmentation" (ICCV 2021). K classes, H height, W width.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from srdeploy.errors import UserError
+from srdeploy.spec import Spec
+from srdeploy.validation import Settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Labels = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
+
+SMALL_SHARE = 0.01
+"""A component below this share of the image's pixels is small."""
+SPECK_PIXELS = 16
+"""A component of fewer pixels is a speck, where the annotator's outline decides: it is left out."""
+LARGE_SHARE = 0.05
+"""A component of at least this share of the image's pixels is large."""
+FOUND_RECALL = 0.5
+"""A small component is missed below this recall; a large one's majority is right above it."""
+NOT_FOREGROUND = frozenset({"background", "void"})
+"""Class names that are no thing of their own."""
+
+_EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
+
+
+class Scores(Settings):
+    """Accuracy over a set of images; all shares in 0..1, None where nothing could be measured."""
+
+    miou: float
+    """Mean of the scored classes' IoU, over those present in the ground truth or predicted."""
+    pixel_accuracy: float
+    """Share of the scored pixels with the right class."""
+    iou: dict[str, float | None]
+    """By the name of each scored class."""
+    failure1: float | None
+    """Fraction of small components missed, all foreground classes together."""
+    failure1_per_class: dict[str, float | None]
+    failure2: float | None
+    """Share of large components' pixels that another foreground class took."""
+    failure2_per_class: dict[str, float | None]
+    small_components: dict[str, int]
+    """How many small components failure1_per_class rests on."""
+    large_components: dict[str, int]
+    """How many large components, with a right majority, failure2_per_class rests on."""
+    images: int
+
+    def table(self, title: str) -> "Table":
+        """A table for people: one row per scored class, and all together; figures in percent."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", show_footer=True)
+        table.add_column("class", footer="all")
+        table.add_column("IoU %", justify="right", footer=percent(self.miou))
+        table.add_column("small missed %", justify="right", footer=percent(self.failure1))
+        table.add_column("of", justify="right", footer=str(sum(self.small_components.values())))
+        table.add_column("large confused %", justify="right", footer=percent(self.failure2))
+        table.add_column("of", justify="right", footer=str(sum(self.large_components.values())))
+        for name, iou in self.iou.items():
+            table.add_row(
+                name,
+                percent(iou),
+                percent(self.failure1_per_class.get(name)),
+                str(self.small_components.get(name, "-")),
+                percent(self.failure2_per_class.get(name)),
+                str(self.large_components.get(name, "-")),
+            )
+        table.caption = f"{self.images} images, pixel accuracy {percent(self.pixel_accuracy)} %"
+        return table
+
+
+class Score:
+    """Collects label maps and scores them, image by image; memory does not grow with the images."""
+
+    confusion: Counts
+    """int64 [K, K], rows the true class, columns the predicted one; scored pixels only."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        classes = spec.class_count
+        self.confusion = np.zeros((classes, classes), np.int64)
+        self.images = 0
+        self._scored = np.zeros(256, np.bool_)
+        self._scored[list(spec.scored_ids)] = True
+        self._known = np.zeros(256, np.bool_)
+        self._known[[*range(classes), spec.ignore_index]] = True
+        self._foreground = [i for i in spec.scored_ids if spec.classes[i] not in NOT_FOREGROUND]
+        self._is_foreground = np.zeros(classes, np.bool_)
+        self._is_foreground[self._foreground] = True
+        # Per class: small components, missed ones; large ones, their pixels, pixels taken by others.
+        self._small = np.zeros((classes, 2), np.int64)
+        self._large = np.zeros((classes, 3), np.int64)
+
+    def update(self, labels: Labels, predicted: Labels) -> None:
+        """Adds one image: true and predicted labels, both uint8 [H, W].
+
+        True labels of classes that are not scored, and the ignore index, count for nothing.
+        Raises UserError where shapes differ or a label is neither a class nor the ignore index.
+        """
+        if labels.shape != predicted.shape:
+            raise UserError(
+                f"the prediction has shape {predicted.shape}, its labels {labels.shape}: "
+                "restore it to the labels' size first"
+            )
+        classes = self.spec.class_count
+        self._refuse_unknown(labels)
+        # One count of all 256 x K pairs would be slower than leaving the ignored pixels out first.
+        scored = self._scored[labels]
+        truth, guess = labels[scored], predicted[scored]
+        if guess.size and int(guess.max()) >= classes:
+            raise UserError(f"predicted label {guess.max()} is not one of {classes} classes")
+        pairs = truth.astype(np.int64) * classes + guess
+        counts = np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+        self.confusion += counts
+        self.images += 1
+        present = counts.sum(axis=1)
+        for index in self._foreground:
+            if present[index] >= SPECK_PIXELS:
+                self._count_components(labels == index, predicted, index)
+
+    def result(self) -> Scores:
+        """The scores so far. Raises UserError where no scored pixel has been seen."""
+        total = int(self.confusion.sum())
+        if total == 0:
+            raise UserError(
+                f"nothing to score: {self.images} images hold no pixel of a scored class"
+            )
+        correct = self.confusion.diagonal()
+        union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - correct
+        names = self.spec.classes
+        iou = {names[i]: _ratio(correct[i], union[i]) for i in self.spec.scored_ids}
+        known = [value for value in iou.values() if value is not None]
+        small, large = self._small, self._large
+        return Scores(
+            miou=sum(known) / len(known),
+            pixel_accuracy=float(correct.sum() / total),
+            iou=iou,
+            failure1=_ratio(small[:, 1].sum(), small[:, 0].sum()),
+            failure1_per_class={
+                names[i]: _ratio(small[i, 1], small[i, 0]) for i in self._foreground
+            },
+            failure2=_ratio(large[:, 2].sum(), large[:, 1].sum()),
+            failure2_per_class={
+                names[i]: _ratio(large[i, 2], large[i, 1]) for i in self._foreground
+            },
+            small_components={names[i]: int(small[i, 0]) for i in self._foreground},
+            large_components={names[i]: int(large[i, 0]) for i in self._foreground},
+            images=self.images,
+        )
+
+    def _refuse_unknown(self, labels: Labels) -> None:
+        unknown = ~self._known[labels]
+        if unknown.any():
+            raise UserError(
+                f"label {labels[unknown][0]} is neither one of {self.spec.class_count} classes nor "
+                f"the ignored label {self.spec.ignore_index}"
+            )
+
+    def _count_components(self, mask: npt.NDArray[np.bool_], predicted: Labels, index: int) -> None:
+        """Adds the components of one class; `mask` is bool [H, W], true where the class is."""
+        area = mask.size
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        components, count = ndimage.label(mask[box], _EIGHT_NEIGHBOURS)
+        inside = components > 0
+        numbers, guess = components[inside], predicted[box][inside]
+        sizes = np.bincount(numbers, minlength=count + 1)
+        right = np.bincount(numbers[guess == index], minlength=count + 1)
+        small = (sizes >= SPECK_PIXELS) & (sizes < SMALL_SHARE * area)
+        self._small[index] += small.sum(), (small & (right < FOUND_RECALL * sizes)).sum()
+        large = (sizes >= LARGE_SHARE * area) & (right > FOUND_RECALL * sizes)
+        if large.any():
+            other = self._is_foreground[guess] & (guess != index)
+            taken = np.bincount(numbers[other], minlength=count + 1)
+            self._large[index] += large.sum(), sizes[large].sum(), taken[large].sum()
+
+
+def percent(share: float | None) -> str:
+    """A share of 0..1 in percent with two decimals; a dash for None."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def _ratio(part: np.int64, whole: np.int64) -> float | None:
+    return float(part / whole) if whole else None
