@@ -24,7 +24,7 @@ class ExitOutput(NamedTuple):
 
 
 class LeanExit(nn.Module):
-    """The tap averaged to a coarse grid, 1x1 and 3x3 to `width` channels; 1x1 and linear to K classes."""
+    """The tap averaged to a coarse grid, 1x1 and 3x3 to `width` channels, then to K classes."""
 
     def __init__(self, channels: int, classes: int, width: int, window: int) -> None:
         """`window`: cells of the tap, per axis, that are averaged into one cell of the exit."""
@@ -47,9 +47,9 @@ class LeanExit(nn.Module):
 
 
 class AuthorsExit(nn.Module):
-    """The published demo's head: two 3x3 convolutions to 256 channels at the tap's own size, 1x1 to K.
+    """The published demo's head: two 3x3 convolutions to 256 channels, 1x1 to K.
 
-    Its classifier reads the segmentation logits' means over the image.
+    It works at the tap's own size; its classifier reads the segmentation logits' means.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -67,7 +67,7 @@ class AuthorsExit(nn.Module):
 
 
 class Exits(nn.Module):
-    """All exits of one regulated network: one per tap, and the classifier of the network's own output.
+    """All exits of a regulated network: one per tap, and a classifier of the network's own output.
 
     Its state_dict is what exits.safetensors holds; the network's weights are not in it.
     """

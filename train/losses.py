@@ -1,8 +1,8 @@
 """The losses of self-regulation, as pure functions (ICCV 2021, arXiv 2108.09702).
 
 Shapes: N batch, K classes, C channels, H and W label size, h and w an exit's size. Everything is
-computed in float32 whatever comes in. Pixels labelled `ignore_index` count for nothing; where no pixel
-is left the loss is exactly 0 with zero gradients. Teachers are detached here, where they are used.
+computed in float32 whatever comes in. Pixels labelled `ignore_index` count for nothing; where no
+pixel is left the loss is exactly 0 with zero gradients. Teachers are detached where they are used.
 """
 
 import torch
@@ -62,7 +62,7 @@ def presence(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
 def pixel_cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy over valid pixels: logits [N, K, H, W], integer labels [N, H, W] -> scalar.
+    """Mean cross-entropy over valid pixels: logits [N, K, H, W], labels [N, H, W] -> scalar.
 
     With `class_weights` [K] it is the weighted mean, sum(w * ce) / sum(w), as in torch.
     """
@@ -88,8 +88,8 @@ def count_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of logits [N, K, h, w] against `count_labels`' [N, K, h, w] -> scalar.
 
-    Every labelled pixel weighs the same, so this equals `pixel_cross_entropy` at full size of logits
-    that are constant in each cell, without ever making them.
+    Every labelled pixel weighs the same, so this equals `pixel_cross_entropy` at full size of
+    logits that are constant in each cell, without ever making them.
     """
     weighted = counts if class_weights is None else counts * class_weights[:, None, None]
     losses = weighted * functional.log_softmax(logits.float(), dim=1)
@@ -121,8 +121,8 @@ def hard_feedback(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
 def soft_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
     """SR-F on probabilities: t^2 KL(softmax(teacher / t) || softmax(student / t)).
 
-    student, teacher: logits [N, K, h, w] on one grid; valid: bool [N, h, w]. The divergence is summed
-    over classes and averaged over valid pixels.
+    student, teacher: logits [N, K, h, w] on one grid; valid: bool [N, h, w]. The divergence is
+    summed over classes and averaged over valid pixels.
     """
     expected = functional.log_softmax(teacher.detach().float() / temperature, dim=1)
     found = functional.log_softmax(student.float() / temperature, dim=1)
@@ -131,7 +131,7 @@ def soft_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: 
 
 
 def feature_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """SR-F on hidden maps: where in the image does each channel look, in the teacher and the student?
+    """SR-F on hidden maps: each channel of the student is to look where the teacher's looks.
 
     student, teacher: [N, C, h, w] on one grid; valid: bool [N, h, w]. Each channel's map becomes a
     distribution over the valid positions, softmax(map / t); the loss is t^2 KL(teacher || student),
@@ -161,18 +161,17 @@ def class_feedback(
 
 
 def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both logits [N, K, ., .] on the coarser of their grids, per axis; the finer one is interpolated.
+    """Both logits [N, K, ., .] on the coarser of their grids, per axis; the finer is interpolated.
 
-    Bilinear with half-pixel centres reads the finer map at the coarser cells' centres, which is where
-    `shrink_labels` reads the labels; and logits that a network has enlarged from that grid come back
-    as they were, but for the border.
+    Bilinear with half-pixel centres reads the finer map at the coarser cells' centres, where
+    `shrink_labels` reads the labels too. So no shift comes between teacher, student and mask.
     """
     size = _coarser(student, teacher)
     return resize_logits(student.float(), size), resize_logits(teacher.detach().float(), size)
 
 
 def pooled_to_student(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both hidden maps [N, C, ., .] on the coarser of their grids, the teacher averaged over cells."""
+    """Both hidden maps [N, C, ., .] on the coarser of their grids, the teacher averaged."""
     size = _coarser(student, teacher)
     averaged = functional.adaptive_avg_pool2d(teacher.detach().float(), size)
     return resize_logits(student.float(), size), averaged
@@ -189,7 +188,7 @@ def _masked_mean(losses: Tensor, valid: Tensor) -> Tensor:
 
 
 def _centres(size: int, other: int, device: torch.device) -> Tensor:
-    """For each of `size` cells the index among `other` cells that its centre lies in: int64 [size]."""
+    """For each of `size` cells which of `other` cells its centre lies in: int64 [size]."""
     return ((2 * torch.arange(size, device=device) + 1) * other) // (2 * size)
 
 

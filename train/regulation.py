@@ -5,7 +5,7 @@
     ...
     regulated.losses(images, labels, progress=step / steps).total.backward()
 
-`regulated.network` is the very module that was given, and stays plain: it is what is saved and deployed.
+`regulated.network` is the very module that was given, and stays plain: save and deploy it.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,12 @@ from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.train.schedule import ramp
 from srdeploy.train.taps import collected, feature_map, find_taps, probe
 
+DEFAULTS = RegulationConfig()
+
 
 @dataclass(frozen=True)
 class ExitOutputs:
-    """What all exits say about a batch, shallow to deep; the last one is the network's own output."""
+    """What all exits say about a batch, shallow to deep; the last is the network's own output."""
 
     logits: list[Tensor]
     """[N, K, h, w] each, at the exit's own resolution."""
@@ -34,27 +36,30 @@ class ExitOutputs:
     hidden: list[Tensor | None]
     """[N, C, h, w] each; None for the network's own output."""
     own: dict[str, Tensor] = field(default_factory=dict)
-    """Logits [N, K, h, w] of the network's own further supervised heads (`own_exits`), by module name."""
+    """Logits [N, K, h, w] of the network's own further supervised heads (`own_exits`), by name."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One step's losses. Scalars stay on the device: reading them is the caller's choice of moment."""
+    """One step's losses. They stay on the device: the caller chooses when to read them."""
 
     total: Tensor
     """What to call backward on."""
     terms: dict[str, Tensor]
-    """The parts that went into the total, unweighted and detached: "main" always, "own" where the network
-    has own_exits (with its weights in), "seg" and "cls" with exits, "srf" and "srl" once feedback began."""
+    """The parts that went into the total, unweighted and detached: "main" always, "own" where the
+    network has own_exits (with its weights in), "seg" and "cls" with exits, "srf" and "srl" once
+    feedback began."""
 
 
 class SelfRegulation(nn.Module):
-    """A plain network and the exits that regulate its training; a baseline with `settings.enabled` False.
+    """A plain network and the exits that regulate its training.
 
-    network: any module whose output `srdeploy.outputs.main_logits` understands, of `classes` channels.
-    taps: module names, shallow to deep, or "auto": `settings.taps`, and where that is "auto" too, the
-    network's `stages`. ignore_index: label of pixels that count for nothing. class_weights: float [K],
-    weighs the cross-entropies against ground truth. Raises UserError for taps that can't be read.
+    network: any module whose output `srdeploy.outputs.main_logits` understands, with `classes`
+    channels. taps: module names, shallow to deep, or "auto": `settings.taps`, and where that is
+    "auto" too, the network's `stages`. With `settings.enabled` False it is a baseline: no exits,
+    and the same loss function without their terms. ignore_index: label of pixels that count for
+    nothing. class_weights: float [K], weighs the cross-entropies against ground truth.
+    Raises UserError for taps that can't be read and for a network of another number of classes.
     """
 
     class_weights: Tensor | None
@@ -64,7 +69,7 @@ class SelfRegulation(nn.Module):
         network: nn.Module,
         classes: int,
         taps: str | Sequence[str] = "auto",
-        settings: RegulationConfig = RegulationConfig(),
+        settings: RegulationConfig = DEFAULTS,
         ignore_index: int = 255,
         class_weights: Tensor | None = None,
     ) -> None:
@@ -106,7 +111,7 @@ class SelfRegulation(nn.Module):
                 )
 
     def forward(self, images: Tensor) -> ExitOutputs:
-        """images float32 [N, 3, H, W], normalised -> all exits' outputs. A baseline has the last alone."""
+        """images float32 [N, 3, H, W], normalised -> all exits' outputs; a baseline's last one."""
         with collected(self.network, (*self.taps, *self.own_exits)) as outputs:
             logits = main_logits(self.network(images))
         own = {name: feature_map(outputs, name) for name in self.own_exits}
@@ -123,19 +128,19 @@ class SelfRegulation(nn.Module):
     def losses(self, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
         """One step's losses, ready for backward; usable under autocast.
 
-        images: float32 [N, 3, H, W], normalised; labels: uint8 or int64 [N, H, W]; progress: share of
-        the training that is done, 0..1, from which the feedback's strength follows.
+        images: float32 [N, 3, H, W], normalised; labels: uint8 or int64 [N, H, W]; progress: share
+        of the training that is done, 0..1, from which the feedback's strength follows.
         Raises UserError for labels of another size, and on the CPU for ids that are no class.
         """
         if labels.shape != (images.shape[0], *images.shape[2:]):
             raise UserError(
-                f"labels of shape {tuple(labels.shape)} do not fit images of shape {tuple(images.shape)}: "
-                "they must be [N, H, W]"
+                f"labels of shape {tuple(labels.shape)} do not fit images of shape "
+                f"{tuple(images.shape)}: they must be [N, H, W]"
             )
         return self.losses_of(self(images), labels, progress)
 
     def losses_of(self, outputs: ExitOutputs, labels: Tensor, progress: float = 1.0) -> Losses:
-        """`losses` of outputs that are there already, e.g. of a forward through DistributedDataParallel."""
+        """`losses` of outputs at hand, e.g. of a forward through DistributedDataParallel."""
         self._check_ids(labels)
         with torch.autocast(labels.device.type, enabled=False):
             terms = {"main": self._full_size(outputs.logits[-1], labels)}
@@ -151,7 +156,7 @@ class SelfRegulation(nn.Module):
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def _full_size(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy at the labels' size: the baseline's loss, and the same function in every run."""
+        """Cross-entropy at the labels' size: the baseline's loss, one function for every run."""
         resized = resize_logits(logits.float(), (labels.shape[1], labels.shape[2]))
         return losses.pixel_cross_entropy(resized, labels, self.ignore_index, self.class_weights)
 
@@ -162,7 +167,7 @@ class SelfRegulation(nn.Module):
         terms: dict[str, Tensor],
         weights: dict[str, float],
     ) -> None:
-        """MEA: every exit's segmenter and classifier against ground truth, at its own resolution."""
+        """MEA: each exit's segmenter and classifier against ground truth, at its resolution."""
         if self.settings.seg_weight > 0:
             terms["seg"] = _sum([self._own_size(z, labels) for z in outputs.logits[:-1]])
             weights["seg"] = self.settings.seg_weight
@@ -191,7 +196,7 @@ class SelfRegulation(nn.Module):
         terms: dict[str, Tensor],
         weights: dict[str, float],
     ) -> None:
-        """SR-F from the shallowest exit and SR-L from the deepest, once the schedule lets them act."""
+        """SR-F from the shallowest exit, SR-L from the deepest, once the schedule lets them act."""
         settings = self.settings
         strength = ramp(progress, settings.start, settings.ramp)
         if strength * settings.srf_weight > 0:
@@ -209,14 +214,18 @@ class SelfRegulation(nn.Module):
             weights["srl"] = strength * settings.srl_weight
 
     def _shallow_feedback(self, outputs: ExitOutputs, labels: Tensor) -> Tensor:
-        """SR-F: the shallowest exit teaches all deeper ones; in the feature form those with a hidden map."""
+        """SR-F: the shallowest exit teaches all deeper ones (form "feature": of hidden maps)."""
+        # The network's own output has no hidden map and so no part in the feature form.
         form, temperature = self.settings.srf_form, self.settings.temperature
-        found = []
-        maps = outputs.logits
         if form == "feature":
-            maps = [hidden for hidden in outputs.hidden if hidden is not None]
+            maps, join = (
+                [one for one in outputs.hidden if one is not None],
+                losses.pooled_to_student,
+            )
+        else:
+            maps, join = outputs.logits, losses.on_one_grid
+        found = []
         for deeper in maps[1:]:
-            join = losses.pooled_to_student if form == "feature" else losses.on_one_grid
             student, teacher = join(deeper, maps[0])
             shrunk = losses.shrink_labels(labels, (student.shape[2], student.shape[3]))
             valid = shrunk != self.ignore_index

@@ -8,11 +8,12 @@ from srdeploy.validation import Settings
 
 
 class RegulationConfig(Settings):
-    """How a network is regulated in training. The deployed network is the same for every choice here.
+    """How a network is regulated in training. The deployed network is the same for every choice.
 
     The loss is
 
-        main + seg_weight * seg + cls_weight * cls + strength * (srf_weight * srf + srl_weight * srl)
+        main + seg_weight * seg + cls_weight * cls
+             + strength * (srf_weight * srf + srl_weight * srl)
 
     where `main` is the network's own cross-entropy, `seg` and `cls` are the exits' losses against
     ground truth, `srf` and `srl` are the feedback between exits, and `strength` grows from 0 to 1
@@ -26,7 +27,7 @@ class RegulationConfig(Settings):
     """Names of the modules that exits read, shallow to deep; "auto": the network's `stages`."""
     exits: Literal["lean", "authors"] = "lean"
     """"lean": pooled to `min_stride` and `width` channels wide, about 1 % of DeepLab-v2's work.
-    "authors": two 3x3 convolutions to 256 channels at the tap's own size, as in the paper's code."""
+    "authors": two 3x3 convolutions to 256 channels at the tap's size, as the authors' demo has."""
     width: int = Field(default=64, ge=1)
     """Channels inside a lean exit."""
     min_stride: int = Field(default=8, ge=1)

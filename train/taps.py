@@ -14,7 +14,7 @@ from srdeploy.outputs import main_logits
 from srdeploy.validation import closest
 
 PROBE_SIZE = 64
-"""Pixels per side of the image that finds out the taps' channels and strides: every network takes it."""
+"""Pixels per side of the image that finds out the taps' channels and strides."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def feature_map(outputs: dict[str, Any], name: str) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() != 4:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise UserError(
-            f"tap '{name}' gives {type(found).__name__}{shape}: exits read feature maps [N, C, H, W]"
+            f"tap '{name}' gives {type(found).__name__}{shape}: exits read maps [N, C, H, W]"
         )
     return found
 
 
 def find_taps(network: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of the modules to read, shallow to deep: `taps`, or with "auto" the network's `stages`.
+    """The names of the modules to read, shallow to deep: `taps`, or for "auto" the `stages`.
 
     Raises UserError for a name that the network lacks, listing close ones, for a name given twice,
     and for "auto" on a network without stages.
@@ -72,9 +72,10 @@ def find_taps(network: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
             raise UserError(f"taps is '{taps}': give \"auto\" or a list of module names")
         stages = getattr(network, "stages", None)
         if not isinstance(stages, tuple | list) or not stages:
+            parts = ", ".join(name for name, _ in network.named_children())
             raise UserError(
-                f"{type(network).__name__} names no stages: pass taps=[...] with module names, shallow "
-                f"to deep; its parts are {', '.join(name for name, _ in network.named_children())}"
+                f"{type(network).__name__} names no stages: pass taps=[...] with module names, "
+                f"shallow to deep; its parts are {parts}"
             )
         taps = stages
     if not taps:
@@ -94,8 +95,8 @@ def find_taps(network: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
 def probe(network: nn.Module, taps: Sequence[str], own_exits: Sequence[str]) -> Probe:
     """Runs the network once on a blank image and reports its taps; nothing of it changes.
 
-    It runs in evaluation mode without gradients, so running statistics stay, and each module gets its
-    own mode back. Raises UserError where a tap can't be read or taps do not run shallow to deep.
+    It runs in evaluation mode without gradients, so running statistics stay, and each module gets
+    its own mode back. Raises UserError for taps that can't be read or do not run shallow to deep.
     """
     parameter = next(network.parameters(), torch.empty(0))
     blank = torch.zeros(
