@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from srdeploy.data.classes import read_class_table
 from srdeploy.errors import UserError
+from srdeploy.files import read_json
 from srdeploy.runs import is_run, open_run
 from srdeploy.serve.signature import Signature, read_signature
 from srdeploy.spec import Spec
+from srdeploy.validation import validated
 
 MODEL = "model.onnx"
 """The graph's file in a deploy folder."""
@@ -48,3 +51,18 @@ def open_artifact(path: Path) -> Artifact:
         raise UserError(f"{path}: give a run folder, a deploy folder or an .onnx file")
     signature = read_signature(path)
     return Artifact("onnx", path, path, signature.spec, signature)
+
+
+def spec_from_classes(path: Path) -> Spec:
+    """The spec for an ONNX file without metadata: a data set's classes.json, or a run's spec.json.
+
+    classes.json may also hold `mean` and `std` (RGB order, of values scaled to 0..1) and
+    `colour_order`; ImageNet's mean and std, and RGB, are the default. Raises UserError.
+    """
+    content = read_json(path)
+    if isinstance(content, dict) and "classes" in content:
+        return validated(Spec, content, str(path))
+    table = read_class_table(path)
+    values = table.model_dump(exclude={"names"}) | {"classes": table.names}
+    values |= {key: content[key] for key in ("mean", "std", "colour_order") if key in content}
+    return validated(Spec, values, str(path))

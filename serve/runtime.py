@@ -27,7 +27,7 @@ RUNTIMES = ("auto", "torch", "onnxruntime")
 
 
 class ImageShapeError(UserError):
-    """Images that this runtime can't take; the message has the actual shape."""
+    """Images that this runtime can't take, for shape or size; the message has the actual shape."""
 
 
 class Runtime(ABC):

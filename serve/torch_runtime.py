@@ -7,7 +7,7 @@ from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.runs import load_network, open_run
 from srdeploy.serve.artifact import Artifact
-from srdeploy.serve.runtime import Logits, Runtime, parse_device
+from srdeploy.serve.runtime import ImageShapeError, Logits, Runtime, parse_device
 from srdeploy.spec import Spec
 
 
@@ -57,7 +57,7 @@ class TorchRuntime(Runtime):
                 assert isinstance(output, torch.Tensor)
                 return output.cpu()
         except torch.OutOfMemoryError as error:
-            raise UserError(
+            raise ImageShapeError(
                 f"out of memory on {self.device} with images {list(images.shape)}: "
                 "use smaller images or a smaller batch"
             ) from error

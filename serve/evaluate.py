@@ -1,0 +1,60 @@
+"""Accuracy of an artifact on a labelled split, at the photos' own size."""
+
+from typing import TYPE_CHECKING
+
+from srdeploy import console
+from srdeploy.errors import UserError
+from srdeploy.imaging import fit, restore
+from srdeploy.metrics import Score, Scores
+from srdeploy.serve.runtime import Runtime
+
+if TYPE_CHECKING:
+    from srdeploy.data import DataSet
+
+
+def evaluate(runtime: Runtime, dataset: "DataSet", limit: int | None = None) -> Scores:
+    """Runs every photo of `dataset` (or its first `limit`) through `runtime`, which must be open.
+
+    Each photo is fitted as the artifact's spec says; the labels are restored to the mask's size
+    before they are scored. Which classes count, and which label is ignored, the data set says.
+    Raises UserError where the classes differ, or where a photo or mask can't be used.
+    """
+    check_same_classes(runtime, dataset)
+    # The names are equal, the data set's own view of what is scored decides.
+    score = Score(
+        runtime.spec.model_copy(
+            update={
+                "ignore_index": dataset.classes.ignore_index,
+                "scored": dataset.classes.scored,
+            }
+        )
+    )
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    for index in console.track(range(count), f"evaluate {runtime.path.name}", count):
+        photo, labels = dataset.read(index)
+        try:
+            predicted = runtime.run(fit(photo, runtime.spec)[None])[0]
+        except UserError as error:
+            raise UserError(f"{dataset.items[index].image}: {error}") from error
+        score.update(labels, restore(predicted, *labels.shape))
+    return score.result()
+
+
+def check_same_classes(runtime: Runtime, dataset: "DataSet") -> None:
+    """Raises UserError where artifact and data set do not have the same classes in one order."""
+    ours, theirs = runtime.spec.classes, dataset.classes.names
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"{runtime.path} has {len(ours)} classes ({_some(ours)}), {dataset.root} has "
+            f"{len(theirs)} ({_some(theirs)}): they can't be compared"
+        )
+    for index, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        if own != other:
+            raise UserError(
+                f"class {index} is '{own}' in {runtime.path} and '{other}' in {dataset.root}: "
+                "they can't be compared"
+            )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
