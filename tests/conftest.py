@@ -1,0 +1,55 @@
+"""Fixtures that several parts share: a tiny data set, written with Pillow, that a tiny network can
+learn."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY_SIZE = (40, 48)
+"""(height, width) of the tiny set's photos."""
+TINY_PALETTE = [[40, 160, 60], [200, 60, 40], [40, 70, 200]]
+
+
+def write_tiny_data(root: Path, train: int = 6, val: int = 3, seed: int = 0) -> Path:
+    """The folder layout with classes field, box, disc; a void rim around the discs; noise on the
+    colours."""
+    for split, count, offset in (("train", train, 0), ("val", val, 1000)):
+        (root / "images" / split).mkdir(parents=True)
+        (root / "labels" / split).mkdir(parents=True)
+        for index in range(count):
+            rng = np.random.default_rng([seed, offset + index])
+            photo, labels = _tiny_scene(rng)
+            Image.fromarray(photo).save(root / "images" / split / f"{split}_{index:02d}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{split}_{index:02d}.png")
+    table = {
+        "names": ["field", "box", "disc"],
+        "palette": TINY_PALETTE,
+        "ignore_index": 255,
+        "void_colour": [224, 224, 192],
+    }
+    (root / "classes.json").write_text(json.dumps(table))
+    return root
+
+
+def _tiny_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    height, width = TINY_SIZE
+    labels = np.zeros((height, width), np.uint8)
+    top, left = (int(v) for v in rng.integers(2, 12, 2))
+    labels[top : top + 14, left : left + 12] = 1
+    rows, columns = np.mgrid[:height, :width]
+    distance = np.hypot(rows - rng.integers(14, 30), columns - rng.integers(28, 40))
+    labels[distance < 8] = 255
+    labels[distance < 7] = 2
+    colours = np.array([*TINY_PALETTE, *[[128, 128, 128]] * 253], np.int64)[labels]
+    noise = rng.integers(-30, 31, (height, width, 3))
+    return np.clip(colours + noise, 0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A read-only data set in the folder layout: 3 classes, 6 train and 3 val photos of 48x40 (W x
+    H)."""
+    return write_tiny_data(tmp_path_factory.mktemp("tiny") / "data")
