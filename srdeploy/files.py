@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     When the block raises, nothing is left behind and an older `path` stays as it was.
     Raises UserError where the folder can't be made or the disk is full.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        # As root, replacing /dev/null or /dev/stdout would break the machine.
+        raise UserError(f"{path} is not an ordinary file: choose another name")
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +55,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise explain_os_error(error, path) from error
+        raise explain_os_error(error, _blamed(error, path)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -62,8 +66,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path` to fill; when the block ends well it replaces `path`.
 
     A folder that stood at `path` before is removed only after the new one is complete.
+    Raises UserError where `path` is a file, can't be made, or the disk is full.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, a folder is to be written there: choose another name")
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +78,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
-            aside = temporary.with_suffix(".old")
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, aside)
             os.replace(temporary, path)
             shutil.rmtree(aside)
         else:
             os.replace(temporary, path)
     except OSError as error:
-        raise explain_os_error(error, path) from error
+        raise explain_os_error(error, _blamed(error, path)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -99,7 +106,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_text(path: Path) -> str:
     """The text of `path`. Raises UserError where it is absent, unreadable or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # Windows editors write a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a UTF-8 text file") from error
     except OSError as error:
@@ -115,11 +122,22 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The file's SHA-256 as 64 hexadecimal digits. Raises UserError where it can't be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise explain_os_error(error, path) from error
 
 
+def _blamed(error: OSError, path: Path) -> Path | str:
+    """The file to name: the one that the error is about, but never a temporary one of ours."""
+    about = os.fspath(error.filename) if isinstance(error.filename, str | Path) else ""
+    ours = about.startswith(str(path.parent / f".{path.name}."))
+    return path if ours or not about else about
+
+
+@cache  # asking for it sets it for a moment, which threads would notice
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)

@@ -103,7 +103,7 @@ class Score:
         self._foreground = [i for i in spec.scored_ids if spec.classes[i] not in NOT_FOREGROUND]
         self._is_foreground = np.zeros(classes, np.bool_)
         self._is_foreground[self._foreground] = True
-        # Per class: small components, missed ones; large ones, their pixels, pixels taken by others.
+        # Per class: small components, missed; large ones, their pixels, those taken by others.
         self._small = np.zeros((classes, 2), np.int64)
         self._large = np.zeros((classes, 3), np.int64)
 

@@ -29,11 +29,14 @@ def closest(name: str, known: Iterable[str]) -> str:
 def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     """Makes `model` from `values`. Raises UserError of one line that names `where` and the first
     fault."""
+    if not isinstance(values, Mapping):
+        kind = type(values).__name__
+        raise UserError(f"{where}: a mapping of keys to values is needed, this is a {kind}")
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
         fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+        key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             known = _fields_at(model, fault["loc"][:-1])
             message = f"unknown key '{key}': {closest(str(fault['loc'][-1]), known)}"
@@ -42,7 +45,10 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
         else:
             reason = fault["msg"].removeprefix("Value error, ")
             reason = reason[0].lower() + reason[1:]
-            message = f"'{key}' is {str(fault['input'])[:80]!r}: {reason}"
+            shown = (
+                "" if isinstance(fault["input"], Mapping) else f" is {str(fault['input'])[:80]!r}"
+            )
+            message = f"'{key}'{shown}: {reason}" if key else reason
         raise UserError(f"{where}: {message}") from error
 
 
