@@ -1,7 +1,113 @@
-"""Verbs of train."""
+"""`srdeploy train`: a run from a data set."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from srdeploy.cli.options import Json, Quiet
+
+if TYPE_CHECKING:
+    from srdeploy.train.config import TrainConfig
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Run folder to write, e.g. runs/NAME.")],
+    data: Annotated[
+        Path | None, typer.Argument(help="Data set's folder; may be left away with --resume.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Plain network [default: deeplabv2-mobilenetv2].")
+    ] = None,
+    regulation: Annotated[
+        bool | None,
+        typer.Option("--sr/--no-sr", help="Self-regulation, or the baseline [default: --sr]."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps [default: 2000].")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per forward pass [default: 8].")] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size of training crops [default: 320x320].")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate [default: 0.01].")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="FILE|imagenet", help="Backbone weights to start from.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of start, order and views [default: 0].")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N, or auto, which says what it took.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and augment photos [default: 2].")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Configuration to start from.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key, with dots; may be repeated."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in OUT, with its configuration.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in OUT.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network with self-regulation, or the baseline (--no-sr), into a run folder.
+
+    Keys count in this order: defaults, --config, the flags here, --set. The folder's config.yaml
+    lists all keys and can be given as --config. Ctrl-C stops after the step and saves; --resume
+    goes on from there.
+
+    Example: srdeploy train data --network deeplabv2-resnet18 --pretrained imagenet --out runs/sr
+
+    Example: srdeploy train data --out runs/base --no-sr --set regulation.srf_weight=0.1 --set
+    accumulate=2
+
+    Example: srdeploy train --out runs/sr --resume
+    """
+    from srdeploy import console
+    from srdeploy.train.loop import train as run_training
+
+    console.set_quiet(quiet or as_json)
+    flags = {
+        "data": data,
+        "network.name": network,
+        "regulation.enabled": regulation,
+        "steps": steps,
+        "batch": batch,
+        "crop": crop,
+        "lr": lr,
+        "pretrained": pretrained,
+        "seed": seed,
+        "device": device,
+        "workers": workers,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    result = run_training(
+        _configure(out, resume, config, given, settings or []), out, resume, force
+    )
+    if as_json:
+        console.print_json(result.summary())
+    if not result.finished:
+        raise typer.Exit(1)
+
+
+def _configure(
+    out: Path, resume: bool, file: Path | None, flags: dict[str, Any], settings: list[str]
+) -> "TrainConfig":
+    from srdeploy.errors import UserError
+    from srdeploy.train.config import load_config
+    from srdeploy.train.start import saved_config
+
+    base = saved_config(out).model_dump(mode="json") if resume else None
+    if base is None and file is None and "data" not in flags and not settings:
+        raise UserError("no data set given: srdeploy train DATA --out RUN")
+    return load_config(base, file, flags, settings)
+
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
+    """Adds `train` to the command line."""
+    app.command("train")(train)

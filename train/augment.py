@@ -1,0 +1,135 @@
+"""Augmentation of one photo and its labels: scale, crop, mirror, colour. Pillow and numpy, uint8
+throughout."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from srdeploy.imaging import Pixels
+from srdeploy.spec import Spec
+from srdeploy.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How photos vary. Sizes are (height, width) in pixels."""
+
+    crop: tuple[int, int]
+    scale: tuple[float, float]
+    """The photo is scaled by a factor drawn evenly from this range."""
+    flip: float
+    """Share of photos that are mirrored."""
+    colour: float
+    """Brightness, contrast and saturation vary by the factors 1 - colour to 1 + colour."""
+    fill: tuple[int, int, int]
+    """RGB of the ground that a photo smaller than the crop is laid on: the mean colour, normalised
+    to 0."""
+    ignore_index: int
+    """Label of that ground."""
+
+
+def augmentation_for(config: TrainConfig, spec: Spec) -> Augmentation:
+    """The augmentation of a run."""
+    red, green, blue = (round(255 * value) for value in spec.mean)
+    return Augmentation(
+        crop=config.crop,
+        scale=config.scale,
+        flip=config.flip,
+        colour=config.colour,
+        fill=(red, green, blue),
+        ignore_index=spec.ignore_index,
+    )
+
+
+def augment(
+    photo: Pixels, labels: Pixels, how: Augmentation, rng: np.random.Generator
+) -> tuple[Pixels, Pixels]:
+    """One random view: uint8 [h, w, 3] and uint8 [h, w] with (h, w) = how.crop.
+
+    photo uint8 [H, W, 3] RGB, labels uint8 [H, W]. The same number of values is drawn from `rng`
+    whatever the settings, so that changing one setting leaves the other choices as they were.
+    """
+    scale = rng.uniform(*how.scale)
+    place = rng.random(2)
+    mirrored = rng.random() < how.flip
+    factors = rng.uniform(1 - how.colour, 1 + how.colour, 3)
+    photo, labels, offset = scaled_crop(photo, labels, scale, how.crop, place)
+    if how.colour > 0:
+        photo = jitter(photo, *(float(factor) for factor in factors))
+    photo, labels = pad(photo, labels, how, offset)
+    if mirrored:
+        photo, labels = photo[:, ::-1], labels[:, ::-1]
+    return np.ascontiguousarray(photo), np.ascontiguousarray(labels)
+
+
+def scaled_crop(
+    photo: Pixels,
+    labels: Pixels,
+    scale: float,
+    crop: tuple[int, int],
+    place: np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> tuple[Pixels, Pixels, tuple[int, int]]:
+    """Scales by `scale` (image bilinear, labels nearest) and crops at `place`, in 0..1 along both
+    axes.
+
+    Only the part inside the crop is resampled, which is the scaled photo's crop but for the
+    outermost pixels. Where the scaled photo is smaller than the crop the result is smaller too; the
+    third value is where it then belongs inside the crop (top, left).
+    """
+    height, width = labels.shape
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    starts, kept, offset = [], [], []
+    for axis in (0, 1):
+        slack = size[axis] - crop[axis]
+        start = int(place[axis] * (abs(slack) + 1))
+        starts.append(start if slack > 0 else 0)
+        offset.append(0 if slack > 0 else start)
+        kept.append(min(size[axis], crop[axis]))
+    down, across = height / size[0], width / size[1]
+    # Rounding must not put the box a hair outside the photo: Pillow refuses that.
+    box = (
+        starts[1] * across,
+        starts[0] * down,
+        min((starts[1] + kept[1]) * across, width),
+        min((starts[0] + kept[0]) * down, height),
+    )
+    target = (kept[1], kept[0])
+    image = Image.fromarray(photo).resize(target, Image.Resampling.BILINEAR, box)
+    mask = Image.fromarray(labels).resize(target, Image.Resampling.NEAREST, box)
+    return np.asarray(image), np.asarray(mask), (offset[0], offset[1])
+
+
+def jitter(photo: Pixels, brightness: float, contrast: float, saturation: float) -> Pixels:
+    """The photo with the three factors applied in that order, clipped once, uint8 [H, W, 3].
+
+    Each of the three is an affine map of the colour (contrast blends with the mean gray, saturation
+    with the pixel's gray), so their product is one matrix and one pass.
+    """
+    gray = np.array([0.299, 0.587, 0.114])
+    mean = float(photo.reshape(-1, 3).mean(axis=0) @ gray) * brightness
+    mix = saturation * np.eye(3) + (1 - saturation) * gray[None, :]
+    matrix = np.empty((3, 4))
+    matrix[:, :3] = mix * (brightness * contrast)
+    # Every row of `mix` sums to 1: a constant passes through it unchanged.
+    matrix[:, 3] = (1 - contrast) * mean
+    return np.asarray(Image.fromarray(photo).convert("RGB", tuple(matrix.ravel().tolist())))
+
+
+def pad(
+    photo: Pixels, labels: Pixels, how: Augmentation, offset: tuple[int, int]
+) -> tuple[Pixels, Pixels]:
+    """Lays both at `offset` (top, left) on grounds of the crop's size; as they are where they fill
+    it."""
+    if labels.shape == how.crop:
+        return photo, labels
+    ground = np.empty((*how.crop, 3), np.uint8)
+    ground[:] = how.fill
+    ignored = np.full(how.crop, how.ignore_index, np.uint8)
+    here = (
+        slice(offset[0], offset[0] + labels.shape[0]),
+        slice(offset[1], offset[1] + labels.shape[1]),
+    )
+    ground[here] = photo
+    ignored[here] = labels
+    return ground, ignored

@@ -1,0 +1,249 @@
+"""The configuration of a training run: one frozen model, made of defaults, a YAML file, flags and
+--set."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from srdeploy.errors import UserError
+from srdeploy.files import read_text
+from srdeploy.runs import NetworkConfig
+from srdeploy.train.regulation_config import RegulationConfig
+from srdeploy.validation import Settings, validated
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+FREE_ON_RESUME = frozenset({"data", "device", "workers", "cache_mib"})
+"""Keys that may change when a run is resumed: none of them changes which numbers are computed."""
+
+
+class TrainConfig(Settings):
+    """Everything that decides how a run goes. With regulation.enabled the only difference, two runs
+    see the same batches and start from the same network."""
+
+    data: Path
+    """Root folder of the data set."""
+    layout: Literal["auto", "folder", "voc", "cityscapes"] = "auto"
+    """How the data set's files are laid out."""
+    train_split: str = "train"
+    val_split: str = "val"
+    network: NetworkConfig = NetworkConfig()
+    """The plain network: name, and options such as {"output_stride": 8}."""
+    pretrained: str | None = None
+    """Backbone weights: a file, or "imagenet" (torchvision's, downloaded once); null: from
+    scratch."""
+    pretrained_missing: tuple[str, ...] = ()
+    """Prefixes of backbone keys that the file may lack, e.g. ["layer4"]; they keep their random
+    start."""
+    regulation: RegulationConfig = RegulationConfig()
+    """Self-regulation; regulation.enabled=false is the baseline."""
+    longest_side: int | None = Field(default=None, ge=32)
+    """Photos are scaled so that their longest side is this, here and wherever the network is
+    deployed."""
+    steps: Positive = 2000
+    """Optimizer steps."""
+    batch: Positive = 8
+    """Images per forward pass."""
+    accumulate: Positive = 1
+    """Forward passes per step; the step's gradient is that of batch x accumulate images."""
+    crop: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (320, 320)
+    """(height, width) of the training crops in pixels; "320x320" is read too."""
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    """Photos are scaled by a factor drawn evenly from this range."""
+    flip: Share = 0.5
+    """Share of the photos that are mirrored left to right."""
+    colour: Share = 0.25
+    """Brightness, contrast and saturation are each multiplied by 1 - colour to 1 + colour."""
+    lr: float = Field(default=0.01, gt=0)
+    """Learning rate of SGD at its highest, after the warm-up."""
+    head_lr_factor: float = Field(default=10.0, gt=0)
+    """With `pretrained`: times lr for everything outside the backbone, which starts from
+    scratch."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """Of weights of two or more dimensions; not of biases and normalisation parameters."""
+    power: float = Field(default=0.9, ge=0)
+    """Of the decay: lr * (1 - step / steps) ** power."""
+    warm_up: int = Field(default=20, ge=0)
+    """Steps over which the learning rate first grows linearly."""
+    class_weights: Literal["none", "median-frequency"] = "none"
+    """Weights of the classes in the cross-entropies."""
+    amp: bool | None = None
+    """bfloat16 autocast in training; null: on CUDA only. Validation is always float32."""
+    channels_last: bool = False
+    """Lay activations out as N, H, W, C in memory."""
+    log_every: Positive = 20
+    """Steps between records of the losses."""
+    val_every: Positive = 200
+    """Steps between validations; the last step is always validated."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; null: as val_every."""
+    val_limit: Positive | None = None
+    """Validate on the first so many photos; null: on all."""
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto: cuda where there is one, and the run says which."""
+    workers: int = Field(default=2, ge=0)
+    """Threads that read and augment photos; 0: the training thread does it. Batches are the
+    same."""
+    cache_mib: int = Field(default=2048, ge=0)
+    """Decoded photos kept in memory, MiB; what does not fit is decoded anew each time."""
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _crop_from_text(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value, value
+        if isinstance(value, str):
+            parts = value.lower().split("x")
+            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+                raise ValueError("a crop is HEIGHTxWIDTH in pixels, such as 320x480")
+            return tuple(int(part) for part in parts)
+        return value
+
+    @model_validator(mode="after")
+    def _scale_in_order(self) -> "TrainConfig":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale is (smallest, largest), not {self.scale}")
+        return self
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Steps between two writes of state.pt."""
+        return self.save_every or self.val_every
+
+    def to_yaml(self) -> str:
+        """Every key with its value, in the order documented here."""
+        import yaml
+
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def load_config(
+    base: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+) -> TrainConfig:
+    """Defaults, then `base` (a resumed run's own configuration), then `file`, `flags`, `settings`.
+
+    flags maps dotted keys to values, settings are "key=value" with the value read as YAML.
+    Raises UserError naming the source, the key and the closest known one.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if base is not None:
+        layers.append(("the run's configuration", dict(base)))
+    if file is not None:
+        layers.append((str(file), read_config_file(file)))
+    for key, value in (flags or {}).items():
+        layers.append((f"--{key.rsplit('.', 1)[-1].replace('_', '-')}", nested(key, value)))
+    layers += [(f"--set {setting}", parse_setting(setting)) for setting in settings]
+    merged: dict[str, Any] = {}
+    for _, layer in layers:
+        merged = merge(merged, layer)
+    try:
+        return validated(TrainConfig, merged, "the configuration")
+    except UserError:
+        _blame(layers)
+        raise
+
+
+def _blame(layers: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Raises the error of the first layer that breaks the configuration, under that layer's name.
+
+    Layers are judged in order, and only after the whole was refused: a value that is wrong until a
+    later layer corrects another one is fine.
+    """
+    # The data folder may come in a later layer; any path stands in for it.
+    merged: dict[str, Any] = {"data": Path()}
+    for where, layer in layers:
+        merged = merge(merged, layer)
+        validated(TrainConfig, merged, where)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError where it is absent or holds anything else."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        # The problem and its line; YAML's own text spreads over several lines.
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: not valid YAML ({line}{problem})") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{path}: a configuration is a YAML mapping of names to values")
+    return value
+
+
+def parse_setting(text: str) -> dict[str, Any]:
+    """'regulation.srf=0.1' as {"regulation": {"srf": 0.1}}. Raises UserError where it isn't
+    KEY=VALUE."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"--set {text}: needs KEY=VALUE, such as --set regulation.srf=0.1")
+    try:
+        return nested(key, yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not valid YAML") from error
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for the key 'a.b'."""
+    for part in reversed(key.split(".")):
+        value = {part.strip(): value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the values of `above`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def check_resumable(saved: TrainConfig, wanted: TrainConfig, folder: Path) -> None:
+    """Raises UserError naming the first key in which `wanted` would make another run of
+    `folder`."""
+    ours, theirs = flat(wanted.model_dump(mode="json")), flat(saved.model_dump(mode="json"))
+    for key in {**theirs, **ours}:
+        if key.split(".")[0] in FREE_ON_RESUME or ours.get(key) == theirs.get(key):
+            continue
+        raise UserError(
+            f"{folder} was started with {key}={theirs.get(key)}, not {ours.get(key)}: a resumed "
+            f"run goes on as it began (only {', '.join(sorted(FREE_ON_RESUME))} may change); "
+            "give another --out instead"
+        )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step 0 .. steps - 1: linear warm-up times poly decay, Chen et al., DeepLab (TPAMI
+    2018)."""
+    warm = min(1.0, (step + 1) / (config.warm_up + 1))
+    decay = math.pow(1 - step / config.steps, config.power)
+    return config.lr * warm * decay

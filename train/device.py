@@ -1,0 +1,26 @@
+"""Where training runs: the device that was asked for, or a refusal."""
+
+import torch
+
+from srdeploy.errors import UserError
+from srdeploy.serve.runtime import parse_device
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto": the first CUDA device where there is one, else the CPU; any other name: that device
+    alone.
+
+    Raises UserError for an unknown name and for a CUDA device that torch does not see.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, index = parse_device(name)
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise UserError(
+            f"device {name} was asked for, but torch {torch.__version__} sees {count} CUDA "
+            "devices: check the driver and the torch build, or use --device cpu"
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM, as a request that the loop honours between two steps."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+from srdeploy import console
+
+
+class StopRequest:
+    """While it is open, the first SIGINT or SIGTERM sets `requested`; a second one acts as usual.
+
+    Signals can be caught in the main thread alone: in any other one this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        console.say("stopping after this step; once more to stop at once")
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,131 @@
+"""Batches of augmented photos. Which photo comes when, and how it is varied, follows from the seed
+and the position alone: not from the number of threads, not from what was read before. Resuming
+needs no state."""
+
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from srdeploy.data import DataSet
+from srdeploy.errors import UserError
+from srdeploy.imaging import Pixels, fit
+from srdeploy.spec import Spec
+from srdeploy.train.augment import Augmentation, augment
+
+ORDER, VIEW = 0, 1
+"""First word of the streams of random numbers that order the photos and that vary them."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images uint8 [N, H, W, 3] RGB, labels uint8 [N, H, W]; where it began in the stream of
+    samples."""
+
+    images: Tensor
+    labels: Tensor
+    position: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`."""
+        if device.type == "cpu":
+            return self
+        images = self.images.pin_memory().to(device, non_blocking=True)
+        labels = self.labels.pin_memory().to(device, non_blocking=True)
+        return Batch(images, labels, self.position)
+
+
+class Samples:
+    """The endless stream of augmented samples of a split: position p is photo p mod n of a shuffled
+    epoch."""
+
+    def __init__(
+        self, dataset: DataSet, spec: Spec, how: Augmentation, seed: int, cache_mib: int
+    ) -> None:
+        self.dataset = dataset
+        self.spec = spec
+        self.how = how
+        self.seed = seed
+        self._room = cache_mib * 2**20
+        self._cache: dict[int, tuple[Pixels, Pixels]] = {}
+        self._lock = Lock()
+
+    def index(self, position: int) -> int:
+        """Index of the photo at `position`: every photo once per epoch, each epoch in its own
+        order."""
+        epoch, place = divmod(position, len(self.dataset))
+        return int(epoch_order(self.seed, epoch, len(self.dataset))[place])
+
+    def read(self, position: int) -> tuple[Pixels, Pixels]:
+        """The sample at `position`: photo uint8 [h, w, 3], labels uint8 [h, w]. Raises
+        UserError."""
+        photo, labels = self._fitted(self.index(position))
+        return augment(photo, labels, self.how, np.random.default_rng([self.seed, VIEW, position]))
+
+    def _fitted(self, index: int) -> tuple[Pixels, Pixels]:
+        """A photo and its labels at the size that the network sees, kept in memory while there is
+        room."""
+        with self._lock:
+            known = self._cache.get(index)
+        if known is not None:
+            return known
+        photo, labels = self.dataset.read(index)
+        try:
+            photo = fit(photo, self.spec)
+        except UserError as error:
+            raise UserError(f"{self.dataset.items[index].image}: {error}") from error
+        if labels.shape != photo.shape[:2]:
+            size = (photo.shape[1], photo.shape[0])
+            labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+        with self._lock:
+            if index not in self._cache and photo.nbytes + labels.nbytes <= self._room:
+                self._room -= photo.nbytes + labels.nbytes
+                self._cache[index] = photo, labels
+        return photo, labels
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """Indices 0 .. count - 1 in the order of an epoch, int64 [count]."""
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
+
+
+def batches(samples: Samples, size: int, first: int, last: int, workers: int) -> Generator[Batch]:
+    """Batches number `first` .. `last` - 1 of `size` samples each, read ahead by `workers` threads.
+
+    Threads, not processes: decoding and resizing release the interpreter's lock, the cache is
+    shared, and a killed run leaves nobody behind.
+    """
+    if workers == 0:
+        for number in range(first, last):
+            start = number * size
+            yield collate([samples.read(start + i) for i in range(size)], start)
+        return
+    ahead = max(2, -(-2 * workers // size))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+    pending: deque[list[Future[tuple[Pixels, Pixels]]]] = deque()
+    try:
+        submitted = first
+        for number in range(first, last):
+            while submitted < min(number + 1 + ahead, last):
+                start = submitted * size
+                pending.append([pool.submit(samples.read, start + i) for i in range(size)])
+                submitted += 1
+            yield collate([future.result() for future in pending.popleft()], number * size)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def collate(samples: list[tuple[Pixels, Pixels]], position: int) -> Batch:
+    """Samples of one size as a batch."""
+    images = torch.from_numpy(np.stack([photo for photo, _ in samples]))
+    labels = torch.from_numpy(np.stack([label for _, label in samples]))
+    return Batch(images, labels, position)

@@ -1,0 +1,265 @@
+"""The training loop: one linear function. Resuming continues bit for bit on the CPU."""
+
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srdeploy import console
+from srdeploy.deployable import Normalise
+from srdeploy.errors import UserError
+from srdeploy.runs import STATE
+from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_best, save_state
+from srdeploy.train.config import TrainConfig, learning_rate
+from srdeploy.train.interrupt import StopRequest
+from srdeploy.train.loader import batches
+from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
+from srdeploy.train.pictures import save_predictions
+from srdeploy.train.recorder import Recorder
+from srdeploy.train.start import (
+    PREDICTIONS,
+    describe,
+    prepare,
+    require_new,
+    require_same,
+    require_same_spec,
+    write_start,
+)
+from srdeploy.train.validate import validate
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    folder: Path
+    steps: int
+    """Steps done, all in all."""
+    best_miou: float | None
+    """Best mIoU on val, 0..1: that of network.safetensors. None before the first validation."""
+    best_step: int
+    finished: bool
+    """False where Ctrl-C or SIGTERM stopped it; its state is saved."""
+    seconds: float
+    """Time of this call alone, validation included."""
+
+    def summary(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return {**self.__dict__, "folder": str(self.folder), "seconds": round(self.seconds, 3)}
+
+
+class Window:
+    """Sums of the loss terms since the last record; they stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._began = time.perf_counter()
+        self._steps = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """One more step's terms."""
+        self._steps += 1
+        for name, term in terms.items():
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Mean of every term over the steps in which it was there."""
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+    def rate(self) -> float:
+        """Steps per second."""
+        return self._steps / max(time.perf_counter() - self._began, 1e-9)
+
+
+def train(
+    config: TrainConfig, folder: Path, resume: bool = False, force: bool = False
+) -> TrainResult:
+    """Trains as `config` says into the run folder (its files: srdeploy/runs.py); returns how it
+    ended.
+
+    resume: goes on from the last checkpoint of the run in `folder`, with the very results that an
+    uninterrupted run has on the CPU. force: replaces a run that is there.
+    Raises UserError for anything that can't be used, before the folder is touched; and where a loss
+    stops being finite, the memory does not suffice, or a photo can't be read in the middle of the
+    run.
+    """
+    began = time.perf_counter()
+    folder = Path(folder)
+    config = config.model_copy(update={"data": config.data.resolve()})
+
+    # What can be refused is refused here, before anything is written.
+    if resume and force:
+        raise UserError(
+            "--resume and --force exclude each other: go on with the run, or replace it"
+        )
+    if resume:
+        require_same(folder, config)
+    else:
+        require_new(folder, force)
+    has_state = resume and (folder / STATE).exists()
+    job = prepare(config, trained=has_state)
+    regulated, device = job.regulated, job.device
+    optimizer = make_optimizer(regulated, config)
+    normalise = Normalise(job.spec).to(device)
+    items = items_digest(job.training)
+
+    # A new folder, or the state of the old one. A run that was killed before its first checkpoint
+    # begins anew.
+    progress = Progress()
+    if has_state:
+        require_same_spec(folder, job.spec)
+        progress = load_state(folder, regulated, optimizer, items)
+        if progress.step >= config.steps:
+            console.done(f"{folder} is finished already: {progress.step} steps")
+            return _result(folder, progress, config, began)
+        console.done(f"going on with {folder} after step {progress.step}")
+    else:
+        write_start(folder, config, job)
+    console.say(describe(config, job))
+
+    with (
+        StopRequest() as stop,
+        Recorder(folder, resumed_at=progress.step) as recorder,
+        console.progress("{task.fields[losses]}") as bar,
+        closing(
+            batches(
+                job.samples,
+                config.batch,
+                progress.step * config.accumulate,
+                config.steps * config.accumulate,
+                config.workers,
+            )
+        ) as stream,
+    ):
+        task = bar.add_task("training", total=config.steps, completed=progress.step, losses="")
+        window = Window()
+        while progress.step < config.steps and not stop.requested:
+            # One step of SGD on batch x accumulate images.
+            group = list(islice(stream, config.accumulate))
+            rate = learning_rate(config, progress.step)
+            set_learning_rate(optimizer, rate)
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                terms = accumulate_gradient(
+                    regulated,
+                    normalise,
+                    group,
+                    shares(group, job.spec.ignore_index, job.weights),
+                    progress.step / config.steps,
+                    job.amp,
+                    config.channels_last,
+                )
+            except torch.OutOfMemoryError as error:
+                raise _out_of_memory(config, device) from error
+            if device.type == "cpu":
+                # Free here; on a GPU it would wait for the device, and the log below looks at the
+                # sums.
+                _require_finite(
+                    {name: float(t) for name, t in terms.items()}, progress.step + 1, config
+                )
+            optimizer.step()
+            window.add(terms)
+            progress.step += 1
+            bar.advance(task)
+
+            # Losses, live and on record. Before every checkpoint too, so that no sum outlives it.
+            last = progress.step == config.steps
+            saving = last or stop.requested or progress.step % config.checkpoint_interval == 0
+            validating = last or progress.step % config.val_every == 0
+            if saving or validating or progress.step % config.log_every == 0:
+                means = window.means()
+                _require_finite(means, progress.step, config)
+                images_per_s = window.rate() * config.batch * config.accumulate
+                loss = means.pop("total")
+                recorder.train(progress.step, rate, loss, means, images_per_s)
+                live = _live(loss, means, images_per_s)
+                bar.update(task, losses=live)
+                if bar.disable:
+                    console.say(f"step {progress.step}/{config.steps}: {live}")
+                window = Window()
+
+            # Validation; the best weights so far become the run's network.
+            if validating:
+                scores = validate(
+                    regulated.network, job.spec, job.validation, config.val_limit, bar
+                )
+                recorder.val(progress.step, scores)
+                better = progress.best_miou is None or scores.miou > progress.best_miou
+                if better:
+                    progress.best_miou, progress.best_step = scores.miou, progress.step
+                    save_best(folder, regulated, progress)
+                console.say(
+                    f"step {progress.step}/{config.steps}: val mIoU {100 * scores.miou:.2f}, pixel "
+                    f"accuracy {100 * scores.pixel_accuracy:.2f}{' (best)' if better else ''}"
+                )
+                picture = folder / PREDICTIONS / f"step-{progress.step:06d}.png"
+                save_predictions(picture, regulated, job.validation, job.spec, with_exits=last)
+                window = Window()
+
+            # The checkpoint comes last: whatever it counts as done is on the disk by now.
+            if saving:
+                save_state(folder, regulated, optimizer, progress, items)
+                window = Window()
+
+    result = _result(folder, progress, config, began)
+    _say_how_it_ended(result, config)
+    return result
+
+
+def _result(folder: Path, progress: Progress, config: TrainConfig, began: float) -> TrainResult:
+    return TrainResult(
+        folder=folder,
+        steps=progress.step,
+        best_miou=progress.best_miou,
+        best_step=progress.best_step,
+        finished=progress.step >= config.steps,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _say_how_it_ended(result: TrainResult, config: TrainConfig) -> None:
+    if not result.finished:
+        console.warn(
+            f"stopped after step {result.steps} of {config.steps}, everything is saved; "
+            f"go on with: srdeploy train --out {result.folder} --resume"
+        )
+    elif result.best_miou is not None:
+        console.done(
+            f"{result.folder}: best val mIoU {100 * result.best_miou:.2f} at step "
+            f"{result.best_step}, {result.seconds / 60:.1f} minutes; "
+            f"next: srdeploy export {result.folder}"
+        )
+
+
+def _live(loss: float, terms: dict[str, float], images_per_s: float) -> str:
+    parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
+    return f"loss {loss:.3f} ({parts}), {images_per_s:.1f} images/s"
+
+
+def _require_finite(terms: dict[str, float], step: int, config: TrainConfig) -> None:
+    """Raises UserError naming the first term that is not a finite number, the cause before the
+    sum."""
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    if bad:
+        name = next((name for name in bad if name != "total"), "total")
+        raise UserError(
+            f"step {step}: the loss term '{name}' is {terms[name]}: lower --lr (it is "
+            f"{config.lr:g}) or raise warm_up, then start again with --force; --resume only "
+            "repeats it"
+        )
+
+
+def _out_of_memory(config: TrainConfig, device: torch.device) -> UserError:
+    height, width = config.crop
+    return UserError(
+        f"out of memory on {device} with batch {config.batch} of {height}x{width}: lower --batch "
+        "and raise accumulate by the same factor, or use a smaller --crop"
+    )

@@ -1,0 +1,90 @@
+"""The optimizer, and the gradient of one step over its micro-batches."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from srdeploy.train.config import TrainConfig
+from srdeploy.train.loader import Batch
+from srdeploy.train.regulation import SelfRegulation
+
+
+def make_optimizer(regulated: SelfRegulation, config: TrainConfig) -> torch.optim.SGD:
+    """SGD over network and exits; each group's `factor` multiplies the schedule's learning rate.
+
+    With pretrained weights everything outside the backbone learns head_lr_factor times as fast, as
+    in DeepLab. Vectors (biases, normalisation) are not decayed: shrinking them regularises nothing.
+    """
+    fresh = config.head_lr_factor if config.pretrained is not None else 1.0
+    has_backbone = hasattr(regulated.network, "backbone")
+    groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in regulated.named_parameters():
+        kept = name.startswith("network.backbone.") if has_backbone else name.startswith("network.")
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        if parameter.requires_grad:
+            groups[1.0 if kept else fresh, decay].append(parameter)
+    return torch.optim.SGD(
+        [
+            {"params": parameters, "weight_decay": decay, "factor": factor}
+            for (factor, decay), parameters in groups.items()
+        ],
+        lr=config.lr,
+        momentum=config.momentum,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets every group's rate to `rate` times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def shares(group: Sequence[Batch], ignore_index: int, weights: Tensor | None) -> list[float]:
+    """What each micro-batch weighs in its step, so that their losses add up to the big batch's
+    mean.
+
+    A pixel loss is a mean over valid pixels, each with its class's weight; micro-batches have
+    unequal numbers of those. The sum is exact for the network's own loss, and for the others where
+    the counts are equal. weights: float32 [K], on the CPU.
+    """
+    if len(group) == 1:
+        return [1.0]
+    totals = []
+    for batch in group:
+        counts = torch.bincount(batch.labels.flatten().long(), minlength=256).double()
+        counts[ignore_index] = 0
+        if weights is not None:
+            counts[: len(weights)] *= weights.double()
+        totals.append(float(counts.sum()))
+    whole = sum(totals)
+    return [total / whole if whole else 1 / len(group) for total in totals]
+
+
+def accumulate_gradient(
+    regulated: SelfRegulation,
+    normalise: nn.Module,
+    group: Sequence[Batch],
+    weights: Sequence[float],
+    progress: float,
+    amp: bool,
+    channels_last: bool,
+) -> dict[str, Tensor]:
+    """Adds the gradient of a step's micro-batches; returns the loss terms, and their "total",
+    detached.
+
+    weights: from `shares`; progress: share of the training that is done, 0..1.
+    """
+    device = next(regulated.network.parameters()).device
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    sums: dict[str, Tensor] = {}
+    for batch, weight in zip(group, weights, strict=True):
+        here = batch.to(device)
+        images = normalise(here.images).contiguous(memory_format=layout)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            losses = regulated.losses(images, here.labels, progress)
+        torch.autograd.backward(losses.total * weight)
+        for name, term in {"total": losses.total.detach(), **losses.terms}.items():
+            sums[name] = sums[name] + weight * term if name in sums else weight * term
+    return sums

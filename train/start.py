@@ -1,0 +1,171 @@
+"""Before the first step: everything is opened, built and checked, and only then a run folder is
+written."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srdeploy import console
+from srdeploy.data import DataSet, open_dataset, spec_for
+from srdeploy.errors import UserError
+from srdeploy.files import write_whole
+from srdeploy.models import make_network
+from srdeploy.models.pretrained import load_pretrained
+from srdeploy.runs import (
+    CONFIG,
+    EXITS,
+    METRICS,
+    SAMPLES,
+    SPEC,
+    STATE,
+    WEIGHTS,
+    is_run,
+    open_run,
+)
+from srdeploy.spec import Spec
+from srdeploy.train.augment import augmentation_for
+from srdeploy.train.balance import class_weights
+from srdeploy.train.config import TrainConfig, check_resumable
+from srdeploy.train.device import find_device
+from srdeploy.train.loader import Samples
+from srdeploy.train.pictures import sample_pictures
+from srdeploy.train.recorder import TENSORBOARD
+from srdeploy.train.regulation import SelfRegulation
+from srdeploy.validation import validated
+
+PREDICTIONS = "predictions"
+"""Folder of the grids of predictions inside the run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of, ready to step."""
+
+    spec: Spec
+    training: DataSet
+    validation: DataSet
+    samples: Samples
+    regulated: SelfRegulation
+    weights: Tensor | None
+    """Class weights float32 [K] on the CPU, or None."""
+    device: torch.device
+    amp: bool
+
+
+def prepare(config: TrainConfig, trained: bool = False) -> Job:
+    """Opens the data and builds the network, exits and class weights; writes nothing. Raises
+    UserError.
+
+    The network's start depends on config.seed alone: not on regulation, nor on the device.
+    `trained`: weights will be loaded from a checkpoint, so that the pretrained file need not be
+    there any more.
+    """
+    device = find_device(config.device)
+    training = open_dataset(config.data, config.train_split, config.layout)
+    validation = open_dataset(config.data, config.val_split, config.layout)
+    spec = spec_for(training, longest_side=config.longest_side)
+    torch.manual_seed(config.seed)
+    network = make_network(config.network.name, spec.class_count, **config.network.options)
+    if config.pretrained is not None and not trained:
+        console.done(load_pretrained(network, config.pretrained, config.pretrained_missing))
+    weights = class_weights(training, config.class_weights)
+    regulated = SelfRegulation(
+        network,
+        spec.class_count,
+        settings=config.regulation,
+        ignore_index=spec.ignore_index,
+        class_weights=weights,
+    )
+    regulated.to(device).train()
+    if config.channels_last:
+        for parameter in regulated.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return Job(
+        spec=spec,
+        training=training,
+        validation=validation,
+        samples=Samples(
+            training, spec, augmentation_for(config, spec), config.seed, config.cache_mib
+        ),
+        regulated=regulated,
+        weights=weights,
+        device=device,
+        amp=config.amp if config.amp is not None else device.type == "cuda",
+    )
+
+
+def require_new(folder: Path, force: bool) -> None:
+    """Raises UserError where a new run can't be written to `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: a run needs a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not is_run(folder):
+        raise UserError(f"{folder} exists and is not a run: give another --out, or remove it")
+    if not force:
+        raise UserError(
+            f"{folder} exists: --resume goes on with that run, --force replaces it, "
+            "or give another --out"
+        )
+
+
+def write_start(folder: Path, config: TrainConfig, job: Job) -> None:
+    """Writes spec.json, config.yaml and samples/; removes what an older run left, and nothing else
+    there."""
+    # Read before anything is removed: a photo may turn out unreadable.
+    pictures = sample_pictures(job.validation, job.spec)
+    for name in (CONFIG, STATE, WEIGHTS, EXITS, METRICS, SPEC):
+        (folder / name).unlink(missing_ok=True)
+    for name in (SAMPLES, PREDICTIONS, TENSORBOARD):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    write_whole(folder / SPEC, job.spec.model_dump_json(indent=1) + "\n")
+    write_whole(folder / CONFIG, config.to_yaml())
+    for name, content in pictures.items():
+        write_whole(folder / SAMPLES / name, content)
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The configuration a run was started with. Raises UserError where `folder` is no run."""
+    run = open_run(folder)
+    return validated(TrainConfig, run.config, str(folder / CONFIG))
+
+
+def require_same(folder: Path, config: TrainConfig) -> None:
+    """Raises UserError where `config` is not that of the run in `folder`, naming the first other
+    key."""
+    check_resumable(saved_config(folder), config, folder)
+
+
+def require_same_spec(folder: Path, spec: Spec) -> None:
+    """Raises UserError where the data set is not the one that the run in `folder` began with."""
+    before = open_run(folder).spec
+    for name in type(spec).model_fields:
+        if getattr(before, name) != getattr(spec, name):
+            raise UserError(
+                f"{folder} began with another data set: {name} was {getattr(before, name)}, "
+                f"is {getattr(spec, name)}; restore the data, or start a new run with another --out"
+            )
+
+
+def describe(config: TrainConfig, job: Job) -> str:
+    """One line: what is trained, how, where."""
+    count = sum(parameter.numel() for parameter in job.regulated.network.parameters())
+    taps = len(job.regulated.taps)
+    how = f"self-regulation at {taps} exits + its own" if taps else "no regulation (baseline)"
+    images = config.batch * config.accumulate
+    return (
+        f"{config.network.name}, {count / 1e6:.2f} M parameters, {how}, on {_device_name(job)}: "
+        f"{config.steps} steps of {images} images, {len(job.training)} to train on, "
+        f"{len(job.validation)} to validate"
+    )
+
+
+def _device_name(job: Job) -> str:
+    precision = "bfloat16" if job.amp else "float32"
+    if job.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(job.device)} ({precision})"
+    return f"the CPU ({precision}, {torch.get_num_threads()} threads)"
