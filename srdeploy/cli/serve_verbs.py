@@ -1,7 +1,199 @@
-"""Verbs of serve."""
+"""`srdeploy evaluate`, `predict` and `bench`: what is done with an artifact."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from srdeploy.cli.options import Classes, Device, Json, Quiet, RuntimeName, Split, Threads
+
+if TYPE_CHECKING:
+    from srdeploy.serve.runtime import Runtime
+
+Artifact = Annotated[
+    Path, typer.Argument(help="A run folder, a deploy folder or an .onnx file.", show_default=False)
+]
+
+
+def evaluate(
+    artifact: Artifact,
+    data: Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)],
+    split: Split = "val",
+    limit: Annotated[int | None, typer.Option(help="Score the first N photos.", min=1)] = None,
+    device: Device = "cpu",
+    runtime: RuntimeName = "auto",
+    threads: Threads = None,
+    classes: Classes = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Score an artifact on a labelled split: IoU per class, mIoU, pixel accuracy, both failures.
+
+    Labels are compared at the masks' own size.
+
+    Example: srdeploy evaluate deploy/night data/camvid --split test
+    """
+    from srdeploy import console
+    from srdeploy.data import open_dataset
+    from srdeploy.serve.evaluate import evaluate as score
+
+    console.set_quiet(quiet or as_json)
+    dataset = open_dataset(data, split)
+    with _opened(artifact, device, runtime, threads, classes) as opened:
+        scores = score(opened, dataset, limit)
+        description = str(opened)
+    if as_json:
+        console.print_json(
+            {
+                "artifact": str(artifact),
+                "backend": opened.backend,
+                "device": opened.device,
+                "precision": opened.precision,
+                "data": str(data),
+                "split": split,
+                **scores.model_dump(mode="json"),
+            }
+        )
+    else:
+        console.print_table(scores.table(f"{description} on {data}, {split}"))
+        console.say(f"mIoU {100 * scores.miou:.2f} %")
+
+
+def predict(
+    artifact: Artifact,
+    photos: Annotated[
+        list[Path],
+        typer.Argument(help="Folders (with their sub-folders) and files.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the masks.", show_default=False)],
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write photos with the classes laid over.")
+    ] = False,
+    device: Device = "cpu",
+    runtime: RuntimeName = "auto",
+    threads: Threads = None,
+    classes: Classes = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a palette PNG mask of each photo's own size; pixel values are class ids.
+
+    The mask of a/b.jpg is OUT/a/b.png; photos that differ in their suffix alone keep it
+    (b.jpg.png). OUT/classes.json and OUT/legend.png say what the ids mean. Photos that can't be
+    used are reported and skipped, and make the exit code 1.
+
+    Example: srdeploy predict deploy/night photos --out masks --overlay
+    """
+    from srdeploy import console
+    from srdeploy.serve.predict import predict_folder
+
+    console.set_quiet(quiet or as_json)
+    with _opened(artifact, device, runtime, threads, classes) as opened:
+        summary = predict_folder(opened, photos, out, overlay)
+    if as_json:
+        console.print_json(summary.model_dump(mode="json"))
+    else:
+        console.done(
+            f"{summary.images} masks in {out}: {summary.seconds:.1f} s, "
+            f"{summary.images_per_s:.1f} images/s (decode {summary.decode_s:.1f} s, network "
+            f"{summary.run_s:.1f} s, encode {summary.encode_s:.1f} s, side by side)"
+        )
+    if summary.skipped:
+        console.failed(f"{len(summary.skipped)} photos skipped, the reasons are above")
+        raise typer.Exit(1)
+
+
+def bench(
+    artifacts: Annotated[
+        list[Path],
+        typer.Argument(help="The baseline, then what is compared with it.", show_default=False),
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Data set: real photos to time, and mIoU of each.")
+    ] = None,
+    split: Split = "val",
+    limit: Annotated[int | None, typer.Option(help="Score the first N photos.", min=1)] = None,
+    exits_left_in: Annotated[
+        Path | None,
+        typer.Option(help="A regulated run folder: also time its graph with the exits in."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH [default: the first artifact's usual size].")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images per run.", min=1)] = 1,
+    rounds: Annotated[
+        int, typer.Option(help="Blocks; each artifact runs twice a block.", min=2)
+    ] = 30,
+    device: Device = "cpu",
+    runtime: RuntimeName = "auto",
+    threads: Threads = None,
+    classes: Classes = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON report here.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare latency, interleaved, of a baseline and others; with --data their mIoU too.
+
+    Ratios are of medians, with a 95 % interval, beside the ratio of the first artifact to itself:
+    smaller differences than that are noise.
+
+    Example: srdeploy bench deploy/baseline deploy/regulated --data data/camvid --split test
+
+    Example: srdeploy bench deploy/regulated --exits-left-in runs/regulated
+    """
+    import tempfile
+
+    from srdeploy import console
+    from srdeploy.data import open_dataset
+    from srdeploy.files import write_json
+    from srdeploy.serve.artifact import spec_from_classes
+    from srdeploy.serve.bench import bench as compare
+    from srdeploy.serve.bench import parse_size
+
+    console.set_quiet(quiet or as_json)
+    wanted = parse_size(size) if size is not None else None
+    dataset = open_dataset(data, split) if data is not None else None
+    with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
+        extra = []
+        if exits_left_in is not None:
+            from srdeploy.cli.with_exits import export_with_exits
+
+            extra.append(("exits left in", Path(folder) / "with-exits.onnx"))
+            console.say(f"exporting {exits_left_in} with its exits")
+            export_with_exits(exits_left_in, extra[0][1])
+        report = compare(
+            artifacts,
+            extra=extra,
+            dataset=dataset,
+            size=wanted,
+            batch=batch,
+            rounds=rounds,
+            device=device,
+            runtime=runtime,
+            threads=threads,
+            spec=spec_from_classes(classes) if classes is not None else None,
+            limit=limit,
+        )
+    if out is not None:
+        write_json(out, report.model_dump(mode="json"))
+    if as_json:
+        console.print_json(report.model_dump(mode="json"))
+    else:
+        console.print_table(report.table())
+
+
+def _opened(
+    artifact: Path, device: str, runtime: str, threads: int | None, classes: Path | None
+) -> "Runtime":
+    from srdeploy.serve.artifact import spec_from_classes
+    from srdeploy.serve.runtime import open_runtime
+
+    spec = spec_from_classes(classes) if classes is not None else None
+    return open_runtime(artifact, device, runtime, spec, threads)
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
+    app.command("evaluate")(evaluate)
+    app.command("predict")(predict)
+    app.command("bench")(bench)

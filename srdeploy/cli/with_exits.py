@@ -1,0 +1,50 @@
+"""The regulated network with its exits still in the graph: what deployment would cost without
+stripping them. For benchmarks only; srdeploy export never makes such a file."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from srdeploy.deployable import Normalise
+from srdeploy.errors import UserError
+from srdeploy.export.to_onnx import export_onnx
+from srdeploy.models.weights import load_exactly
+from srdeploy.outputs import resize_logits
+from srdeploy.runs import load_network, open_run
+from srdeploy.spec import Spec
+from srdeploy.train.regulation import SelfRegulation
+from srdeploy.train.regulation_config import RegulationConfig
+from srdeploy.validation import validated
+
+
+class WithExits(nn.Module):
+    """images uint8 [N, H, W, 3] -> labels uint8 [N, H, W], then the exits' logits at their size."""
+
+    def __init__(self, regulated: SelfRegulation, spec: Spec) -> None:
+        super().__init__()
+        self.normalise = Normalise(spec)
+        self.regulated = regulated
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        exits = self.regulated(self.normalise(images)).logits
+        logits = resize_logits(exits[-1], (images.shape[1], images.shape[2]))
+        return logits.argmax(1).to(torch.uint8), *exits[:-1]
+
+
+def export_with_exits(run_folder: Path, path: Path) -> None:
+    """Exports a regulated run with its trained exits to `path`: outputs labels, exit1, exit2, ...
+
+    Raises UserError where the run is a baseline or its exits don't load.
+    """
+    run = open_run(run_folder)
+    if run.exits is None:
+        raise UserError(f"{run_folder} has no exits to leave in: it is a baseline run")
+    section = run.config.get("regulation") or {}
+    settings = validated(RegulationConfig, section, f"{run_folder}/config.yaml, regulation")
+    regulated = SelfRegulation(load_network(run), run.spec.class_count, settings=settings)
+    if regulated.exits is None:
+        raise UserError(f"{run_folder}: config.yaml says it is a baseline, yet it has exits")
+    load_exactly(regulated.exits, run.exits)
+    names = ["labels", *(f"exit{index + 1}" for index in range(len(regulated.taps)))]
+    export_onnx(WithExits(regulated.eval(), run.spec), run.spec, path, output_names=names)
