@@ -1,7 +1,101 @@
-"""Verbs of data."""
+"""`srdeploy data`: make a data set to try things on, and check one before training."""
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from srdeploy.cli.options import Force, Json, Quiet
+
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Make a data set to try things on, or check one before training.",
+)
+
+
+def synth(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the data set is written.")],
+    train: Annotated[int, typer.Option(help="Scenes for training.", min=0)] = 200,
+    val: Annotated[int, typer.Option(help="Scenes for validation.", min=0)] = 40,
+    test: Annotated[int, typer.Option(help="Scenes for testing.", min=0)] = 40,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "160x120",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal files.", min=0)] = 0,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write made-up scenes with exact masks, for the two failures that self-regulation is about.
+
+    Deer, sheep and herons have thin legs and stand far away.
+    Cow and buffalo look the same: only the fence or the water around them tells which is which.
+
+    Example: srdeploy data synth scenes --train 400 --seed 7
+    """
+    from srdeploy import console
+    from srdeploy.data.synth import synthesise
+
+    console.set_quiet(quiet)
+    width, height = _parse_size(size)
+    synthesise(
+        folder,
+        train=train,
+        val=val,
+        test=test,
+        width=width,
+        height=height,
+        seed=seed,
+        force=force,
+    )
+    console.done(f"{train + val + test} scenes in {folder}")
+    console.say(f"next: srdeploy train {folder}")
+
+
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The data set.")],
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to check, may be repeated; without it all are.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="auto, folder, voc or cityscapes.")] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Decode every photo and mask; report faults and how often each class occurs.
+
+    Finds missing pairs, unreadable files, sizes that differ and ids that are no class.
+    Exit code 1 where something is wrong.
+
+    Example: srdeploy data check scenes --split train --split val
+    """
+    from srdeploy import console
+    from srdeploy.data.check import SHOWN_FAULTS, check_dataset, distribution_table
+
+    console.set_quiet(quiet or as_json)
+    report = check_dataset(folder, split, layout)
+    if as_json:
+        console.print_json({"passed": report.passed, **report.model_dump(mode="json")})
+    else:
+        console.print_table(distribution_table(report))
+        for fault in report.faults[:SHOWN_FAULTS]:
+            console.failed(f"{fault.kind}: {fault.path}: {fault.detail}")
+        if len(report.faults) > SHOWN_FAULTS:
+            console.say(f"... and {len(report.faults) - SHOWN_FAULTS} more (--json lists all)")
+    if not report.passed:
+        counts = ", ".join(f"{count} x {kind}" for kind, count in report.fault_counts().items())
+        console.failed(f"{len(report.faults)} faults: {counts}")
+        raise typer.Exit(1)
+    console.done(f"{sum(s.images for s in report.splits.values())} pairs, no faults")
+
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
+    """Adds `data synth` and `data check` to the command line."""
+    data_app.command("synth")(synth)
+    data_app.command("check")(check)
+    app.add_typer(data_app, name="data")
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    from srdeploy.errors import UserError
+
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise UserError(f"--size '{text}': WIDTHxHEIGHT is expected, such as 160x120")
+    return int(width), int(height)
