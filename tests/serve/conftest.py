@@ -1,0 +1,151 @@
+"""Graphs with known answers, written with onnx alone, and one small run exported in every form.
+
+The colour graph's classes are the colours of the tiny data set: field is green, box red, disc blue.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from srdeploy.data import open_dataset, spec_for
+from srdeploy.files import write_json, write_whole
+from srdeploy.spec import InputPolicy, Spec
+
+MakeGraph = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_data: Path) -> Spec:
+    """The spec of the tiny data set: 3 classes, any size from 32 x 32."""
+    return spec_for(open_dataset(tiny_data, "val"))
+
+
+@pytest.fixture
+def make_graph(tmp_path: Path, tiny_spec: Spec) -> MakeGraph:
+    """Writes a graph whose label is the strongest of green, red and blue."""
+
+    def make(
+        name: str = "colour.onnx",
+        input: str = "uint8",
+        output: str = "labels",
+        size: tuple[Any, Any, Any] = ("N", "H", "W"),
+        spec: Spec | None = tiny_spec,
+        label_type: int = TensorProto.UINT8,
+        stride: int = 1,
+        work: int = 0,
+    ) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model = colour_model(input, output, size, label_type, stride, work)
+        if spec is not None:
+            model.metadata_props.add(key="srdeploy.spec", value=spec.to_json())
+        onnx.save(model, str(path))
+        return path
+
+    return make
+
+
+def colour_model(
+    input: str,
+    output: str,
+    size: tuple[Any, Any, Any],
+    label_type: int,
+    stride: int,
+    work: int,
+) -> onnx.ModelProto:
+    """`stride` > 1 gives logits at 1/stride of the size; `work` adds idle convolutions."""
+    count, height, width = size
+    kernel = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]], np.float32).reshape(3, 3, 1, 1)
+    weights = [numpy_helper.from_array(kernel, "kernel")]
+    nodes = []
+    if input == "uint8":
+        images = helper.make_tensor_value_info(
+            "images", TensorProto.UINT8, [count, height, width, 3]
+        )
+        nodes += [
+            helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]),
+        ]
+    else:
+        images = helper.make_tensor_value_info(
+            "planes", TensorProto.FLOAT, [count, 3, height, width]
+        )
+    previous = "planes"
+    if work:
+        spread = np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)
+        spread = np.pad(spread, ((0, 0), (0, 0), (3, 3), (3, 3)))
+        weights.append(numpy_helper.from_array(spread, "spread"))
+    for step in range(work):
+        nodes.append(
+            helper.make_node("Conv", [previous, "spread"], [f"work{step}"], pads=[3, 3, 3, 3])
+        )
+        previous = f"work{step}"
+    nodes.append(
+        helper.make_node("Conv", [previous, "kernel"], ["logits"], strides=[stride, stride])
+    )
+    if output != "logits":
+        nodes += [
+            helper.make_node("ArgMax", ["logits"], ["best"], axis=1, keepdims=0),
+            helper.make_node("Cast", ["best"], ["labels"], to=label_type),
+        ]
+    low = (height, width) if stride == 1 else (None, None)
+    labels = helper.make_tensor_value_info("labels", label_type, [count, *low])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [count, 3, *low])
+    outputs = {"labels": [labels], "logits": [logits], "both": [labels, logits]}[output]
+    graph = helper.make_graph(nodes, "colour", [images], outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_spec: Spec) -> Path:
+    """A run of a narrow U-Net with random weights."""
+    import torch
+
+    from srdeploy.models import make_network
+    from srdeploy.models.weights import save_weights
+
+    folder = tmp_path_factory.mktemp("runs") / "narrow"
+    spec = tiny_spec.model_copy(
+        update={"input": InputPolicy(smallest=(32, 32), usual=(40, 48), largest=(64, 64))}
+    )
+    torch.manual_seed(0)
+    network = make_network("unet", 3, width=4).eval()
+    folder.mkdir()
+    save_weights(network, folder / "network.safetensors")
+    write_whole(folder / "config.yaml", "network:\n  name: unet\n  options: {width: 4}\n")
+    write_json(folder / "spec.json", spec.model_dump(mode="json"))
+    return folder
+
+
+FORMS = [f"{input}-{output}" for input in ("uint8", "float32") for output in ("labels", "both")]
+FORMS += ["uint8-logits"]
+
+
+@pytest.fixture(scope="session")
+def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run's exports by form, e.g. "uint8-labels"; both is exported, the others cut from it."""
+    from srdeploy.deployable import Deployable
+    from srdeploy.export.to_onnx import export_onnx
+    from srdeploy.runs import load_network, open_run
+
+    folder = tmp_path_factory.mktemp("exported")
+    run = open_run(run_folder)
+    network = load_network(run)
+    paths = {}
+    for kind in ("uint8", "float32"):
+        whole = folder / f"{kind}-both.onnx"
+        module = Deployable(network, run.spec, kind, "both")  # type: ignore[arg-type]
+        export_onnx(module, run.spec, whole, input=module.input, output="both")
+        paths[f"{kind}-both"] = whole
+        for output, other in (("labels", "logits"), ("logits", "labels")):
+            model = onnx.load(str(whole))
+            (cut,) = (value for value in model.graph.output if value.name == other)
+            model.graph.output.remove(cut)
+            paths[f"{kind}-{output}"] = folder / f"{kind}-{output}.onnx"
+            onnx.save(model, str(paths[f"{kind}-{output}"]))
+    return paths
