@@ -77,16 +77,16 @@ def find_taps(network: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
                 f"{type(network).__name__} names no stages: pass taps=[...] with module names, "
                 f"shallow to deep; its parts are {parts}"
             )
-        taps = stages
+        taps = list(stages)
     if not taps:
         raise UserError("taps is empty: name at least one module")
     for name in taps:
         if name not in known:
             # Dozens of names would bury the message: the direct parts stand for the rest.
-            parts = [part for part, _ in network.named_children()]
             near = closest(name, known)
-            hint = near if near.startswith("did") else closest(name, parts)
-            raise UserError(f"{type(network).__name__} has no module '{name}' to tap: {hint}")
+            if not near.startswith("did"):
+                near = closest(name, [part for part, _ in network.named_children()])
+            raise UserError(f"{type(network).__name__} has no module '{name}' to tap: {near}")
     if len(set(taps)) != len(taps):
         raise UserError(f"taps must differ from each other, not {', '.join(taps)}")
     return tuple(taps)
