@@ -17,29 +17,29 @@ def train(
         Path | None, typer.Argument(help="Data set's folder; may be left away with --resume.")
     ] = None,
     network: Annotated[
-        str | None, typer.Option(help="Plain network [default: deeplabv2-mobilenetv2].")
+        str | None, typer.Option(help="Plain network (default: deeplabv2-mobilenetv2).")
     ] = None,
     regulation: Annotated[
         bool | None,
-        typer.Option("--sr/--no-sr", help="Self-regulation, or the baseline [default: --sr]."),
+        typer.Option("--sr/--no-sr", help="Self-regulation, or the baseline (default: --sr)."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps [default: 2000].")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per forward pass [default: 8].")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps (default: 2000).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per forward pass (default: 8).")] = None,
     crop: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Size of training crops [default: 320x320].")
+        str | None, typer.Option(metavar="HxW", help="Size of training crops (default: 320x320).")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate [default: 0.01].")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate (default: 0.01).")] = None,
     pretrained: Annotated[
         str | None, typer.Option(metavar="FILE|imagenet", help="Backbone weights to start from.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of start, order and views [default: 0].")
+        int | None, typer.Option(help="Of start, order and views (default: 0).")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:N, or auto, which says what it took.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Threads that read and augment photos [default: 2].")
+        int | None, typer.Option(help="Threads that read and augment photos (default: 2).")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Configuration to start from.")
