@@ -1,0 +1,222 @@
+"""The verbs evaluate, predict and bench: one JSON object, exit codes, one line for bad input."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from srdeploy.cli.main import main
+from srdeploy.runs import load_network, open_run
+
+MakeGraph = Callable[..., Path]
+Verb = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def srdeploy(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verb:
+    """Runs `srdeploy ARGUMENTS`; returns the exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["srdeploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capfd.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def only_json(out: str) -> dict[str, Any]:
+    """stdout's one line, parsed."""
+    assert out.count("\n") == 1
+    value = json.loads(out)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_evaluate_prints_a_table_or_one_json_object(
+    srdeploy: Verb, make_graph: MakeGraph, tiny_data: Path
+) -> None:
+    graph = make_graph()
+    code, out, _ = srdeploy("evaluate", graph, tiny_data)
+    assert code == 0
+    assert "disc" in out
+    assert "100.00" in out
+    code, out, err = srdeploy("evaluate", graph, tiny_data, "--split", "train", "--json")
+    found = only_json(out)
+    assert (code, err) == (0, "")
+    assert (found["miou"], found["images"], found["split"]) == (1.0, 6, "train")
+    assert (found["backend"], found["precision"]) == ("onnxruntime", "float32")
+
+
+def test_evaluate_takes_graphs_without_metadata_with_classes(
+    srdeploy: Verb, make_graph: MakeGraph, tiny_data: Path
+) -> None:
+    graph = make_graph(spec=None, input="float32", output="logits")
+    # Equal scales, so that normalising does not change which colour is the strongest.
+    classes = graph.parent / "classes.json"
+    table = json.loads((tiny_data / "classes.json").read_text())
+    classes.write_text(json.dumps(table | {"mean": [0, 0, 0], "std": [1, 1, 1]}))
+    code, out, _ = srdeploy("evaluate", graph, tiny_data, "--classes", classes, "--json")
+    assert code == 0
+    assert only_json(out)["miou"] == 1.0
+
+
+def test_predict_exits_with_1_where_a_photo_was_skipped(
+    srdeploy: Verb, make_graph: MakeGraph, tiny_data: Path, tmp_path: Path
+) -> None:
+    photos, graph = tiny_data / "images" / "val", make_graph()
+    code, out, err = srdeploy("predict", graph, photos, "--out", tmp_path / "a")
+    assert (code, out) == (0, "")
+    assert "3 masks in" in err
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 nothing")
+    code, out, err = srdeploy("predict", graph, photos, broken, "--out", tmp_path / "b", "--json")
+    found = only_json(out)
+    assert code == 1
+    assert found["images"] == 3
+    assert [skip["photo"] for skip in found["skipped"]] == [str(broken)]
+    assert f"warning: skipped {broken}: not a readable image" in err
+
+
+def test_bench_prints_and_writes_one_report(
+    srdeploy: Verb, make_graph: MakeGraph, tiny_data: Path, tmp_path: Path
+) -> None:
+    graphs = make_graph("a.onnx"), make_graph("b.onnx")
+    options = ("--data", tiny_data, "--rounds", 2, "--threads", 1, "--out", tmp_path / "bench.json")
+    code, out, _ = srdeploy("bench", *graphs, *options, "--json")
+    assert code == 0
+    assert only_json(out) == json.loads((tmp_path / "bench.json").read_text())
+    code, out, _ = srdeploy("bench", *graphs, *options, "--size", "64x32")
+    assert code == 0
+    assert "latency, 32x64, batch 1" in out
+    assert "noise floor" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "{tmp}/none.onnx", "{data}"), "no such file or folder"),
+        (("evaluate", "{graph}", "{tmp}/none"), "no such data folder"),
+        (("evaluate", "{graph}", "{data}", "--split", "vall"), "did you mean 'val'?"),
+        (("evaluate", "{graph}", "{data}", "--device", "cuda"), "device cuda was asked for"),
+        (("evaluate", "{text}", "{data}"), "not an ONNX file"),
+        (("evaluate", "{foreign}", "{data}"), "--classes classes.json"),
+        (("evaluate", "{foreign}", "{data}", "--classes", "{tmp}/c.json"), "no such file"),
+        (("predict", "{fixed}", "{data}/images", "--out", "{tmp}/out"), "not [1, 40, 48, 3]"),
+        (("predict", "{graph}", "{tmp}/none", "--out", "{tmp}/out"), "no such file or folder"),
+        (("predict", "{graph}", "{tmp}/empty", "--out", "{tmp}/out"), "no photos in"),
+        (("bench", "{graph}", "{fixed}", "--size", "40x48"), "not [1, 40, 48, 3]"),
+        (("bench", "{graph}", "--size", "big"), "height x width in pixels"),
+        (("bench", "{graph}", "--exits-left-in", "{tmp}/none"), "no such run folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    srdeploy: Verb,
+    make_graph: MakeGraph,
+    tiny_data: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.onnx").write_text("no graph")
+    names = {
+        "tmp": tmp_path,
+        "data": tiny_data,
+        "graph": make_graph(),
+        "foreign": make_graph("foreign.onnx", spec=None),
+        "fixed": make_graph("fixed.onnx", size=(1, 64, 64)),
+        "text": tmp_path / "text.onnx",
+    }
+    code, out, err = srdeploy(*(text.format(**names) for text in arguments), "--quiet")
+    assert (code, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert all(line.startswith("warning: skipped") for line in err.splitlines()[:-1])
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict", "bench"])
+def test_every_verb_shows_an_example(srdeploy: Verb, verb: str) -> None:
+    code, out, _ = srdeploy(verb, "--help")
+    assert code == 0
+    assert f"Example: srdeploy {verb} " in " ".join(out.split())
+
+
+def test_bench_times_the_graph_with_its_exits_left_in(
+    srdeploy: Verb, run_folder: Path, exported: dict[str, Path], regulated_run: Path
+) -> None:
+    code, out, err = srdeploy(
+        "bench",
+        exported["uint8-labels"],
+        "--exits-left-in",
+        regulated_run,
+        "--rounds",
+        2,
+        "--threads",
+        1,
+        "--json",
+    )
+    assert code == 0, err
+    plain, with_exits = only_json(out)["entries"]
+    assert with_exits["name"] == "exits left in"
+    assert with_exits["weights"] > plain["weights"]
+
+
+def test_exits_left_in_refuses_a_baseline(
+    srdeploy: Verb, run_folder: Path, make_graph: MakeGraph
+) -> None:
+    code, _, err = srdeploy("bench", make_graph(), "--exits-left-in", run_folder)
+    assert code == 2
+    assert "has no exits to leave in: it is a baseline run" in err
+
+
+def test_the_graph_with_exits_gives_the_plain_labels_and_every_exit(
+    regulated_run: Path, tmp_path: Path
+) -> None:
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    from srdeploy.cli.with_exits import export_with_exits
+    from srdeploy.deployable import Deployable
+
+    path = tmp_path / "with-exits.onnx"
+    export_with_exits(regulated_run, path)
+    run = open_run(regulated_run)
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 52, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    stages = load_network(run).stages
+    assert names == ["labels", *(f"exit{index + 1}" for index in range(len(stages)))]  # type: ignore[arg-type]
+    labels, *exits = session.run(None, {"images": images})
+    with torch.inference_mode():
+        plain = Deployable(load_network(run), run.spec)(torch.from_numpy(images)).numpy()
+    assert (labels == plain).mean() > 0.999
+    assert all(one.shape[:2] == (2, 3) for one in exits)
+
+
+@pytest.fixture(scope="session")
+def regulated_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The narrow run again, with exits beside its weights."""
+    import shutil
+
+    from srdeploy.models.weights import save_weights
+    from srdeploy.train.regulation import SelfRegulation
+    from srdeploy.train.regulation_config import RegulationConfig
+
+    folder = tmp_path_factory.mktemp("runs") / "regulated"
+    shutil.copytree(run_folder, folder)
+    settings = RegulationConfig(width=8)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["regulation"] = settings.model_dump(mode="json")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    regulated = SelfRegulation(load_network(open_run(folder)), 3, settings=settings)
+    assert regulated.exits is not None
+    save_weights(regulated.exits, folder / "exits.safetensors")
+    return folder
