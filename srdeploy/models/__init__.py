@@ -1,8 +1,9 @@
 """The plain networks, by name: what is trained, exported and served. They know nothing of exits.
 
-Every network maps images float32 [N, 3, H, W] to logits float32 [N, K, H, W] for any H, W >= 32, and has
-`stages` (names of its feature stages for get_submodule, shallow to deep; its own logits are one more, last exit)
-and `own_exits` (heads of its own that are supervised in training, with their loss weight; empty in all of these).
+Every network maps images float32 [N, 3, H, W] to logits float32 [N, K, H, W] for any H, W >= 32,
+and has `stages` (names of its feature stages for get_submodule, shallow to deep; its own logits are
+one more, last exit) and `own_exits` (heads of its own that are supervised in training, with their
+loss weight; empty in all of these).
 """
 
 import inspect
@@ -30,13 +31,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "segnet": SegNet,
     "unet": UNet,
 }
-"""Builders: classes (K) and keyword options -> the network with fresh weights from torch's global generator."""
+"""Builders: classes (K) and keyword options -> the network, its weights from torch's global RNG."""
 
 
 def make_network(name: str, classes: int, **options: Any) -> nn.Module:
-    """Builds the network `name` for `classes` classes, with fresh weights, in training mode on the CPU.
+    """Builds the network `name` for `classes` classes, with fresh weights, in training mode.
 
-    Raises UserError for an unknown name or option, naming the closest one, and for a value that does not fit.
+    Raises UserError for an unknown name or option, naming the closest one, and for a value that
+    does not fit.
     """
     builder = NETWORKS.get(name)
     if builder is None:

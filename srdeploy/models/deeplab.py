@@ -1,7 +1,7 @@
 """DeepLab-v2 on ResNet or MobileNetV2, without CRF and multi-scale inputs.
 
-Source: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and
-Fully Connected CRFs", TPAMI 2018 (arXiv 1606.00915), model DeepLab-ASPP-L.
+Source: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous
+Convolution, and Fully Connected CRFs", TPAMI 2018 (arXiv 1606.00915), model DeepLab-ASPP-L.
 """
 
 import torch
@@ -19,8 +19,8 @@ OUTPUT_STRIDES = (8, 16)
 class AtrousHead(nn.Module):
     """The sum of four dilated 3x3 convolutions: features [N, C, h, w] -> logits [N, K, h, w].
 
-    The paper's dilations 6, 12, 18 and 24 belong to output stride 8; at stride 16 they are halved, so that the
-    head sees the same part of the image.
+    The paper's dilations 6, 12, 18 and 24 belong to output stride 8; at stride 16 they are halved,
+    so that the head sees the same part of the image.
     """
 
     def __init__(self, channels: int, classes: int, output_stride: int) -> None:
@@ -41,8 +41,9 @@ class AtrousHead(nn.Module):
 class DeepLabV2(nn.Module):
     """images float32 [N, 3, H, W] -> logits float32 [N, K, H, W], any H, W >= 32.
 
-    `stages` names the sub-modules, shallow to deep, that emit one feature tensor each per forward pass; the
-    network's own logits are the last exit and are not listed. `own_exits` is empty: no head is for training only.
+    `stages` names the sub-modules, shallow to deep, that emit one feature tensor each per forward
+    pass; the network's own logits are the last exit and are not listed. `own_exits` is empty: no
+    head is for training only.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ def deeplabv2_resnet101(classes: int, *, output_stride: int = 16) -> DeepLabV2:
 def deeplabv2_mobilenetv2(
     classes: int, *, output_stride: int = 16, width_mult: float = 1.0
 ) -> DeepLabV2:
-    """DeepLab-v2 on MobileNetV2. `width_mult` scales all its channels (1.0 has ImageNet weights)."""
+    """DeepLab-v2 on MobileNetV2. `width_mult` scales its channels; ImageNet weights: 1.0 only."""
     _check_output_stride(output_stride)
     if isinstance(width_mult, bool) or not isinstance(width_mult, int | float) or width_mult <= 0:
         raise UserError(f"width_mult is {width_mult!r}: a number above 0 is needed, e.g. 0.5")

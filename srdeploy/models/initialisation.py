@@ -1,12 +1,15 @@
-"""Weights before training: one rule for every network here."""
+"""What the networks share when they are made: initial weights, and the check of a width."""
 
 from torch import nn
 
+from srdeploy.errors import UserError
+
 
 def initialise(module: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan out, for ReLU) without offset; BatchNorm starts as the identity.
+    """Kaiming-normal convolutions (fan out, for ReLU) with zero bias; BatchNorm is the identity.
 
-    Source: He et al., "Delving Deep into Rectifiers", ICCV 2015; torchvision uses the same for its backbones.
+    Source: He et al., "Delving Deep into Rectifiers", ICCV 2015; torchvision uses the same for its
+    backbones.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
@@ -19,7 +22,13 @@ def initialise(module: nn.Module) -> None:
 
 
 def initialise_logits(convolution: nn.Conv2d) -> None:
-    """Small weights for the convolution that gives the logits: all classes start about equally likely."""
+    """Small weights for the convolution that gives the logits: classes start equally likely."""
     nn.init.normal_(convolution.weight, std=0.01)
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)
+
+
+def check_width(width: object) -> None:
+    """Raises UserError where `width`, the channels of the first stage, is not a count."""
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise UserError(f"width is {width!r}: a whole number of channels from 1 is needed, e.g. 64")

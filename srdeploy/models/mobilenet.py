@@ -1,7 +1,7 @@
 """MobileNetV2 without its classifier, dilated to output stride 8 or 16.
 
-Parameter names are torchvision's, so that its weight files load. Source: Sandler et al., "MobileNetV2: Inverted
-Residuals and Linear Bottlenecks", CVPR 2018.
+Parameter names are torchvision's, so that its weight files load. Source: Sandler et al.,
+"MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
 """
 
 from torch import Tensor, nn
@@ -61,12 +61,13 @@ def rounded_channels(channels: float) -> int:
 
 
 class MobileNetV2(nn.Module):
-    """images float32 [N, 3, H, W] -> features float32 [N, C, h, w] at `output_stride` (8, 16 or 32).
+    """images float32 [N, 3, H, W] -> features float32 [N, C, h, w].
 
-    Ends with the 320-channel block (times `width_mult`): the 1x1 convolution to 1280 channels that follows it for
-    classification (features.18) would cost a segmentation head more than the backbone itself, and is left out.
-    The depthwise convolution that had a left-out stride keeps the dilation before it, later ones double theirs:
-    sampled on the strided network's grid, the features are exactly the strided network's.
+    `output_stride` is 8, 16 or 32. Ends with the 320-channel block (times `width_mult`): the 1x1 convolution to 1280 channels that
+    follows it for classification (features.18) would cost a segmentation head more than the
+    backbone itself, and is left out. The depthwise convolution that had a left-out stride keeps the
+    dilation before it, later ones double theirs: sampled on the strided network's grid, the
+    features are exactly the strided network's.
     """
 
     def __init__(self, output_stride: int = 32, width_mult: float = 1.0) -> None:
@@ -80,7 +81,8 @@ class MobileNetV2(nn.Module):
             for position in range(blocks):
                 wanted = group_stride if position == 0 else 1
                 stride = wanted if reached < output_stride else 1
-                # A left-out stride is no reason to add the input: the file's weights never saw that sum.
+                # Where a stride is left out the input is still not added: weights trained with
+                # the stride never saw that sum.
                 add = wanted == 1 and inputs == outputs
                 features.append(InvertedResidual(inputs, outputs, expansion, stride, dilation, add))
                 reached *= stride

@@ -1,7 +1,8 @@
 """ResNet-18, -50 and -101 without their classifier, dilated to output stride 8 or 16.
 
-Parameter names are torchvision's, so that its weight files load. As there, a bottleneck's stride sits in its
-3x3 convolution ("v1.5"). Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+Parameter names are torchvision's, so that its weight files load. As there, a bottleneck's stride
+sits in its 3x3 convolution ("v1.5"). Source: He et al., "Deep Residual Learning for Image
+Recognition", CVPR 2016.
 """
 
 from torch import Tensor, nn
@@ -10,14 +11,14 @@ from srdeploy.models.initialisation import initialise
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution without bias whose output keeps the input's grid (every stride-th point of it)."""
+    """A 3x3 convolution without bias, padded so that stride 1 keeps the size."""
     return nn.Conv2d(
         inputs, outputs, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
     )
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: ResNet-18's block. `dilations` are those of conv1 and conv2."""
+    """Two 3x3 convolutions, with one of `dilations` each, and a shortcut: ResNet-18's block."""
 
     expansion = 1
 
@@ -38,7 +39,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 to four times the width, and a shortcut. The 3x3 has the stride and `dilations[0]`."""
+    """1x1, 3x3 (with the stride and dilations[0]), 1x1 to four times the width, and a shortcut."""
 
     expansion = 4
 
@@ -65,7 +66,8 @@ class Bottleneck(nn.Module):
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     """The projection where a block changes width or grid; None where the identity fits.
 
-    A layer whose stride was turned into dilation still changes width, so its file's weights have a place.
+    A layer whose stride was turned into dilation still changes width, so its file's weights have a
+    place.
     """
     if stride == 1 and inputs == outputs:
         return None
@@ -83,15 +85,17 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, in
 
 
 class ResNet(nn.Module):
-    """images float32 [N, 3, H, W] -> features float32 [N, C, h, w] at `output_stride` (8, 16 or 32).
+    """images float32 [N, 3, H, W] -> features float32 [N, C, h, w]; `output_stride` 8, 16 or 32.
 
-    Where a stride is left out, later convolutions are dilated instead. The convolution that had the stride keeps
-    the dilation before it, and the ones after it double theirs: sampled on the strided network's grid, the
-    features are then exactly the strided network's, which is what the pretrained weights were trained for.
-    (DeepLab-v2's Caffe model dilates whole layers: its stride sits in the 1x1 before the 3x3.)
+    Where a stride is left out, later convolutions are dilated instead. The convolution that had the
+    stride keeps the dilation before it, and the ones after it double theirs: sampled on the strided
+    network's grid, the features are then exactly the strided network's, which is what the
+    pretrained weights were trained for. (DeepLab-v2's Caffe model dilates whole layers: its stride
+    sits in the 1x1 before the 3x3.)
 
-    The max-pool uses ceil mode as DeepLab-v2's does: at even sizes the border pixels get a sample of their own
-    and are not left to extrapolation. Inside the image both modes give the same values.
+    The max-pool uses ceil mode as DeepLab-v2's does: at even sizes the border pixels get a sample
+    of their own and are not left to extrapolation. Inside the image both modes give the same
+    values.
     """
 
     def __init__(self, architecture: str, output_stride: int = 32) -> None:

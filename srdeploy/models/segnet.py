@@ -1,7 +1,7 @@
 """SegNet: VGG16's convolutions, and a decoder that unpools with the encoder's pooling choices.
 
-Source: Badrinarayanan et al., "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image Segmentation",
-TPAMI 2017 (arXiv 1511.00561).
+Source: Badrinarayanan et al., "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
+Segmentation", TPAMI 2017 (arXiv 1511.00561).
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from srdeploy.models.initialisation import initialise, initialise_logits
+from srdeploy.models.initialisation import check_width, initialise, initialise_logits
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,43 @@ class Choice:
 
 
 def pool_2x2(features: Tensor) -> tuple[Tensor, Choice]:
-    """2x2 max-pool with stride 2 in ceil mode: [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)] and the choices.
+    """2x2 max-pool, stride 2, ceil mode: [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)], choices.
 
-    `features` must not be negative (they come from a ReLU): odd sizes are padded with zeros, which then never win.
-    Equal to max_pool2d(return_indices=True), but of comparisons and selections alone: TensorRT has neither
-    MaxPool's indices nor MaxUnpool, and CUDA's max_unpool2d is not deterministic. Two bools take the place of an
-    int64 index.
+    `features` must not be negative (they come from a ReLU): the zeros that pad odd sizes then never
+    win. Equal to max_pool2d(return_indices=True), but of comparisons and selections alone: TensorRT
+    has neither MaxPool's indices nor MaxUnpool, and CUDA's max_unpool2d is not deterministic. Two
+    bools take the place of an int64 index.
     """
     height, width = features.shape[-2:]
-    padded = functional.pad(features, (0, width % 2, 0, height % 2))
-    upper_left, upper_right = padded[..., 0::2, 0::2], padded[..., 0::2, 1::2]
-    lower_left, lower_right = padded[..., 1::2, 0::2], padded[..., 1::2, 1::2]
+    padded = functional.pad(features, (0, 1, 0, 1))
+    upper_left, upper_right = padded[..., :-1:2, :-1:2], padded[..., :-1:2, 1::2]
+    lower_left, lower_right = padded[..., 1::2, :-1:2], padded[..., 1::2, 1::2]
     right_of_upper, right_of_lower = upper_right > upper_left, lower_right > lower_left
     upper = torch.where(right_of_upper, upper_right, upper_left)
     lower = torch.where(right_of_lower, lower_right, lower_left)
     is_lower = lower > upper
+    # torch.where of bools would need an operator that onnxruntime lacks.
     right = (is_lower & right_of_lower) | (~is_lower & right_of_upper)
     return torch.where(is_lower, lower, upper), Choice(is_lower, right, height, width)
 
 
 def unpool_2x2(features: Tensor, choice: Choice) -> Tensor:
     """Puts every value of [N, C, h, w] back where `choice` says, zeros elsewhere: [N, C, H, W]."""
-    zero = torch.zeros((), dtype=features.dtype, device=features.device)
+    zero = features.new_zeros(())
     upper = torch.where(choice.lower, zero, features)
     lower = torch.where(choice.lower, features, zero)
-    rows = [
-        torch.stack(
-            (torch.where(choice.right, zero, row), torch.where(choice.right, row, zero)), -1
-        )
-        for row in (upper, lower)
-    ]  # two of [N, C, h, w, 2]
-    spread = torch.stack([row.flatten(-2) for row in rows], -2).flatten(-3, -2)
+    corners = [
+        torch.where(choice.right, zero, upper),
+        torch.where(choice.right, upper, zero),
+        torch.where(choice.right, zero, lower),
+        torch.where(choice.right, lower, zero),
+    ]
+    spread = functional.pixel_shuffle(torch.stack(corners, 2).flatten(1, 2), 2)
     return spread[..., : choice.height, : choice.width]
 
 
 def conv_stage(*channels: int) -> nn.Sequential:
-    """3x3 convolution with bias, BatchNorm and ReLU for each step between the given channel counts."""
+    """3x3 convolution, BatchNorm and ReLU from each of the channel counts to the next."""
     layers: list[nn.Module] = []
     for inputs, outputs in zip(channels, channels[1:], strict=False):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -72,12 +73,14 @@ def conv_stage(*channels: int) -> nn.Sequential:
 class SegNet(nn.Module):
     """images float32 [N, 3, H, W] -> logits float32 [N, K, H, W], any H, W >= 32.
 
-    `width` is the channel count of the first stage; the later ones have 2, 4, 8 and 8 times as many.
-    `stages` names the encoder's stages, each emitting its feature map before pooling. `own_exits` is empty.
+    `width` is the channel count of the first stage; the later ones have 2, 4, 8 and 8 times as
+    many. `stages` names the encoder's stages, each emitting its feature map before pooling.
+    `own_exits` is empty.
     """
 
     def __init__(self, classes: int, *, width: int = 64) -> None:
         super().__init__()
+        check_width(width)
         a, b, c, d = width, 2 * width, 4 * width, 8 * width
         self.encoder = nn.ModuleList(
             [

@@ -1,14 +1,14 @@
 """U-Net with BatchNorm and padded convolutions, so that logits have the image's size.
 
-Source: Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015
-(arXiv 1505.04597).
+Source: Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation",
+MICCAI 2015 (arXiv 1505.04597).
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from srdeploy.models.initialisation import initialise, initialise_logits
+from srdeploy.models.initialisation import check_width, initialise, initialise_logits
 
 
 def double_conv(inputs: int, outputs: int) -> nn.Sequential:
@@ -24,7 +24,7 @@ def double_conv(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Up(nn.Module):
-    """Doubles the grid of [N, C, h, w], pads it to the skip's size, and merges both to C / 2 channels."""
+    """Doubles the grid of [N, C, h, w], pads to the skip's size, merges both to C / 2 channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -45,12 +45,13 @@ class UNet(nn.Module):
     """images float32 [N, 3, H, W] -> logits float32 [N, K, H, W], any H, W >= 32.
 
     `width` is the channel count of the first stage; it doubles with each of the four stages below.
-    `stages` names the encoder's stages, the lowest included, each emitting its feature map before pooling.
-    `own_exits` is empty.
+    `stages` names the encoder's stages, the lowest included, each emitting its feature map before
+    pooling. `own_exits` is empty.
     """
 
     def __init__(self, classes: int, *, width: int = 64) -> None:
         super().__init__()
+        check_width(width)
         channels = [width * 2**i for i in range(5)]
         self.encoder = nn.ModuleList(
             double_conv(inputs, outputs)
