@@ -50,7 +50,7 @@ def export_onnx(
     """Writes `module` (a `Deployable`, or anything with its input and outputs) to `path` as one
     .onnx file.
 
-    images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] for input="float32"; N, H and W stay dynamic.
+    images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] for input="float32"; N, H, W are dynamic.
     `output_names` name a module's several outputs; by default they follow from `output`: labels,
     logits or both. `description` is added to the metadata beside the spec. Equal weights give
     equal bytes. The module is traced in evaluation mode and left as it was. Raises UserError where
