@@ -141,6 +141,7 @@ class SelfRegulation(nn.Module):
 
     def losses_of(self, outputs: ExitOutputs, labels: Tensor, progress: float = 1.0) -> Losses:
         """`losses` of outputs at hand, e.g. of a forward through DistributedDataParallel."""
+        labels = labels.long()  # once for all terms; and uint8 would wrap a negative ignore_index
         self._check_ids(labels)
         with torch.autocast(labels.device.type, enabled=False):
             terms = {"main": self._full_size(outputs.logits[-1], labels)}
@@ -169,7 +170,7 @@ class SelfRegulation(nn.Module):
     ) -> None:
         """MEA: each exit's segmenter and classifier against ground truth, at its resolution."""
         if self.settings.seg_weight > 0:
-            terms["seg"] = _sum([self._own_size(z, labels) for z in outputs.logits[:-1]])
+            terms["seg"] = self._exits_cross_entropy(outputs.logits[:-1], labels)
             weights["seg"] = self.settings.seg_weight
         if self.settings.cls_weight > 0:
             shown = losses.presence(labels, self.classes, self.ignore_index)
@@ -179,14 +180,27 @@ class SelfRegulation(nn.Module):
             )
             weights["cls"] = self.settings.cls_weight
 
-    def _own_size(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy at the logits' size, against labels brought there."""
-        size = (logits.shape[2], logits.shape[3])
-        if self.settings.labels == "proportion":
-            counts = losses.count_labels(labels, self.classes, size, self.ignore_index)
-            return losses.count_cross_entropy(logits, counts, self.class_weights)
-        shrunk = losses.shrink_labels(labels, size)
-        return losses.pixel_cross_entropy(logits, shrunk, self.ignore_index, self.class_weights)
+    def _exits_cross_entropy(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Sum of the exits' cross-entropies, each at its own size against labels brought there."""
+        proportion = self.settings.labels == "proportion"
+        targets: dict[tuple[int, int], Tensor] = {}  # most exits share one size
+        found = []
+        for one in logits:
+            size = (one.shape[2], one.shape[3])
+            if proportion:
+                if size not in targets:
+                    targets[size] = losses.count_labels(
+                        labels, self.classes, size, self.ignore_index
+                    )
+                loss = losses.count_cross_entropy(one, targets[size], self.class_weights)
+            else:
+                if size not in targets:
+                    targets[size] = losses.shrink_labels(labels, size)
+                loss = losses.pixel_cross_entropy(
+                    one, targets[size], self.ignore_index, self.class_weights
+                )
+            found.append(loss)
+        return _sum(found)
 
     def _add_feedback(
         self,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from srdeploy import SelfRegulation
 from srdeploy.errors import UserError
@@ -395,6 +396,34 @@ def test_a_users_own_loop_learns_the_labels() -> None:
         optimizer.step()
         values.append(found.terms["main"].item())
     assert values[-1] < 0.7 * values[0]
+
+
+def test_a_negative_ignore_index_ignores_no_class_of_uint8_labels() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 200, 1))
+    images = torch.randn(1, 3, 8, 8)
+    labels = torch.full((1, 8, 8), 156, dtype=torch.uint8)  # -100 as a byte
+    terms = [
+        SelfRegulation(network, 200, settings=OFF, ignore_index=index).losses(images, labels).total
+        for index in (-100, 255)
+    ]
+    assert torch.equal(terms[0], terms[1])
+    assert terms[0] > 0
+
+
+def training_work(settings: RegulationConfig) -> int:
+    """Multiply-adds of a DeepLab-v2 ResNet-101 forward at 321 x 321, counted, not computed."""
+    with torch.device("meta"):
+        network = make_network("deeplabv2-resnet101", 21)
+    regulated = SelfRegulation(network, 21, settings=settings)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        regulated(torch.zeros(2, 3, 321, 321, device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+def test_lean_exits_add_little_work_to_deeplab_and_the_authors_heads_much() -> None:
+    baseline = training_work(OFF)
+    assert training_work(RegulationConfig()) / baseline < 1.02
+    assert training_work(RegulationConfig.authors()) / baseline > 1.3
 
 
 @pytest.mark.parametrize(
