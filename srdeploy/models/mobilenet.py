@@ -63,11 +63,11 @@ def rounded_channels(channels: float) -> int:
 class MobileNetV2(nn.Module):
     """images float32 [N, 3, H, W] -> features float32 [N, C, h, w].
 
-    `output_stride` is 8, 16 or 32. Ends with the 320-channel block (times `width_mult`): the 1x1 convolution to 1280 channels that
-    follows it for classification (features.18) would cost a segmentation head more than the
-    backbone itself, and is left out. The depthwise convolution that had a left-out stride keeps the
-    dilation before it, later ones double theirs: sampled on the strided network's grid, the
-    features are exactly the strided network's.
+    `output_stride` is 8, 16 or 32. Ends with the 320-channel block (times `width_mult`): the
+    convolution to 1280 channels that follows it for classification (features.18) would make the
+    head four times as expensive, and is left out. The depthwise convolution that had a left-out
+    stride keeps the dilation before it, later ones double theirs: sampled on the strided network's
+    grid, the features are exactly the strided network's.
     """
 
     def __init__(self, output_stride: int = 32, width_mult: float = 1.0) -> None:
