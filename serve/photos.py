@@ -41,7 +41,7 @@ def find_photos(sources: Sequence[Path], out: Path) -> tuple[Photo, ...]:
     wanted[PurePath(LEGEND).with_suffix("")] += 1
     photos = []
     masks: dict[PurePath, Path] = {}
-    for path, name in sorted(found, key=lambda entry: str(entry[1])):
+    for path, name in sorted(found, key=lambda entry: (str(entry[1]), str(entry[0]))):
         stem = name.with_suffix("") if wanted[name.with_suffix("")] == 1 else name
         if stem in masks:
             raise UserError(

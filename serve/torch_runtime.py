@@ -1,5 +1,6 @@
 """torch behind the runtime contract, for run folders. The only module here that imports torch."""
 
+import numpy as np
 import torch
 
 from srdeploy.deployable import Deployable
@@ -49,8 +50,8 @@ class TorchRuntime(Runtime):
         return self._infer(self._to_logits, images).numpy()
 
     def _infer(self, module: Deployable, images: Pixels) -> torch.Tensor:
-        # torch.from_numpy warns about arrays that can't be written to, such as Pillow's.
-        writable = images if images.flags.writeable else images.copy()
+        # torch.from_numpy takes no mirrored views, and warns about read-only arrays like Pillow's.
+        writable = np.require(images, requirements=["C", "W"])
         try:
             with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
                 output = module(torch.from_numpy(writable).to(self.device))

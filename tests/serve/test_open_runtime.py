@@ -86,9 +86,7 @@ def test_a_graph_that_onnxruntime_can_not_load_is_refused(make_graph: MakeGraph)
         open_runtime(path).__enter__()
 
 
-def test_without_metadata_the_classes_must_be_given(
-    make_graph: MakeGraph, tiny_spec: Spec
-) -> None:
+def test_without_metadata_the_classes_must_be_given(make_graph: MakeGraph, tiny_spec: Spec) -> None:
     path = make_graph(spec=None)
     with pytest.raises(UserError, match=r"no srdeploy metadata .* --classes classes\.json"):
         open_runtime(path)

@@ -18,9 +18,7 @@ BACKENDS += [f"{i}-{o}" for i in ("uint8", "float32") for o in ("labels", "logit
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
-def artifact(
-    request: pytest.FixtureRequest, run_folder: Path, exported: dict[str, Path]
-) -> Path:
+def artifact(request: pytest.FixtureRequest, run_folder: Path, exported: dict[str, Path]) -> Path:
     """What is opened, once per backend and form."""
     return run_folder if request.param == "torch" else exported[request.param]
 
