@@ -47,7 +47,7 @@ def graph_digest(model: ModelProto) -> str:
         )
         for function in model.functions
     ]
-    opsets = sorted((opset.domain, opset.version) for opset in model.opset_import)
+    opsets = sorted((_domain(opset.domain), opset.version) for opset in model.opset_import)
     return _hash("model", opsets, sorted(functions), _colour_graph(model.graph, {})).hex()
 
 
@@ -128,7 +128,7 @@ def _pass_down(
         attributes = sorted(_attribute(attribute, values) for attribute in node.attribute)
         outputs = [bool(name) for name in _trimmed(node.output)]
         seed = seeds.get(len(vertices), b"")
-        colour = _hash("node", node.domain, node.op_type, attributes, read, outputs, seed)
+        colour = _hash("node", _domain(node.domain), node.op_type, attributes, read, outputs, seed)
         weighted = _is_weighted(node, values)
         for slot, name in enumerate(node.output):
             values[name] = _Value(_hash(colour, slot), weighted)
@@ -263,6 +263,11 @@ def _constants(graph: GraphProto) -> Iterable[TensorProto]:
     for node in graph.node:
         if _is_constant(node):
             yield _constant_tensor(node)
+
+
+def _domain(domain: str) -> str:
+    """ONNX's own operators can be written with an empty domain or a named one."""
+    return domain or "ai.onnx"
 
 
 def _is_constant(node: NodeProto) -> bool:

@@ -52,7 +52,7 @@ class Constant:
 
     @property
     def dtype(self) -> str:
-        return TensorProto.DataType.Name(self.tensor.data_type).lower()
+        return str(TensorProto.DataType.Name(self.tensor.data_type)).lower()
 
     @property
     def steers(self) -> bool:
@@ -85,7 +85,8 @@ class Made:
     @property
     def operator(self) -> str:
         domain = self.node.domain
-        return f"{domain}.{self.node.op_type}" if domain else self.node.op_type
+        own = domain in ("", "ai.onnx")
+        return self.node.op_type if own else f"{domain}.{self.node.op_type}"
 
     @property
     def operands(self) -> list[str]:
@@ -173,7 +174,7 @@ class GraphView:
         for constant in self.constants:
             found[constant.name] = _number(numbers, ("constant", constant.key()))
         for made in self.nodes:
-            attributes = []
+            attributes: list[tuple[str, object]] = []
             for key, value in sorted(made.attributes().items()):
                 if isinstance(value, GraphView):
                     inside = value.numbered(numbers, found)
@@ -181,10 +182,10 @@ class GraphView:
                 else:
                     attributes.append((key, value))
             operands = tuple(found[name] if name else -1 for name in made.operands)
-            key = (made.operator, tuple(attributes), operands, tuple(made.results))
+            computed = (made.operator, tuple(attributes), operands, tuple(made.results))
             for slot, name in enumerate(made.node.output):
                 if name:
-                    found[name] = _number(numbers, (*key, slot))
+                    found[name] = _number(numbers, (*computed, slot))
         return found
 
     def _names_after_weights(self) -> set[str]:

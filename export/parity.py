@@ -1,0 +1,253 @@
+"""Torch against the exported file, on real images, at the sizes that the spec promises."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import ModelProto, NodeProto, TensorProto
+from PIL import Image
+from torch import nn
+
+from srdeploy.deployable import Deployable
+from srdeploy.errors import UserError
+from srdeploy.export.certificate import Line
+from srdeploy.imaging import PHOTO_SUFFIXES, Pixels, read_photo
+from srdeploy.runs import Run
+from srdeploy.serve.runtime import open_runtime
+from srdeploy.spec import Spec
+from srdeploy.validation import Settings
+
+Logits = npt.NDArray[np.float32]
+
+TOLERANCE = 1e-4
+"""Largest logit difference that rounding explains, as a share of the largest logit."""
+
+_MOST_IMAGES = 4
+_MOST_PIXELS = 768 * 768
+"""Larger images take a CPU too long; the usual size is always measured."""
+
+_FLIPPED_LOGITS, _FLIPPED_LABELS = 1e-2, 1e-3
+"""Shares of pixels that may be off where the graph itself chooses by comparing features."""
+
+
+class Case(Settings):
+    """One batch at one size."""
+
+    size: str
+    """smallest, usual or largest, and whether it was cut to what a CPU can do."""
+    shape: tuple[int, int, int]
+    """(N, H, W)."""
+    agreement: float
+    """Share of pixels with equal labels."""
+    largest_logit: float
+    largest_difference: float
+    """Of logits."""
+    beyond: float
+    """Share of pixels with a logit difference beyond the tolerance."""
+    unexplained: float
+    """Share of pixels whose label differs although torch's two best classes are not nearly tied."""
+    finite: bool
+    """Whether neither side gave NaN or infinity."""
+
+
+def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
+    """Photos to compare on: those in `folder`, else those saved with the run. Raises UserError."""
+    if folder is None:
+        files = run.samples
+        if not files:
+            raise UserError(
+                f"{run.folder} has no sample photos to compare torch and the exported file on: "
+                "give a folder of photos with --images"
+            )
+    else:
+        if not folder.is_dir():
+            raise UserError(f"no such folder of photos: {folder}")
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+        if not files:
+            raise UserError(f"{folder} has no photos: give a folder with .jpg or .png files")
+    return [read_photo(file) for file in files[:_MOST_IMAGES]]
+
+
+def parity_line(network: nn.Module, spec: Spec, file: Path, photos: Sequence[Pixels]) -> Line:
+    """The line `parity`: `network` in torch against `file` in onnxruntime, on the CPU.
+
+    photos: uint8 [H, W, 3], any sizes; they are resized to the spec's sizes. Passes where every
+    value is finite, logits differ by no more than rounding explains, and labels differ only where
+    the network's two best classes are nearly tied. A network that chooses by comparing its own
+    features (max-unpooling) can turn a rounding difference into a moved value: a small share of
+    pixels may then be off, and the line says so.
+    """
+    compares = _compares_features(onnx.load(str(file)))
+    allowed = (_FLIPPED_LOGITS, _FLIPPED_LABELS) if compares else (0.0, 0.0)
+    counts = np.zeros((2, spec.class_count), np.int64)
+    with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
+        exposed = Path(folder) / "exposed.onnx"
+        expose_logits(file, exposed)
+        both = Deployable(network, spec, output="both").eval()
+        cases = []
+        with open_runtime(file) as deployed, open_runtime(exposed) as inside:
+            for size, images in _batches(photos, spec):
+                torch_labels, torch_logits = _in_torch(both, images)
+                labels, logits = deployed.run(images), inside.logits(images)
+                cases.append(_compare(size, torch_labels, torch_logits, labels, logits))
+                counts += _overlap(torch_labels, labels, spec.class_count)
+    passed = all(
+        case.finite and case.beyond <= allowed[0] and case.unexplained <= allowed[1]
+        for case in cases
+    )
+    return Line(
+        name="parity",
+        passed=passed,
+        detail=_detail(cases, compares),
+        figures=_figures(cases, counts, spec, allowed, compares),
+    )
+
+
+def expose_logits(file: Path, target: Path) -> None:
+    """Copies a graph, with the tensor that its labels are taken from as an output named logits."""
+    model = onnx.load(str(file))
+    graph = model.graph
+    if all(value.name != "logits" for value in graph.output):
+        makers = {name: node for node in graph.node for name in node.output}
+        node = makers.get("labels")
+        while node is not None and node.op_type != "ArgMax":
+            node = makers.get(node.input[0])
+        if node is None:
+            raise UserError(f"{file}: its labels do not come from an ArgMax: nothing to compare")
+        graph.node.append(NodeProto(op_type="Identity", input=[node.input[0]], output=["logits"]))
+        shape = ["N", None, "H", "W"]
+        graph.output.append(onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
+    onnx.save(model, str(target))
+
+
+def _batches(photos: Sequence[Pixels], spec: Spec) -> list[tuple[str, Pixels]]:
+    """Every photo at the usual size, one at the smallest and the largest, and all in one batch."""
+    usual = spec.input.usual
+    largest, name = _affordable(spec.input.largest, usual)
+    batch = [*photos, photos[0][:, ::-1]]  # at least two, also where there is one photo
+    cases = [("usual", _stack([photo], usual)) for photo in photos]
+    cases.append(("smallest", _stack(photos[:1], spec.input.smallest)))
+    cases.append((name, _stack(photos[:1], largest)))
+    cases.append(("smallest, batch", _stack(batch, spec.input.smallest)))
+    cases.append(("usual, batch", _stack(batch[:2], usual)))
+    return cases
+
+
+def _affordable(largest: tuple[int, int], usual: tuple[int, int]) -> tuple[tuple[int, int], str]:
+    pixels = max(_MOST_PIXELS, usual[0] * usual[1])
+    if largest[0] * largest[1] <= pixels:
+        return largest, "largest"
+    shrink = (pixels / (largest[0] * largest[1])) ** 0.5
+    height, width = (max(1, int(side * shrink)) for side in largest)
+    return (height, width), f"largest, cut from {largest[0]}x{largest[1]}"
+
+
+def _stack(photos: Sequence[Pixels], size: tuple[int, int]) -> Pixels:
+    height, width = size
+    resized = [
+        Image.fromarray(np.ascontiguousarray(photo)).resize((width, height)) for photo in photos
+    ]
+    return np.stack([np.array(image) for image in resized])
+
+
+def _in_torch(module: Deployable, images: Pixels) -> tuple[Pixels, Logits]:
+    with torch.inference_mode():
+        labels, logits = module(torch.from_numpy(images))
+    return labels.numpy(), logits.numpy()
+
+
+def _compare(
+    size: str, labels: Pixels, logits: Logits, exported_labels: Pixels, exported_logits: Logits
+) -> Case:
+    """Both labels uint8 [N, H, W], both logits float32 [N, K, H, W]; torch's first."""
+    finite = bool(np.isfinite(logits).all() and np.isfinite(exported_logits).all())
+    wrong = labels != exported_labels
+    difference = np.nan_to_num(np.abs(logits - exported_logits), nan=np.inf).max(1)
+    scale = float(np.abs(logits).max()) if finite else 0.0
+    tolerance = TOLERANCE * scale
+    best = np.sort(logits, axis=1)[:, -2:]
+    tied = best[:, 1] - best[:, 0] <= 2 * tolerance
+    return Case(
+        size=size,
+        shape=(labels.shape[0], labels.shape[1], labels.shape[2]),
+        agreement=float(1 - wrong.mean()),
+        largest_logit=scale,
+        largest_difference=float(difference.max()) if finite else 0.0,
+        beyond=float((difference > tolerance).mean()),
+        unexplained=float((wrong & ~tied).mean()),
+        finite=finite,
+    )
+
+
+def _overlap(a: Pixels, b: Pixels, classes: int) -> npt.NDArray[np.int64]:
+    """Pixels per class that both have and that either has, int64 [2, K]."""
+    both = np.bincount(a[a == b].ravel(), minlength=256)[:classes]
+    of_a, of_b = (np.bincount(x.ravel(), minlength=256)[:classes] for x in (a, b))
+    return np.stack([both, of_a + of_b - both])
+
+
+def _detail(cases: Sequence[Case], compares: bool) -> str:
+    if not all(case.finite for case in cases):
+        sizes = sorted({case.size for case in cases if not case.finite})
+        return f"NaN or infinity in the logits at {'; '.join(sizes)}"
+    agreement = min(case.agreement for case in cases)
+    text = (
+        f"labels agree on {agreement:.4%} of pixels or more, in {len(cases)} batches; "
+        f"tolerance that would have passed {_needed(cases):.1e}, allowed {TOLERANCE:.0e}"
+    )
+    if compares:
+        text += f" (but for {_FLIPPED_LOGITS:.0%} of pixels: the graph compares features)"
+    return text
+
+
+def _needed(cases: Sequence[Case]) -> float:
+    return max(
+        (c.largest_difference / c.largest_logit for c in cases if c.largest_logit > 0), default=0.0
+    )
+
+
+def _figures(
+    cases: Sequence[Case],
+    counts: npt.NDArray[np.int64],
+    spec: Spec,
+    allowed: tuple[float, float],
+    compares: bool,
+) -> dict[str, Any]:
+    either = counts[1].tolist()
+    overlap = {
+        name: counts[0, k].item() / either[k] if either[k] else None
+        for k, name in enumerate(spec.classes)
+    }
+    return {
+        "tolerance": TOLERANCE,
+        "tolerance_that_would_have_passed": _needed(cases),
+        "graph_compares_features": compares,
+        "pixels_allowed_beyond_tolerance": allowed[0],
+        "labels_allowed_to_differ_without_a_tie": allowed[1],
+        "iou_of_the_two_predictions": overlap,
+        "cases": [case.model_dump(mode="json") for case in cases],
+    }
+
+
+def _compares_features(model: ModelProto) -> bool:
+    """Whether a choice inside the graph hangs on comparing float values (the final ArgMax
+    aside).
+    """
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+    }
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+    comparing = ("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "TopK")
+    for node in inferred.node:
+        if node.op_type in comparing and types.get(node.input[0]) in floats:
+            return True
+        if node.op_type == "MaxPool" and len(node.output) > 1:
+            return True
+    return [node.op_type for node in inferred.node].count("ArgMax") > 1

@@ -1,0 +1,102 @@
+"""A tiny run folder, as srdeploy train would leave it, and tiny networks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from srdeploy.models import make_network
+from srdeploy.models.weights import save_weights
+from srdeploy.spec import InputPolicy, Spec
+
+CLASSES = ("sky", "road", "tree")
+
+
+class TinyNetwork(nn.Module):
+    """Two convolutions with BatchNorm and a head at half size."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        self.body = nn.Sequential(nn.Conv2d(4, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = nn.Conv2d(6, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(images)))
+
+
+class WithExit(nn.Module):
+    """A deployable that still computes one exit: labels, and the exit's logits."""
+
+    def __init__(self, deployable: nn.Module, network: TinyNetwork) -> None:
+        super().__init__()
+        self.deployable = deployable
+        self.network = network
+        self.exit = nn.Conv2d(4, 3, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.network.stem(self.deployable.normalise(images))
+        logits = functional.interpolate(
+            self.network.head(self.network.body(features)),
+            size=(images.shape[1], images.shape[2]),
+            mode="bilinear",
+            align_corners=False,
+        )
+        return logits.argmax(1).to(torch.uint8), self.exit(features)
+
+
+def randomise(network: nn.Module, seed: int) -> nn.Module:
+    """Weights and statistics as if trained: nothing is exactly 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for name, buffer in network.named_buffers():
+            if buffer.is_floating_point():
+                shift = 0.5 if name.endswith("var") else 0.0
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + shift)
+    return network
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth picture, uint8 [H, W, 3]."""
+    small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="session")
+def spec() -> Spec:
+    return Spec(
+        classes=CLASSES,
+        palette=((0, 0, 0), (10, 20, 30), (0, 255, 0)),
+        input=InputPolicy(smallest=(32, 32), usual=(48, 64), largest=(64, 80)),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_run(spec: Spec) -> Callable[[Path], Path]:
+    """Writes a run folder of a small U-Net with random weights and two samples."""
+
+    def make(folder: Path) -> Path:
+        options = {"width": 4}
+        network = randomise(make_network("unet", spec.class_count, **options), seed=7)
+        (folder / "samples").mkdir(parents=True)
+        save_weights(network, folder / "network.safetensors")
+        (folder / "spec.json").write_text(json.dumps(spec.model_dump(mode="json")))
+        config = {"network": {"name": "unet", "options": options}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        for index in range(2):
+            image = Image.fromarray(photo(60, 70, seed=index))
+            image.save(folder / "samples" / f"{index}.png")
+        return folder
+
+    return make
