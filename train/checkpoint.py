@@ -2,6 +2,7 @@
 whole."""
 
 import hashlib
+import json
 import pickle
 import warnings
 import zipfile
@@ -18,7 +19,10 @@ from srdeploy.models.weights import save_weights
 from srdeploy.runs import EXITS, STATE, WEIGHTS
 from srdeploy.train.regulation import SelfRegulation
 
+METADATA_KEY = "srdeploy.best"
+"""Key in the weight files' metadata: JSON of the step and the val mIoU (0..1) they are from."""
 FORMAT = 1
+"""Version of state.pt."""
 KEYS = {
     *("format", "step", "network", "exits", "optimizer", "rng", "cuda_rng"),
     *("best_miou", "best_step", "items"),
@@ -113,13 +117,16 @@ def read_state(path: Path) -> dict[str, Any]:
     """The content of a state.pt, tensors on the CPU. Raises UserError where it is broken."""
     remedy = "restore it from a backup, or start over with --force"
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    try:
         with warnings.catch_warnings():
             # A file cut short may look like one of torch's old formats, on which torch comments.
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
     except (
+        OSError,  # torch seeks before the beginning of a file that was cut short
         RuntimeError,
         EOFError,
         ValueError,
@@ -141,7 +148,9 @@ def save_best(folder: Path, regulated: SelfRegulation, progress: Progress) -> No
     """Writes network.safetensors, the plain network, and exits.safetensors where there are
     exits."""
     assert progress.best_miou is not None
-    metadata = {"step": str(progress.best_step), "miou": repr(progress.best_miou)}
+    # One key: safetensors writes several in an order of its own, and equal runs have equal files.
+    best = {"step": progress.best_step, "miou": progress.best_miou}
+    metadata = {METADATA_KEY: json.dumps(best)}
     if regulated.exits is not None:
         save_weights(regulated.exits, folder / EXITS, metadata)
     save_weights(regulated.network, folder / WEIGHTS, metadata)
