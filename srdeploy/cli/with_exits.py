@@ -11,7 +11,7 @@ from srdeploy.errors import UserError
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.models.weights import load_exactly
 from srdeploy.outputs import resize_logits
-from srdeploy.runs import load_network, open_run
+from srdeploy.runs import Run, load_network, open_run
 from srdeploy.spec import Spec
 from srdeploy.train.regulation import SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig
@@ -32,8 +32,8 @@ class WithExits(nn.Module):
         return logits.argmax(1).to(torch.uint8), *exits[:-1]
 
 
-def export_with_exits(run_folder: Path, path: Path) -> None:
-    """Exports a regulated run with its trained exits to `path`: outputs labels, exit1, exit2, ...
+def load_regulated(run_folder: Path) -> tuple[Run, SelfRegulation]:
+    """A regulated run with its network and trained exits, in evaluation mode on the CPU.
 
     Raises UserError where the run is a baseline or its exits don't load.
     """
@@ -46,5 +46,14 @@ def export_with_exits(run_folder: Path, path: Path) -> None:
     if regulated.exits is None:
         raise UserError(f"{run_folder}: config.yaml says it is a baseline, yet it has exits")
     load_exactly(regulated.exits, run.exits)
+    return run, regulated.eval()
+
+
+def export_with_exits(run_folder: Path, path: Path) -> None:
+    """Exports a regulated run with its trained exits to `path`: outputs labels, exit1, exit2, ...
+
+    Raises UserError where the run is a baseline or its exits don't load.
+    """
+    run, regulated = load_regulated(run_folder)
     names = ["labels", *(f"exit{index + 1}" for index in range(len(regulated.taps)))]
-    export_onnx(WithExits(regulated.eval(), run.spec), run.spec, path, output_names=names)
+    export_onnx(WithExits(regulated, run.spec), run.spec, path, output_names=names)

@@ -122,14 +122,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_spec: Spec) -> Pat
     return folder
 
 
-FORMS = [f"{input}-{output}" for input in ("uint8", "float32") for output in ("labels", "both")]
-FORMS += ["uint8-logits"]
-
-
 @pytest.fixture(scope="session")
 def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run's exports by form, e.g. "uint8-labels"; both is exported, the others cut from it."""
-    from srdeploy.deployable import Deployable
+    from srdeploy.deployable import Deployable, InputKind
     from srdeploy.export.to_onnx import export_onnx
     from srdeploy.runs import load_network, open_run
 
@@ -137,10 +133,11 @@ def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     run = open_run(run_folder)
     network = load_network(run)
     paths = {}
-    for kind in ("uint8", "float32"):
+    kinds: tuple[InputKind, ...] = ("uint8", "float32")
+    for kind in kinds:
         whole = folder / f"{kind}-both.onnx"
-        module = Deployable(network, run.spec, kind, "both")  # type: ignore[arg-type]
-        export_onnx(module, run.spec, whole, input=module.input, output="both")
+        module = Deployable(network, run.spec, kind, "both")
+        export_onnx(module, run.spec, whole, input=kind, output="both")
         paths[f"{kind}-both"] = whole
         for output, other in (("labels", "logits"), ("logits", "labels")):
             model = onnx.load(str(whole))

@@ -31,7 +31,7 @@ def noise(count: int, height: int, width: int) -> np.ndarray[tuple[int, ...], np
 
 def strongest(images: np.ndarray) -> np.ndarray:
     """What the colour graph says: the strongest of green, red, blue."""
-    return images[..., [1, 0, 2]].argmax(-1)
+    return np.asarray(images[..., [1, 0, 2]].argmax(-1))
 
 
 def test_run_deploy_and_onnx_are_told_apart(run_folder: Path, make_graph: MakeGraph) -> None:

@@ -33,7 +33,7 @@ def save_photo(path: Path, height: int = 40, width: int = 48, seed: int = 0) -> 
 
 def expected_mask(path: Path) -> Pixels:
     """What the colour graph says of a photo: the strongest of green, red, blue."""
-    return read_photo(path)[..., [1, 0, 2]].argmax(-1).astype(np.uint8)
+    return np.asarray(read_photo(path)[..., [1, 0, 2]].argmax(-1), np.uint8)
 
 
 def names_below(folder: Path) -> set[str]:
@@ -56,7 +56,9 @@ def test_masks_hold_the_class_ids_at_the_photos_own_sizes(
         assert (read_labels(mask) == expected_mask(photo)).all()
         with Image.open(mask) as image:
             assert image.mode == "P"
-            assert image.getpalette()[:9] == [c for rgb in tiny_spec.palette for c in rgb]
+            palette = image.getpalette()
+        assert palette is not None
+        assert palette[:9] == [part for colour in tiny_spec.palette for part in colour]
     assert (summary.images, summary.skipped) == (3, ())
     assert summary.images_per_s == pytest.approx(3 / summary.seconds)
     assert names_below(out) == {
