@@ -15,7 +15,7 @@ RuntimeName = Annotated[
     str, typer.Option("--runtime", help="auto, torch or onnxruntime; auto goes by the artifact.")
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads of the runtime [default: all cores].", min=1)
+    int | None, typer.Option(help="CPU threads of the runtime; all cores by default.", min=1)
 ]
 Classes = Annotated[
     Path | None,

@@ -118,7 +118,7 @@ def bench(
         typer.Option(help="A regulated run folder: also time its graph with the exits in."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH [default: the first artifact's usual size].")
+        str | None, typer.Option(help="HEIGHTxWIDTH; by default the first artifact's usual size.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Images per run.", min=1)] = 1,
     rounds: Annotated[
