@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from srdeploy.deployable import Deployable, Normalise
+from srdeploy.export.to_onnx import export_onnx
+from srdeploy.imaging import Pixels
 from srdeploy.models import make_network
 from srdeploy.models.weights import save_weights
 from srdeploy.spec import InputPolicy, Spec
+from srdeploy.train.regulation import SelfRegulation
 
 CLASSES = ("sky", "road", "tree")
 
@@ -31,30 +36,32 @@ class TinyNetwork(nn.Module):
         self.head = nn.Conv2d(6, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(self.stem(images)))
+        logits: Tensor = self.head(self.body(self.stem(images)))
+        return logits
 
 
 class WithExit(nn.Module):
-    """A deployable that still computes one exit: labels, and the exit's logits."""
+    """What must not be deployed: labels as usual, and one exit's logits beside them."""
 
-    def __init__(self, deployable: nn.Module, network: TinyNetwork) -> None:
+    def __init__(self, network: nn.Module, spec: Spec) -> None:
         super().__init__()
-        self.deployable = deployable
-        self.network = network
-        self.exit = nn.Conv2d(4, 3, 1)
+        self.normalise = Normalise(spec)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.regulated = SelfRegulation(network, spec.class_count, taps=["stem"])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.network.stem(self.deployable.normalise(images))
+        outputs = self.regulated(self.normalise(images))
         logits = functional.interpolate(
-            self.network.head(self.network.body(features)),
-            size=(images.shape[1], images.shape[2]),
-            mode="bilinear",
-            align_corners=False,
+            outputs.logits[-1], size=images.shape[1:3], mode="bilinear", align_corners=False
         )
-        return logits.argmax(1).to(torch.uint8), self.exit(features)
+        return logits.argmax(1).to(torch.uint8), outputs.logits[0]
 
 
-def randomise(network: nn.Module, seed: int) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def randomise(network: Network, seed: int) -> Network:
     """Weights and statistics as if trained: nothing is exactly 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -67,7 +74,7 @@ def randomise(network: nn.Module, seed: int) -> nn.Module:
     return network
 
 
-def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+def photo(height: int, width: int, seed: int = 0) -> Pixels:
     """A smooth picture, uint8 [H, W, 3]."""
     small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -80,6 +87,38 @@ def spec() -> Spec:
         palette=((0, 0, 0), (10, 20, 30), (0, 255, 0)),
         input=InputPolicy(smallest=(32, 32), usual=(48, 64), largest=(64, 80)),
     )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> type[TinyNetwork]:
+    return TinyNetwork
+
+
+@pytest.fixture(scope="session")
+def randomised() -> Callable[..., nn.Module]:
+    return randomise
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Pixels]:
+    return [photo(60, 70, seed=index) for index in range(2)]
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory, spec: Spec) -> Path:
+    """A deployed tiny network with random weights (seed 1)."""
+    path = tmp_path_factory.mktemp("tiny") / "model.onnx"
+    export_onnx(Deployable(randomise(TinyNetwork(), 1), spec), spec, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_file_with_exit(tmp_path_factory: pytest.TempPathFactory, spec: Spec) -> Path:
+    """The same network with one exit left in its graph."""
+    path = tmp_path_factory.mktemp("tiny-exit") / "model.onnx"
+    module = WithExit(randomise(TinyNetwork(), 1), spec)
+    export_onnx(module, spec, path, output_names=["labels", "exit"])
+    return path
 
 
 @pytest.fixture(scope="session")
