@@ -95,6 +95,8 @@ FIGURES: dict[str, Figure] = {
 
 _ACROSS = 2.3
 """Width of the drawing in animal heights."""
+_MARGIN = 3
+"""Pixels below the feet, where their outline and its ring of void need room."""
 _UP = 1.25
 """Height of the drawing in animal heights: antlers and backs rise above 1."""
 
@@ -114,7 +116,7 @@ def paint_animal(
     `haze` in 0..1 is how far it fades into the distance.
     """
     figure = FIGURES[name]
-    rows, columns = round(height * _UP) + 2, round(height * _ACROSS) + 2
+    rows, columns = round(height * _UP) + _MARGIN, round(height * _ACROSS) + _MARGIN
     pen = _Pen(rows, columns, height)
     coat = figure.coats[random.integers(len(figure.coats))]
     tone = random.uniform(0.9, 1.1)
@@ -132,7 +134,7 @@ def paint_animal(
     if random.random() < 0.5:
         colours, coverage = colours[:, ::-1], coverage[:, ::-1]
     canvas.shade(feet, (height * 0.07, height * figure.body[0] * 1.2), 0.4 * (1 - haze))
-    top, left = round(feet[0]) - rows + 1, round(feet[1] - columns / 2)
+    top, left = round(feet[0]) - rows + _MARGIN, round(feet[1] - columns / 2)
     canvas.paint(top, left, colours.astype(np.float32), coverage, label)
 
 
@@ -141,7 +143,7 @@ class _Pen:
 
     def __init__(self, rows: int, columns: int, height: float) -> None:
         self.scale = height * FINE
-        self.origin = columns * FINE / 2, (rows - 1) * FINE - height * FINE
+        self.origin = columns * FINE / 2, (rows - _MARGIN) * FINE - height * FINE
         self.colours = Image.new("RGB", (columns * FINE, rows * FINE), (90, 80, 70))
         self.coverage = Image.new("L", self.colours.size)
         self._draws = ImageDraw.Draw(self.colours), ImageDraw.Draw(self.coverage)

@@ -1,0 +1,138 @@
+"""`srdeploy data check` and `synth`: what they find, print and exit with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from srdeploy import console
+from srdeploy.cli.main import app
+from srdeploy.data.check import IGNORED, check_dataset
+from srdeploy.errors import UserError
+
+NAMES = ["sky", "road", "car"]
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Any:
+    """Verbs silence the console for the whole process; each test starts and ends with it on."""
+    console.set_quiet(False)
+    yield
+    console.set_quiet(False)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Six good pairs of 8x4 pixels in split train: the left half sky, the right half road."""
+    ids = np.repeat(np.array([[0, 1]], np.uint8), 4, 1).repeat(4, 0)
+    for folder in ("images", "labels"):
+        (tmp_path / "data" / folder / "train").mkdir(parents=True)
+    for name in "abcdef":
+        Image.new("RGB", (8, 4)).save(tmp_path / f"data/images/train/{name}.png")
+        Image.fromarray(ids).save(tmp_path / f"data/labels/train/{name}.png")
+    (tmp_path / "data/classes.json").write_text(json.dumps({"names": NAMES}))
+    return tmp_path / "data"
+
+
+def break_all(root: Path) -> None:
+    """One fault of each kind that a folder can have."""
+    photos, masks = root / "images/train", root / "labels/train"
+    (masks / "a.png").unlink()
+    (photos / "b.png").unlink()
+    (photos / "c.png").write_bytes((photos / "c.png").read_bytes()[:40])
+    (masks / "d.png").write_text("not a picture")
+    Image.new("L", (7, 4)).save(masks / "e.png")
+    Image.fromarray(np.full((4, 8), 9, np.uint8)).save(masks / "f.png")
+    shutil.copy(photos / "f.png", photos / "f.webp.png")
+    Image.new("RGB", (8, 4)).save(photos / "e.jpg")
+    (root / "images/val").mkdir()
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["data", *arguments])
+
+
+def test_a_good_set_passes_with_its_class_distribution(root: Path) -> None:
+    report = check_dataset(root)
+    assert report.passed
+    found = report.splits["train"]
+    assert found.images == 6
+    assert found.sizes == {"8x4": 6}
+    assert found.pixels == {"sky": 0.5, "road": 0.5, "car": 0.0, IGNORED: 0.0}
+    assert found.images_with == {"sky": 6, "road": 6, "car": 0, IGNORED: 0}
+
+
+def test_every_kind_of_fault_is_found_and_named(root: Path) -> None:
+    break_all(root)
+    report = check_dataset(root)
+    found = {(fault.kind, Path(fault.path).name.split()[0]) for fault in report.faults}
+    assert found == {
+        ("photo without mask", "a.png"),
+        ("photo without mask", "f.webp.png"),
+        ("mask without photo", "b.png"),
+        ("unreadable photo", "c.png"),
+        ("unreadable mask", "d.png"),
+        ("sizes differ", "e.png"),
+        ("two photos of one name", "e.png"),
+        ("unknown id", "f.png"),
+        ("empty split", "data"),
+    }
+    assert report.fault_counts()["photo without mask"] == 2
+    assert not report.passed
+
+
+def test_classes_that_are_not_scored_count_as_what_they_are(root: Path) -> None:
+    (root / "classes.json").write_text(json.dumps({"names": NAMES, "scored": [0]}))
+    assert check_dataset(root).splits["train"].pixels["road"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"), [(["tran"], "did you mean 'train'"), (["x"], "known")]
+)
+def test_an_unknown_split_is_refused(root: Path, splits: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_dataset(root, splits)
+
+
+def test_a_folder_without_splits_can_not_be_checked(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="has no splits"):
+        check_dataset(tmp_path)
+
+
+def test_the_verb_prints_the_table_and_exits_with_zero_for_a_good_set(root: Path) -> None:
+    result = run("check", str(root))
+    assert result.exit_code == 0, result.output
+    assert "50.00" in result.stdout
+    assert "road" in result.stdout
+
+
+def test_the_verb_exits_with_one_for_a_set_with_faults_and_json_holds_them_all(root: Path) -> None:
+    break_all(root)
+    result = run("check", str(root), "--json")
+    assert result.exit_code == 1
+    content = json.loads(result.stdout)
+    assert content["passed"] is False
+    assert len(content["faults"]) == 9
+    assert content["splits"]["train"]["images"] == 4
+
+
+def test_the_verb_writes_scenes_of_the_size_asked_for(tmp_path: Path) -> None:
+    counts = ["--train", "2", "--val", "1", "--test", "0"]
+    result = run("synth", str(tmp_path / "s"), *counts, "--size", "80x64", "-q")
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "s/images/val/scene_00000.jpg") as file:
+        assert file.size == (80, 64)
+    assert run("check", str(tmp_path / "s"), "--split", "val").exit_code == 0
+
+
+@pytest.mark.parametrize("size", ["80", "80x", "axb", "-1x64", "64x64x3", ""])
+def test_a_size_that_is_no_size_is_refused(tmp_path: Path, size: str) -> None:
+    result = run("synth", str(tmp_path / "s"), f"--size={size}")
+    assert isinstance(result.exception, UserError)
+    assert "WIDTHxHEIGHT is expected" in str(result.exception)
