@@ -39,9 +39,7 @@ class LeanExit(nn.Module):
         """features [N, C, h, w] -> logits and hidden map at ceil(h / window), ceil(w / window)."""
         if self.window > 1:
             # Fixed windows: adaptive pooling's backward is not deterministic on CUDA.
-            features = functional.avg_pool2d(
-                features, self.window, ceil_mode=True, count_include_pad=False
-            )
+            features = functional.avg_pool2d(features, self.window, ceil_mode=True)
         hidden = self.mix(self.reduce(features))
         return ExitOutput(self.segmenter(hidden), self.classifier(hidden.mean((2, 3))), hidden)
 

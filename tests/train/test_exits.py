@@ -98,6 +98,13 @@ def test_a_module_that_runs_twice_gives_its_last_output() -> None:
     assert outputs["conv"] is result
 
 
+def test_a_module_counts_as_running_when_it_ran_last() -> None:
+    network = Shared()
+    with collected(network, ["conv", "pool"]) as outputs:
+        network(torch.randn(1, 3, 8, 8))
+    assert list(outputs) == ["pool", "conv"]
+
+
 def test_a_tap_with_several_outputs_gives_its_first() -> None:
     network = Shared()
     with collected(network, ["pool"]) as outputs:

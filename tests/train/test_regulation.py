@@ -155,6 +155,33 @@ def test_srf_sums_the_shallowest_exits_lessons_to_every_deeper_one() -> None:
         torch.testing.assert_close(terms["srf"], torch.stack(found).sum())
 
 
+def test_a_finer_teacher_is_interpolated_for_logits_and_averaged_for_hidden_maps() -> None:
+    images, labels = batch()
+    valid = losses.shrink_labels(labels, (5, 7)) != 255
+    taps = ("one", "three")
+    for settings in (
+        RegulationConfig(min_stride=1, taps=taps),
+        RegulationConfig(min_stride=1, taps=taps, srf_form="feature"),
+    ):
+        regulated = seeded(settings).eval()
+        outputs = regulated(images)
+        if settings.srf_form == "soft":
+            teacher = outputs.logits[0]  # at stride 2; the student at stride 8, the main one at 1
+            coarse = functional.interpolate(teacher, size=(5, 7), mode="bilinear")
+            expected = losses.soft_feedback(outputs.logits[1], coarse, valid, 1.0)
+            main = functional.interpolate(outputs.logits[2], size=(20, 28), mode="bilinear")
+            finer = losses.shrink_labels(labels, (20, 28)) != 255
+            expected = expected + losses.soft_feedback(main, teacher, finer, 1.0)
+        else:
+            hidden, student, _ = outputs.hidden
+            assert hidden is not None
+            assert student is not None
+            coarse = functional.avg_pool2d(hidden, 4)
+            expected = losses.feature_feedback(student, coarse, valid, 1.0)
+        terms = regulated.losses_of(outputs, labels).terms
+        torch.testing.assert_close(terms["srf"], expected.detach())
+
+
 @pytest.mark.parametrize("form", ["hard", "soft", "feature"])
 def test_the_shallow_teacher_learns_nothing_from_srf(form: Any) -> None:
     regulated = seeded(
