@@ -1,8 +1,11 @@
 """What a verb was given: a run folder, a deploy folder or an .onnx file."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
+
+from safetensors import safe_open
 
 from srdeploy.data.classes import read_class_table
 from srdeploy.errors import UserError
@@ -29,6 +32,15 @@ class Artifact:
     """None for an ONNX file that other tools wrote."""
     signature: Signature | None
     """Of the ONNX file; None for a run."""
+
+    def count_weights(self) -> int:
+        """Weight values stored in the file. In an ONNX file, batch norms may be folded away."""
+        if self.signature is not None:
+            return self.signature.weights
+        with safe_open(self.file, framework="np") as stored:
+            slices = [stored.get_slice(name) for name in stored.keys()]  # noqa: SIM118
+        # Counters, such as batch norm's number of batches, are integers and no weights.
+        return sum(prod(one.get_shape()) for one in slices if "F" in one.get_dtype())
 
 
 def open_artifact(path: Path) -> Artifact:

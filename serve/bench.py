@@ -66,8 +66,8 @@ class Latency(Settings):
     settled: bool
     """Whether warming up reached steady times."""
     file_bytes: int
-    weights: int | None
-    """Values stored in an ONNX file; None for a run folder."""
+    weights: int
+    """Weight values stored in the file; an export has fewer where batch norms are folded."""
     miou: float | None = None
     """0..1, where a data set was given."""
     samples_ms: tuple[float, ...]
@@ -108,7 +108,7 @@ class LatencyReport(Settings):
                 "1" if entry.ratio is None else str(entry.ratio),
                 percent(entry.miou),
                 f"{entry.file_bytes / 1e6:.1f}",
-                "-" if entry.weights is None else f"{entry.weights:,}",
+                f"{entry.weights:,}",
             )
         table.caption = self._caption()
         table.caption_justify = "left"
@@ -151,7 +151,6 @@ def compare_latency(
     entries = []
     for index, runtime in enumerate(runtimes):
         samples = times[index].ravel()
-        signature = runtime.artifact.signature
         median, p90, p99 = np.percentile(samples, (50, 90, 99))
         entries.append(
             Latency(
@@ -166,7 +165,7 @@ def compare_latency(
                 ratio=None if index == 0 else paired_ratio(blocks[0], blocks[index], seed),
                 settled=settled[index],
                 file_bytes=runtime.artifact.file.stat().st_size,
-                weights=signature.weights if signature is not None else None,
+                weights=runtime.artifact.count_weights(),
                 samples_ms=tuple(round(float(sample), 4) for sample in samples),
             )
         )

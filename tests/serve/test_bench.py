@@ -106,6 +106,21 @@ def test_bench_scores_each_artifact_but_not_the_extra_ones(
     assert LatencyReport.model_validate_json(report.model_dump_json()) == report
 
 
+def test_a_run_and_its_export_are_compared_in_their_own_runtimes(
+    run_folder: Path, exported: dict[str, Path]
+) -> None:
+    import torch
+
+    from srdeploy.runs import load_network, open_run
+
+    report = bench([run_folder, exported["uint8-labels"]], rounds=2, threads=1)
+    run, export = report.entries
+    assert (run.backend, export.backend) == ("torch", "onnxruntime")
+    stored = load_network(open_run(run_folder)).state_dict().values()
+    assert run.weights == sum(value.numel() for value in stored if value.dtype == torch.float32)
+    assert 0.9 * run.weights < export.weights < run.weights
+
+
 def test_artifacts_with_one_name_are_told_apart_by_path(make_graph: MakeGraph) -> None:
     a, b = make_graph("a/model.onnx"), make_graph("b/model.onnx")
     report = bench([a, b], rounds=2, threads=1)

@@ -71,6 +71,15 @@ def test_what_is_ignored_and_scored_the_data_set_says(
     assert scores.iou == {"field": 1.0, "disc": 1.0}
 
 
+def test_a_run_and_its_export_score_alike(
+    run_folder: Path, exported: dict[str, Path], tiny_data: Path
+) -> None:
+    dataset = open_dataset(tiny_data, "val")
+    with open_runtime(run_folder) as run, open_runtime(exported["uint8-labels"]) as export:
+        checkpoint, file = evaluate(run, dataset), evaluate(export, dataset)
+    assert file.miou == pytest.approx(checkpoint.miou, abs=1e-3)
+
+
 def test_another_number_of_classes_is_refused_with_both(
     make_graph: MakeGraph, tiny_data: Path
 ) -> None:
