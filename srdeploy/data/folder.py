@@ -4,6 +4,7 @@ from pathlib import Path
 
 from srdeploy.data.classes import CLASSES_FILE, ClassTable, read_class_table
 from srdeploy.data.pairs import Fault, Item, Pairs, masks_below, photos_below, plain_lookup
+from srdeploy.errors import UserError
 
 
 def home(root: Path) -> Path | None:
@@ -19,7 +20,13 @@ def splits(root: Path) -> tuple[str, ...]:
 
 def classes(root: Path) -> ClassTable:
     """The table in classes.json. Raises UserError where it is absent or wrong."""
-    return read_class_table(root / CLASSES_FILE)
+    path = root / CLASSES_FILE
+    if not path.exists():
+        raise UserError(
+            f"no {CLASSES_FILE} in {root}: it names the classes, by id from 0 on, for example "
+            '{"names": ["background", "cow"], "ignore_index": 255}'
+        )
+    return read_class_table(path)
 
 
 def pairs(root: Path, split: str) -> Pairs:

@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such data folder: .*gone"):
         splits_of(tmp_path / "gone")
     (tmp_path / "images" / "val").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no such file or folder: .*classes\.json"):
+    with pytest.raises(UserError, match=r"no classes\.json in .*: it names the classes"):
         open_dataset(tmp_path, "val")
 
 
