@@ -11,10 +11,12 @@ from pydantic import Field, field_validator, model_validator
 from srdeploy.errors import UserError
 from srdeploy.files import read_text
 from srdeploy.runs import NetworkConfig
+from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.validation import Settings, validated
 
 Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 FREE_ON_RESUME = frozenset({"data", "device", "workers", "cache_mib"})
@@ -44,6 +46,12 @@ class TrainConfig(Settings):
     longest_side: int | None = Field(default=None, ge=32)
     """Photos are scaled so that their longest side is this, here and wherever the network is
     deployed."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted per channel (RGB, of values in 0..1): as the pretrained weights were trained with."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    """Divided by per channel (RGB, of values in 0..1)."""
+    colour_order: Literal["RGB", "BGR"] = "RGB"
+    """Order in which the network gets the channels; BGR for weights that came from Caffe."""
     steps: Positive = 2000
     """Optimizer steps."""
     batch: Positive = 8
@@ -52,7 +60,7 @@ class TrainConfig(Settings):
     """Forward passes per step; the step's gradient is that of batch x accumulate images."""
     crop: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (320, 320)
     """(height, width) of the training crops in pixels; "320x320" is read too."""
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     """Photos are scaled by a factor drawn evenly from this range."""
     flip: Share = 0.5
     """Share of the photos that are mirrored left to right."""

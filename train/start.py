@@ -66,7 +66,13 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
     device = find_device(config.device)
     training = open_dataset(config.data, config.train_split, config.layout)
     validation = open_dataset(config.data, config.val_split, config.layout)
-    spec = spec_for(training, longest_side=config.longest_side)
+    spec = spec_for(
+        training,
+        longest_side=config.longest_side,
+        mean=config.mean,
+        std=config.std,
+        colour_order=config.colour_order,
+    )
     torch.manual_seed(config.seed)
     network = make_network(config.network.name, spec.class_count, **config.network.options)
     if config.pretrained is not None and not trained:

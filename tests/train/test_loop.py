@@ -191,6 +191,17 @@ def test_a_regulated_run_with_weights_of_zero_is_the_baseline_bit_for_bit(
     assert weights[0] == weights[1]
 
 
+def test_preprocessing_is_as_configured_and_kept_in_the_spec(
+    tiny_data: Path,
+) -> None:
+    half = (0.5, 0.5, 0.5)
+    settings = {"mean": half, "std": half, "colour_order": "BGR", "longest_side": 96}
+    spec = prepare(config_for(tiny_data, **settings)).spec
+    assert (spec.mean, spec.std, spec.colour_order) == (half, half, "BGR")
+    assert spec.input.longest_side == 96
+    assert spec.input.usual == (80, 96)
+
+
 def test_a_network_learns_the_tiny_set(tiny_data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_data, steps=60, lr=0.2, val_every=60, batch=4, scale=(0.8, 1.2))
     result = train(config, tmp_path / "run")
