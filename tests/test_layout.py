@@ -11,30 +11,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("train", "export", "serve")
-DEPENDENCIES = set(
-    [
-        "cuda",
-        "fastapi",
-        "jinja2",
-        "matplotlib",
-        "numpy",
-        "onnx",
-        "onnxruntime",
-        "onnxscript",
-        "openvino",
-        "PIL",
-        "pycuda",
-        "pydantic",
-        "ray",
-        "rich",
-        "safetensors",
-        "scipy",
-        "tensorrt",
-        "torch",
-        "typer",
-        "yaml",
-    ]
-)
+DEPENDENCIES = {
+    "cuda",
+    "fastapi",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "PIL",
+    "pycuda",
+    "pydantic",
+    "ray",
+    "rich",
+    "safetensors",
+    "scipy",
+    "tensorrt",
+    "torch",
+    "typer",
+    "yaml",
+}
 
 
 def modules() -> list[Path]:
