@@ -1,4 +1,4 @@
-"""Weight files: safetensors, written and read exactly; .pth checkpoints, read without running them."""
+"""Weight files: safetensors, written and read exactly; torch checkpoints, read without risk."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str] | No
 
     `metadata` is stored in the file's header. Equal weights and metadata give equal bytes.
     """
-    # Copies: safetensors refuses tensors that share memory, and those that are not contiguous.
+    # Copies: safetensors refuses tensors that share memory, and strided ones.
     tensors = {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in module.state_dict().items()
@@ -33,7 +33,7 @@ def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str] | No
 
 
 def _sorted_header(content: bytes) -> bytes:
-    """The safetensors file `content` with sorted metadata: the library writes it in random order."""
+    """The safetensors file `content` with sorted metadata: the library writes random order."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -43,9 +43,9 @@ def _sorted_header(content: bytes) -> bytes:
 
 
 def load_exactly(module: nn.Module, path: Path) -> None:
-    """Loads `path` into `module`: names, shapes and dtypes must be equal, or nothing is.
+    """Loads `path` into `module`, all of it, or nothing where names, shapes or dtypes differ.
 
-    Raises UserError naming the first keys that are missing, not expected, or of another shape or dtype.
+    Raises UserError naming the first keys that are missing, not expected, or different.
     """
     tensors = read_tensors(path)
     wanted = module.state_dict()
