@@ -47,7 +47,7 @@ class TrainConfig(Settings):
     """Photos are scaled so that their longest side is this, here and wherever the network is
     deployed."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted per channel (RGB, of values in 0..1): as the pretrained weights were trained with."""
+    """Subtracted per channel (RGB, of values in 0..1): as pretrained weights were trained with."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Divided by per channel (RGB, of values in 0..1)."""
     colour_order: Literal["RGB", "BGR"] = "RGB"

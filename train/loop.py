@@ -34,6 +34,10 @@ from srdeploy.train.start import (
 from srdeploy.train.validate import validate
 
 
+WIDE = 140
+"""Columns of a terminal in which all losses fit beside the progress bar."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended."""
@@ -181,7 +185,8 @@ def train(
                 loss = means.pop("total")
                 recorder.train(progress.step, rate, loss, means, images_per_s)
                 live = _live(loss, means, images_per_s)
-                bar.update(task, losses=live)
+                wide = bar.console.width >= WIDE
+                bar.update(task, losses=live if wide else f"loss {loss:.3f}")
                 if bar.disable:
                     console.say(f"step {progress.step}/{config.steps}: {live}")
                 window = Window()
