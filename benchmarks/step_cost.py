@@ -219,4 +219,5 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        console.failed(str(error))
+        sys.exit(2)
