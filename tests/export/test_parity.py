@@ -1,0 +1,140 @@
+"""Torch and the exported file are compared on photos, and a difference is seen."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from srdeploy.deployable import Deployable
+from srdeploy.errors import UserError
+from srdeploy.export.parity import TOLERANCE, expose_logits, parity_images, parity_line
+from srdeploy.imaging import Pixels
+from srdeploy.runs import open_run
+from srdeploy.serve.runtime import open_runtime
+from srdeploy.spec import Spec
+
+Randomise = Callable[..., nn.Module]
+
+
+def edited(source: Path, target: Path, initialiser: str, change: Callable[..., object]) -> Path:
+    model = onnx.load(str(source))
+    tensor = next(t for t in model.graph.initializer if t.name == initialiser)
+    array = np.asarray(change(onnx.numpy_helper.to_array(tensor)), np.float32)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, initialiser))
+    onnx.save(model, str(target))
+    return target
+
+
+def test_an_exported_network_passes_at_every_promised_size_and_in_batches(
+    spec: Spec, tiny: type[nn.Module], randomised: Randomise, tiny_file: Path, photos: list[Pixels]
+) -> None:
+    line = parity_line(randomised(tiny(), 1), spec, tiny_file, photos)
+    assert line.passed, line
+    shapes = {tuple(case["shape"]) for case in line.figures["cases"]}
+    assert {(1, 48, 64), (1, 32, 32), (1, 64, 80), (3, 32, 32), (2, 48, 64)} == shapes
+    assert line.figures["tolerance_that_would_have_passed"] < TOLERANCE
+    seen = [value for value in line.figures["iou_of_the_two_predictions"].values() if value]
+    assert min(seen) > 0.999
+
+
+def test_a_changed_weight_fails_with_the_tolerance_that_would_have_passed(
+    tmp_path: Path,
+    spec: Spec,
+    tiny: type[nn.Module],
+    randomised: Randomise,
+    tiny_file: Path,
+    photos: list[Pixels],
+) -> None:
+    changed = tmp_path / "changed.onnx"
+    edited(tiny_file, changed, "network.head.bias", lambda bias: bias + [0.5, 0, 0])
+    network = randomised(tiny(), 1)
+    line = parity_line(network, spec, changed, photos)
+    assert line.passed is False
+    with torch.inference_mode():
+        module = Deployable(network, spec, output="logits").eval()
+        photo = np.array(onnx_size(photos[0]))
+        scale = float(module(torch.from_numpy(photo[None])).abs().max())
+    assert line.figures["cases"][0]["largest_difference"] == pytest.approx(0.5, rel=1e-3)
+    assert line.figures["cases"][0]["largest_logit"] == pytest.approx(scale, rel=1e-3)
+    assert line.figures["tolerance_that_would_have_passed"] >= 0.5 / scale * 0.999
+
+
+def onnx_size(photo: Pixels) -> Pixels:
+    """The photo at the spec's usual size, 48 x 64."""
+    from PIL import Image
+
+    return np.array(Image.fromarray(photo).resize((64, 48)))
+
+
+def test_nan_on_either_side_fails_and_is_said(
+    tmp_path: Path,
+    spec: Spec,
+    tiny: type[nn.Module],
+    randomised: Randomise,
+    tiny_file: Path,
+    photos: list[Pixels],
+) -> None:
+    broken = tmp_path / "nan.onnx"
+    edited(tiny_file, broken, "network.head.bias", lambda bias: bias * np.nan)
+    line = parity_line(randomised(tiny(), 1), spec, broken, photos)
+    assert line.passed is False
+    assert line.detail.startswith("NaN or infinity in the logits at")
+    diverged = randomised(tiny(), 1)
+    torch.nn.init.constant_(diverged.get_parameter("head.bias"), torch.nan)
+    assert parity_line(diverged, spec, tiny_file, photos).passed is False
+
+
+def test_labels_may_differ_only_where_the_two_best_classes_are_nearly_tied(
+    tmp_path: Path,
+    spec: Spec,
+    tiny: type[nn.Module],
+    randomised: Randomise,
+    tiny_file: Path,
+    photos: list[Pixels],
+) -> None:
+    """Swapped classes in the labels alone: logits agree, labels do not."""
+    model = onnx.load(str(tiny_file))
+    argmax = next(node for node in model.graph.node if node.op_type == "ArgMax")
+    flag = next(a for a in argmax.attribute if a.name == "axis")
+    assert flag.i == 1
+    negated = onnx.helper.make_node("Neg", [argmax.input[0]], ["negated"], "negate")
+    position = list(model.graph.node).index(argmax)
+    argmax.input[0] = "negated"
+    model.graph.node.insert(position, negated)
+    onnx.save(model, str(tmp_path / "swapped.onnx"))
+    line = parity_line(randomised(tiny(), 1), spec, tmp_path / "swapped.onnx", photos)
+    assert line.passed is False
+    assert line.figures["cases"][0]["unexplained"] > 0.5
+
+
+def test_the_exposed_logits_are_those_the_labels_are_taken_from(
+    tmp_path: Path, tiny_file: Path, photos: list[Pixels]
+) -> None:
+    expose_logits(tiny_file, tmp_path / "exposed.onnx")
+    images = np.stack(photos)
+    with open_runtime(tiny_file) as plain, open_runtime(tmp_path / "exposed.onnx") as exposed:
+        labels = plain.run(images)
+        logits = exposed.logits(images)
+        np.testing.assert_array_equal(logits.argmax(1), labels)
+        np.testing.assert_array_equal(exposed.run(images), labels)
+
+
+def test_photos_come_from_the_run_or_a_folder_and_their_absence_is_explained(
+    tmp_path: Path, make_run: Callable[[Path], Path]
+) -> None:
+    run = open_run(make_run(tmp_path / "run"))
+    assert [photo.shape for photo in parity_images(run, None)] == [(60, 70, 3)] * 2
+    assert len(parity_images(run, run.folder / "samples")) == 2
+    with pytest.raises(UserError, match="no such folder of photos"):
+        parity_images(run, tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no photos"):
+        parity_images(run, tmp_path / "empty")
+    for sample in run.samples:
+        sample.unlink()
+    with pytest.raises(UserError, match="give a folder of photos with --images"):
+        parity_images(run, None)
