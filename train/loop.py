@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress as RichProgress
 from torch import Tensor
 
 from srdeploy import console
@@ -24,6 +25,7 @@ from srdeploy.train.pictures import save_predictions
 from srdeploy.train.recorder import Recorder
 from srdeploy.train.start import (
     PREDICTIONS,
+    Job,
     describe,
     prepare,
     require_new,
@@ -32,7 +34,6 @@ from srdeploy.train.start import (
     write_start,
 )
 from srdeploy.train.validate import validate
-
 
 WIDE = 140
 """Columns of a terminal in which all losses fit beside the progress bar."""
@@ -145,7 +146,8 @@ def train(
     ):
         task = bar.add_task("training", total=config.steps, completed=progress.step, losses="")
         window = Window()
-        while progress.step < config.steps and not stop.requested:
+        stopping = False
+        while progress.step < config.steps and not stopping:
             # One step of SGD on batch x accumulate images.
             group = list(islice(stream, config.accumulate))
             rate = learning_rate(config, progress.step)
@@ -176,7 +178,9 @@ def train(
 
             # Losses, live and on record. Before every checkpoint too, so that no sum outlives it.
             last = progress.step == config.steps
-            saving = last or stop.requested or progress.step % config.checkpoint_interval == 0
+            # Read once a step: a request that comes later, in validation, is met after the next step.
+            stopping = stop.requested
+            saving = last or stopping or progress.step % config.checkpoint_interval == 0
             validating = last or progress.step % config.val_every == 0
             if saving or validating or progress.step % config.log_every == 0:
                 means = window.means()
@@ -193,20 +197,7 @@ def train(
 
             # Validation; the best weights so far become the run's network.
             if validating:
-                scores = validate(
-                    regulated.network, job.spec, job.validation, config.val_limit, bar
-                )
-                recorder.val(progress.step, scores)
-                better = progress.best_miou is None or scores.miou > progress.best_miou
-                if better:
-                    progress.best_miou, progress.best_step = scores.miou, progress.step
-                    save_best(folder, regulated, progress)
-                console.say(
-                    f"step {progress.step}/{config.steps}: val mIoU {100 * scores.miou:.2f}, pixel "
-                    f"accuracy {100 * scores.pixel_accuracy:.2f}{' (best)' if better else ''}"
-                )
-                picture = folder / PREDICTIONS / f"step-{progress.step:06d}.png"
-                save_predictions(picture, regulated, job.validation, job.spec, with_exits=last)
+                _validate(folder, config, job, progress, recorder, bar)
                 window = Window()
 
             # The checkpoint comes last: whatever it counts as done is on the disk by now.
@@ -217,6 +208,31 @@ def train(
     result = _result(folder, progress, config, began)
     _say_how_it_ended(result, config)
     return result
+
+
+def _validate(
+    folder: Path,
+    config: TrainConfig,
+    job: Job,
+    progress: Progress,
+    recorder: Recorder,
+    bar: RichProgress,
+) -> None:
+    """Scores the network on val, on record and in pictures; keeps its weights where they are the
+    best."""
+    scores = validate(job.regulated.network, job.spec, job.validation, config.val_limit, bar)
+    recorder.val(progress.step, scores)
+    better = progress.best_miou is None or scores.miou > progress.best_miou
+    if better:
+        progress.best_miou, progress.best_step = scores.miou, progress.step
+        save_best(folder, job.regulated, progress)
+    console.say(
+        f"step {progress.step}/{config.steps}: val mIoU {100 * scores.miou:.2f}, pixel accuracy "
+        f"{100 * scores.pixel_accuracy:.2f}{' (best)' if better else ''}"
+    )
+    picture = folder / PREDICTIONS / f"step-{progress.step:06d}.png"
+    last = progress.step == config.steps
+    save_predictions(picture, job.regulated, job.validation, job.spec, with_exits=last)
 
 
 def _result(folder: Path, progress: Progress, config: TrainConfig, began: float) -> TrainResult:
