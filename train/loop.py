@@ -178,7 +178,7 @@ def train(
 
             # Losses, live and on record. Before every checkpoint too, so that no sum outlives it.
             last = progress.step == config.steps
-            # Read once a step: a request that comes later, in validation, is met after the next step.
+            # Read once a step: a request that comes later is met after the next step.
             stopping = stop.requested
             saving = last or stopping or progress.step % config.checkpoint_interval == 0
             validating = last or progress.step % config.val_every == 0
