@@ -1,7 +1,7 @@
 """A tiny run folder, as srdeploy train would leave it, and tiny networks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from torch.nn import functional
 from srdeploy.deployable import Deployable, Normalise
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.imaging import Pixels
-from srdeploy.models import make_network
+from srdeploy.models import NETWORKS, make_network
 from srdeploy.models.weights import save_weights
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.regulation import SelfRegulation
@@ -27,13 +27,13 @@ CLASSES = ("sky", "road", "tree")
 class TinyNetwork(nn.Module):
     """Two convolutions with BatchNorm and a head at half size."""
 
-    def __init__(self, classes: int = 3) -> None:
+    def __init__(self, classes: int = 3, *, width: int = 6) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
         )
-        self.body = nn.Sequential(nn.Conv2d(4, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU())
-        self.head = nn.Conv2d(6, classes, 1)
+        self.body = nn.Sequential(nn.Conv2d(4, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(self.stem(images)))
@@ -89,6 +89,14 @@ def spec() -> Spec:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tiny_is_a_known_network() -> Iterator[None]:
+    """Runs can name it: tracing one of the real networks takes many times longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS, "tiny", TinyNetwork)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> type[TinyNetwork]:
     return TinyNetwork
@@ -108,7 +116,8 @@ def photos() -> list[Pixels]:
 def tiny_file(tmp_path_factory: pytest.TempPathFactory, spec: Spec) -> Path:
     """A deployed tiny network with random weights (seed 1)."""
     path = tmp_path_factory.mktemp("tiny") / "model.onnx"
-    export_onnx(Deployable(randomise(TinyNetwork(), 1), spec), spec, path)
+    module = Deployable(randomise(TinyNetwork(), 1), spec)
+    export_onnx(module, spec, path, description={"srdeploy.network": "{}"})
     return path
 
 
@@ -123,15 +132,15 @@ def tiny_file_with_exit(tmp_path_factory: pytest.TempPathFactory, spec: Spec) ->
 
 @pytest.fixture(scope="session")
 def make_run(spec: Spec) -> Callable[[Path], Path]:
-    """Writes a run folder of a small U-Net with random weights and two samples."""
+    """Writes a run folder of a tiny network with random weights and two samples."""
 
     def make(folder: Path) -> Path:
-        options = {"width": 4}
-        network = randomise(make_network("unet", spec.class_count, **options), seed=7)
+        options = {"width": 5}
+        network = randomise(make_network("tiny", spec.class_count, **options), seed=7)
         (folder / "samples").mkdir(parents=True)
         save_weights(network, folder / "network.safetensors")
         (folder / "spec.json").write_text(json.dumps(spec.model_dump(mode="json")))
-        config = {"network": {"name": "unet", "options": options}}
+        config = {"network": {"name": "tiny", "options": options}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         for index in range(2):
             image = Image.fromarray(photo(60, 70, seed=index))

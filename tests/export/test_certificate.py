@@ -1,11 +1,11 @@
 """The certificate names what is wrong, and passes where nothing is."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
+from torch import nn
 
 import srdeploy.export.certificate as certificate_module
 from srdeploy.deployable import Deployable
@@ -68,10 +68,10 @@ def test_equal_graphs_with_renamed_values_and_other_weights_pass(
 
 
 def test_another_normalisation_is_another_graph(
-    tmp_path: Path, spec: Spec, tiny: Callable[[], "onnx.ModelProto"], tiny_file: Path
+    tmp_path: Path, spec: Spec, tiny: type[nn.Module], tiny_file: Path
 ) -> None:
     other = spec.model_copy(update={"mean": (0.5, 0.5, 0.5)})
-    export_onnx(Deployable(tiny(), other), other, tmp_path / "b.onnx")  # type: ignore[arg-type]
+    export_onnx(Deployable(tiny(), other), other, tmp_path / "b.onnx")
     lines = lines_of(certify_files(tiny_file, tmp_path / "b.onnx"))
     assert lines["identity"].passed is False
     assert "initialiser 'normalise.offset'" in lines["identity"].detail

@@ -60,7 +60,7 @@ def test_a_deploy_folder_holds_graph_manifest_and_certificate_that_fit_each_othe
     assert manifest["graph_digest"] == lines["identity"]["figures"]["digest_deployed"]
     assert manifest["weights_sha256"] == sha256_of(run / "network.safetensors")
     assert manifest["command"].startswith(f"srdeploy export {run} --out {deployed}")
-    assert manifest["network"] == {"name": "unet", "options": {"width": 4}}
+    assert manifest["network"] == {"name": "tiny", "options": {"width": 5}}
 
 
 def test_exporting_again_gives_the_same_folder_but_for_the_date(

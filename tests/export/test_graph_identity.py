@@ -3,9 +3,11 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import networkx
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from srdeploy.export.digest import graph_digest
 from srdeploy.export.isomorphism import compare_graphs
 
 FLOAT = TensorProto.FLOAT
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ def build(ops: tuple[Op, ...], shuffle: int | None = None) -> ModelProto:
         used.update(op.reads)
         if op.weight is not None:
             reads.append(weights.setdefault(op.weight, f"w{op.weight}{shuffle or ''}"))
-        attributes = {"axis": op.axis} if op.kind == "Concat" else {}
-        nodes.append(helper.make_node(op.kind, reads, [name[index]], name[index], **attributes))
+        node = helper.make_node(op.kind, reads, [name[index]], name[index])
+        if op.kind == "Concat":
+            node.attribute.append(helper.make_attribute("axis", op.axis))
+        nodes.append(node)
     if shuffle is not None:
         nodes = _shuffled(nodes, chance)
     tensors = [
@@ -151,7 +156,7 @@ def test_both_oracles_judge_an_edited_graph_as_networkx_does(
 
 def small(edit: Callable[[ModelProto], None] | None = None) -> ModelProto:
     """images -> (x * scale - shift) -> Conv -> Clip -> Conv -> Reshape; edited in place."""
-    tensors = {
+    tensors: dict[str, Array] = {
         "scale": np.full((3, 1, 1), 0.1, np.float32),
         "w1": np.ones((4, 3, 3, 3), np.float32),
         "w2": np.ones((2, 4, 1, 1), np.float32),
@@ -179,9 +184,7 @@ def small(edit: Callable[[ModelProto], None] | None = None) -> ModelProto:
     return model
 
 
-def _set(
-    name: str, array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]"
-) -> Callable[..., None]:
+def _set(name: str, array: Array) -> Callable[..., None]:
     def edit(model: ModelProto) -> None:
         tensor = next(t for t in model.graph.initializer if t.name == name)
         tensor.CopyFrom(numpy_helper.from_array(array, name))

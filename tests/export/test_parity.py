@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from srdeploy.deployable import Deployable
@@ -56,17 +57,15 @@ def test_a_changed_weight_fails_with_the_tolerance_that_would_have_passed(
     assert line.passed is False
     with torch.inference_mode():
         module = Deployable(network, spec, output="logits").eval()
-        photo = np.array(onnx_size(photos[0]))
+        photo = at_usual_size(photos[0])
         scale = float(module(torch.from_numpy(photo[None])).abs().max())
     assert line.figures["cases"][0]["largest_difference"] == pytest.approx(0.5, rel=1e-3)
     assert line.figures["cases"][0]["largest_logit"] == pytest.approx(scale, rel=1e-3)
     assert line.figures["tolerance_that_would_have_passed"] >= 0.5 / scale * 0.999
 
 
-def onnx_size(photo: Pixels) -> Pixels:
+def at_usual_size(photo: Pixels) -> Pixels:
     """The photo at the spec's usual size, 48 x 64."""
-    from PIL import Image
-
     return np.array(Image.fromarray(photo).resize((64, 48)))
 
 
@@ -96,18 +95,20 @@ def test_labels_may_differ_only_where_the_two_best_classes_are_nearly_tied(
     tiny_file: Path,
     photos: list[Pixels],
 ) -> None:
-    """Swapped classes in the labels alone: logits agree, labels do not."""
+    """Classes are swapped behind the ArgMax: the logits agree, the labels do not."""
     model = onnx.load(str(tiny_file))
-    argmax = next(node for node in model.graph.node if node.op_type == "ArgMax")
-    flag = next(a for a in argmax.attribute if a.name == "axis")
-    assert flag.i == 1
-    negated = onnx.helper.make_node("Neg", [argmax.input[0]], ["negated"], "negate")
-    position = list(model.graph.node).index(argmax)
-    argmax.input[0] = "negated"
-    model.graph.node.insert(position, negated)
+    index, argmax = next((i, n) for i, n in enumerate(model.graph.node) if n.op_type == "ArgMax")
+    result, argmax.output[0] = argmax.output[0], "class"
+    for name, value in (("one", 1), ("three", 3)):
+        array = np.array(value, np.int64)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    make = onnx.helper.make_node
+    model.graph.node.insert(index + 1, make("Add", ["class", "one"], ["next"]))
+    model.graph.node.insert(index + 2, make("Mod", ["next", "three"], [result]))
     onnx.save(model, str(tmp_path / "swapped.onnx"))
     line = parity_line(randomised(tiny(), 1), spec, tmp_path / "swapped.onnx", photos)
     assert line.passed is False
+    assert line.figures["cases"][0]["beyond"] == 0
     assert line.figures["cases"][0]["unexplained"] > 0.5
 
 
