@@ -28,6 +28,8 @@ class Table:
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    prose: bool = False
+    """The last column is text: it wraps, and stands to the left."""
 
 
 @dataclass(frozen=True)

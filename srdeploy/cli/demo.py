@@ -161,7 +161,7 @@ def _passed(
         abs(found["checkpoint"].miou - found["file"].miou) <= MIOU_TOLERANCE
         for found in scores.values()
     ]
-    return all([bool(same_graph), *map(bool, exports.values()), *as_accurate])
+    return all([same_graph.passed, *(one.passed for one in exports.values()), *as_accurate])
 
 
 def _summary(report: Path, passed: bool, findings: DemoFindings) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def _summary(report: Path, passed: bool, findings: DemoFindings) -> dict[str, An
     return {
         "report": str(report),
         "passed": passed,
-        "certificates": {kind: bool(one) for kind, one in findings.exports.items()},
-        "same_graph": bool(findings.same_graph),
+        "certificates": {kind: one.passed for kind, one in findings.exports.items()},
+        "same_graph": findings.same_graph.passed,
         "test_miou": {
             kind: {name: score.miou for name, score in found.items()}
             for kind, found in findings.scores.items()

@@ -20,6 +20,7 @@ from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import Spec
 from srdeploy.train.pictures import predict_exits, spread
 
+MARKS = {True: "✓", False: "✗", None: "recorded"}
 PHOTOS = 6
 """Test photos shown."""
 
@@ -62,8 +63,8 @@ def demo_report(findings: DemoFindings) -> Report:
 
 
 def _verdicts(findings: DemoFindings) -> Iterator[Verdict]:
-    certified = all(findings.exports.values())
-    same = bool(findings.same_graph)
+    certified = all(one.passed for one in findings.exports.values())
+    same = findings.same_graph.passed
     yield Verdict(
         "the regulated network's graph against the baseline's: digest and walk",
         "identical graphs" if same else "graphs differ",
@@ -220,10 +221,8 @@ def _certificates(findings: DemoFindings) -> Section:
             Table(
                 name,
                 ("line", "verdict", "finding"),
-                [
-                    [line.name, "✓" if line.passed else "✗", line.detail]
-                    for line in certificate.lines
-                ],
+                [[line.name, MARKS[line.passed], line.detail] for line in certificate.lines],
+                prose=True,
             )
             for name, certificate in named.items()
         ],
