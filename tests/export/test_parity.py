@@ -8,11 +8,12 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
 from srdeploy.export.parity import TOLERANCE, expose_logits, parity_images, parity_line
+from srdeploy.export.to_onnx import export_onnx
 from srdeploy.imaging import Pixels
 from srdeploy.runs import open_run
 from srdeploy.serve.runtime import open_runtime
@@ -38,6 +39,7 @@ def test_an_exported_network_passes_at_every_promised_size_and_in_batches(
     shapes = {tuple(case["shape"]) for case in line.figures["cases"]}
     assert {(1, 48, 64), (1, 32, 32), (1, 64, 80), (3, 32, 32), (2, 48, 64)} == shapes
     assert line.figures["tolerance_that_would_have_passed"] < TOLERANCE
+    assert line.figures["graph_compares_features"] is False
     seen = [value for value in line.figures["iou_of_the_two_predictions"].values() if value]
     assert min(seen) > 0.999
 
@@ -110,6 +112,33 @@ def test_labels_may_differ_only_where_the_two_best_classes_are_nearly_tied(
     assert line.passed is False
     assert line.figures["cases"][0]["beyond"] == 0
     assert line.figures["cases"][0]["unexplained"] > 0.5
+
+
+class Choosing(nn.Module):
+    """Takes one of two features per pixel, whichever is larger: nearly tied, rounding decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 2, 3, padding=1)
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second = self.features(images).split(1, dim=1)
+        logits: Tensor = self.head(torch.where(first > second, first, -second).repeat(1, 2, 1, 1))
+        return logits
+
+
+def test_a_network_that_compares_its_features_is_allowed_what_nudging_its_input_does(
+    tmp_path: Path, spec: Spec, randomised: Randomise, photos: list[Pixels]
+) -> None:
+    network = randomised(Choosing(), 1)
+    path = tmp_path / "m.onnx"
+    export_onnx(Deployable(network, spec), spec, path)
+    line = parity_line(network, spec, path, photos)
+    assert line.figures["graph_compares_features"] is True
+    assert line.passed, line
+    torch.nn.init.constant_(network.get_parameter("features.bias"), 0.3)
+    assert parity_line(network, spec, path, photos).passed is False
 
 
 def test_the_exposed_logits_are_those_the_labels_are_taken_from(
