@@ -11,7 +11,6 @@ interval. Memory: each variant runs alone in a fresh process; on the CPU its pea
 """
 
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from rich.table import Table
 from scipy import stats
 
 from srdeploy import console
+from srdeploy.environment import describe_environment
 from srdeploy.errors import UserError
 from srdeploy.files import write_json
 from srdeploy.models import make_network
@@ -204,8 +204,10 @@ def main(
     }
     trainees = {variant: Trainee(variant, network, options, setting) for variant in VARIANTS}
     context = {"network": network, "options": options, **setting, "steps": steps}
-    context |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    context["machine"] = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    context["threads"] = torch.get_num_threads()
+    context |= describe_environment()
+    if device == "cuda":
+        context["gpu"] = torch.cuda.get_device_name()
     result = report(time_steps(trainees, steps), memory, context)
     if out is not None:
         write_json(out, result)

@@ -1,9 +1,7 @@
 """The certificate: line by line, what was proved about an exported graph, with the figures."""
 
 import hashlib
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +10,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 from pydantic import Field
 
-from srdeploy import __version__
+from srdeploy.environment import describe_environment
 from srdeploy.errors import UserError
 from srdeploy.export.digest import graph_digest
 from srdeploy.export.isomorphism import compare_graphs
@@ -121,19 +119,8 @@ def provenance_line(files: Mapping[str, Path], **recorded: Any) -> Line:
         name="provenance",
         passed=None,
         detail=f"sha256 {digests}",
-        figures={"files": listed, "versions": versions(), "machine": _machine(), **recorded},
+        figures={"files": listed, "environment": describe_environment(), **recorded},
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a file."""
-    found = {"srdeploy": __version__, "python": platform.python_version()}
-    for package in ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def text_digest(text: str) -> str:
@@ -170,7 +157,3 @@ def read_model(path: Path) -> ModelProto:
 
 def _verdict(equal: bool) -> str:
     return "equal" if equal else "different"
-
-
-def _machine() -> str:
-    return f"{platform.system()} {platform.machine()}"

@@ -15,6 +15,7 @@ from torch import nn
 
 from srdeploy import __version__, console
 from srdeploy.deployable import Deployable, InputKind, OutputKind
+from srdeploy.environment import versions
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import (
     CERTIFICATE,
@@ -25,7 +26,6 @@ from srdeploy.export.certificate import (
     provenance_line,
     read_model,
     text_digest,
-    versions,
 )
 from srdeploy.export.parity import parity_images, parity_line
 from srdeploy.export.to_onnx import NETWORK_KEY, OPSET, export_onnx

@@ -12,25 +12,29 @@ from srdeploy import __version__
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow")
 
 
-def describe_environment(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Name -> value: srdeploy, Python, system, processor, cores, and the versions of installed
-    `packages`.
-
-    Reads package metadata only, so nothing heavy is imported. Holds no host name, user or path.
-    """
-    found = {
-        "srdeploy": __version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
-    }
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of srdeploy, Python and the installed ones of `packages`: what made a file."""
+    found = {"srdeploy": __version__, "python": platform.python_version()}
     for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def describe_environment(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Name -> value: srdeploy, Python, system, processor, cores, and the versions of installed
+    `packages`.
+
+    Reads package metadata only, so nothing heavy is imported. Holds no host name, user or path.
+    """
+    return {
+        **versions(packages),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+    }
 
 
 def _processor() -> str:

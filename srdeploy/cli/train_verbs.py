@@ -63,8 +63,7 @@ def train(
 
     Example: srdeploy train data --network deeplabv2-resnet18 --pretrained imagenet --out runs/sr
 
-    Example: srdeploy train data --out runs/base --no-sr --set regulation.srf_weight=0.1 --set
-    accumulate=2
+    Example: srdeploy train data --out runs/base --no-sr --set accumulate=2 --set scale=[0.75,1.5]
 
     Example: srdeploy train --out runs/sr --resume
     """

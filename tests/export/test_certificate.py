@@ -93,7 +93,7 @@ def test_provenance_records_files_and_versions_without_judging(tiny_file: Path) 
     assert line.passed is None
     files = line.figures["files"]
     assert files[str(tiny_file)]["bytes"] == tiny_file.stat().st_size
-    assert {"srdeploy", "torch", "onnx", "onnxruntime"} <= line.figures["versions"].keys()
+    assert {"srdeploy", "torch", "onnx", "onnxruntime"} <= line.figures["environment"].keys()
 
 
 def test_the_written_certificate_reads_back(tmp_path: Path, tiny_file: Path) -> None:
