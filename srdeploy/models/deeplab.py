@@ -4,7 +4,6 @@ Source: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolution
 Convolution, and Fully Connected CRFs", TPAMI 2018 (arXiv 1606.00915), model DeepLab-ASPP-L.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,7 +34,11 @@ class AtrousHead(nn.Module):
             initialise_logits(branch)
 
     def forward(self, features: Tensor) -> Tensor:
-        return torch.stack([branch(features) for branch in self.branches]).sum(0)
+        # Added one by one: stacking them would copy all four maps, in the exported graph too.
+        logits: Tensor = self.branches[0](features)
+        for branch in self.branches[1:]:
+            logits = logits + branch(features)
+        return logits
 
 
 class DeepLabV2(nn.Module):
