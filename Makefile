@@ -30,8 +30,9 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The tests' networks are tiny: one thread each, and as many workers as there are cores.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 check-wheel: $(READY)
 	rm -rf dist .venv-wheel
@@ -41,8 +42,18 @@ check-wheel: $(READY)
 	.venv-wheel/bin/python -P -c "import srdeploy; assert 'site-packages' in srdeploy.__file__, srdeploy.__file__"
 	PYTHONSAFEPATH=1 .venv-wheel/bin/pytest -o pythonpath= -m wheel
 
+# make bench CAMVID=folder MOBILENET=file.safetensors also repeats what needs data and weights.
+CAMVID ?=
+MOBILENET ?=
 bench: $(READY)
-	$(BIN)/python benchmarks/step_cost.py
+	mkdir -p bench
+	$(BIN)/python benchmarks/step_cost.py --out bench/step-cost.json
+ifneq ($(CAMVID),)
+	$(BIN)/python benchmarks/certify_networks.py $(CAMVID) --out bench/certificates.json
+	$(BIN)/python benchmarks/camvid.py $(CAMVID) --pretrained $(MOBILENET) --out bench/camvid.json
+else
+	@echo "CamVid's figures were NOT repeated: give CAMVID=folder and MOBILENET=file.safetensors"
+endif
 
 clean:
 	rm -rf $(VENV) .venv-wheel build dist *.egg-info

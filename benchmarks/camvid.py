@@ -28,15 +28,9 @@ def train(journal: Journal, kind: str, data: Path, pretrained: Path, steps: int,
         return
     settings = "--batch 8 --crop 192x256 --workers 1 --set scale=[0.5,1.5] --set channels_last=true"
     journal.run(
-        *(
-            "train",
-            str(data),
-            "--network",
-            "deeplabv2-mobilenetv2",
-            "--pretrained",
-            str(pretrained),
-        ),
-        *("--steps", str(steps), *settings.split(), KINDS[kind], "--out", str(run)),
+        *("train", str(data), "--network", "deeplabv2-mobilenetv2"),
+        *("--pretrained", str(pretrained), "--steps", str(steps), *settings.split()),
+        *(KINDS[kind], "--out", str(run)),
     )
 
 

@@ -21,8 +21,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_step_cost_reports_time_and_memory_of_every_variant(tmp_path: Path) -> None:
-    small = "--network unet --option width=2 --size 32 --steps 3 --classes 3 --json".split()
-    result = run("step_cost.py", *small, "--out", str(tmp_path / "figures.json"))
+    small = ["--network", "unet", "--option", "width=2", "--size", "32", "--steps", "3"]
+    out = str(tmp_path / "figures.json")
+    result = run("step_cost.py", *small, "--classes", "3", "--json", "--out", out)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((tmp_path / "figures.json").read_text())
     variants = json.loads(result.stdout)["variants"]
