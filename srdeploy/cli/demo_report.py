@@ -44,12 +44,12 @@ class DemoFindings:
 def demo_report(findings: DemoFindings) -> Report:
     """The page as data."""
     return Report(
-        title="srdeploy: trained with self-regulation, deployed as the plain network",
+        title="Trained with self-regulation, deployed as the plain network",
         lead=(
             "Two runs of one network on made-up scenes, equal but for self-regulation. "
             "The exits that regulated the second one are gone from the file that is deployed."
         ),
-        verdicts=list(_verdicts(findings)),
+        verdicts=list(demo_verdicts(findings)),
         sections=[
             _pictures(findings),
             _accuracy(findings),
@@ -62,7 +62,8 @@ def demo_report(findings: DemoFindings) -> Report:
     )
 
 
-def _verdicts(findings: DemoFindings) -> Iterator[Verdict]:
+def demo_verdicts(findings: DemoFindings) -> Iterator[Verdict]:
+    """The answers, the most important first."""
     certified = all(one.passed for one in findings.exports.values())
     same = findings.same_graph.passed
     yield Verdict(
@@ -76,12 +77,8 @@ def _verdicts(findings: DemoFindings) -> Iterator[Verdict]:
         certified,
     )
     plain, left_in = findings.latency.entries[1:3]
-    yield Verdict(
-        "latency of regulated over baseline, with its 95 % interval",
-        _ratio(plain),
-        None,
-    )
-    yield Verdict("latency with the exits left in, over baseline", _ratio(left_in), None)
+    yield _ratio_verdict("latency of regulated over baseline", plain)
+    yield _ratio_verdict("latency with the exits left in, over baseline", left_in)
     gain = _miou(findings, "regulated") - _miou(findings, "baseline")
     yield Verdict(
         "points of test mIoU, regulated against baseline: one seed, so a sample, not a proof",
@@ -90,10 +87,11 @@ def _verdicts(findings: DemoFindings) -> Iterator[Verdict]:
     )
 
 
-def _ratio(entry: Latency) -> str:
-    if entry.ratio is None:
-        return "-"
-    return f"× {entry.ratio.value:.3f} ({entry.ratio.low:.3f} to {entry.ratio.high:.3f})"
+def _ratio_verdict(claim: str, entry: Latency) -> Verdict:
+    ratio = entry.ratio
+    assert ratio is not None  # only the first artifact has none
+    interval = f"95 % interval {ratio.low:.3f} to {ratio.high:.3f}"
+    return Verdict(f"{claim}; {interval}", f"× {ratio.value:.3f}", None)
 
 
 def _miou(findings: DemoFindings, kind: str) -> float:
@@ -114,8 +112,9 @@ def _pictures(findings: DemoFindings) -> Section:
             image, truth = dataset.read(index)
             fitted = fit(image, spec)
             exits = predict_exits(regulated, fitted, spec)[:-1]
-            masks = [truth, *(one.run(fitted[None])[0] for one in (baseline, deployed)), *exits]
+            masks = [*(one.run(fitted[None])[0] for one in (baseline, deployed)), *exits]
             row = [photo(image, dataset.items[index].name)]
+            row.append(drawing(colour_table(spec)[truth], "as drawn"))
             row += [_mask(mask, image, truth, spec) for mask in masks]
             rows.append(row)
     header = ["photo", "truth", "baseline", "regulated"]
