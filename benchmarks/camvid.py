@@ -67,7 +67,7 @@ def main(
         *("--rounds", str(rounds), "--threads", "1"),
     )
     for entry in latency["entries"]:
-        del entry["samples_ms"]
+        del entry["samples_ms"], entry["path"]  # long, and of a temporary folder
     write_json(
         out,
         {
