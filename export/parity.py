@@ -228,9 +228,9 @@ def _detail(cases: Sequence[Case], compares: bool) -> str:
         sizes = sorted({case.size for case in cases if not case.finite})
         return f"NaN or infinity in the logits at {'; '.join(sizes)}"
     agreement = min(case.agreement for case in cases)
-    share = "every pixel" if agreement == 1 else f"{agreement:.4%} of pixels or more"
+    share = "all pixels" if agreement == 1 else f"{agreement:.4%} of pixels or more"
     text = (
-        f"labels agree on {share} of {len(cases)} batches; "
+        f"labels agree on {share} in {len(cases)} batches; "
         f"tolerance that would have passed {_needed(cases):.1e}, allowed {TOLERANCE:.0e}"
     )
     if compares:
