@@ -6,7 +6,7 @@ operator sets, functions, and the values that steer the computation. Out: names,
 metadata, weight values. A value steers where it is an integer or a boolean, a float of rank 0, or
 read by an operator that no weighted operator comes before (the normalisation's mean and deviation);
 operands of weighted operators are weights, whatever their type. A Constant node counts as an
-initialiser.
+initialiser. The scales and the region that a resize reads steer too, wherever it stands.
 
 Method: colour refinement (Weisfeiler-Lehman) along topological order. Each vertex gets a colour
 from its ancestors, then one from its users; the digest is taken over the sorted colours.
@@ -29,6 +29,9 @@ WEIGHTED = frozenset(
     + ("QuantizeLinear", "DequantizeLinear")
 )
 """Operators whose operands after the first are learnt or calibrated."""
+
+RESIZING = frozenset(("Resize", "Upsample"))
+"""Operators whose operands after the first say where they sample, in floats."""
 
 _ROUNDS = 2
 """The second round lets every node see which weights its relatives share."""
@@ -195,7 +198,7 @@ def _steering(
         for position, name in enumerate(node.input):
             if node.op_type in WEIGHTED and (position > 0 or node.op_type == "DequantizeLinear"):
                 weights.add(name)
-            elif not after:
+            elif not after or (node.op_type in RESIZING and position > 0):
                 early.add(name)
         # What a body reads is not followed into the body: count it rather than miss it.
         early.update(_free(node))

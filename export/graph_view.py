@@ -23,6 +23,9 @@ _LEARNT_OPERANDS = {
 }
 """First operand of each weighted operator that is learnt or calibrated."""
 
+_RESIZERS = ("Resize", "Upsample")
+"""Their operands after the first are region, scales and sizes: geometry, though partly floats."""
+
 
 @dataclass(frozen=True, eq=False)
 class Input:
@@ -206,6 +209,8 @@ class GraphView:
                 learnt.update(node.input[first:])
             elif self.late.isdisjoint(node.input):
                 steering.update(node.input)
+            elif node.op_type in _RESIZERS:
+                steering.update(node.input[1:])
             steering.update(_read_by_bodies(node))
         return steering - learnt
 

@@ -6,7 +6,8 @@ only says that two graphs differ, the walk names the node and what is different 
 
 What counts: operators, domains, attributes, operands in order, dtypes and shapes of initialisers,
 inputs and outputs, operator sets, and values that steer the computation: integers and booleans,
-floats of rank 0, and whatever is read before the first weighted operator. Names and weights don't.
+floats of rank 0, scales and regions of resizes, and whatever is read before the first weighted
+operator. Names and weights don't.
 """
 
 from collections import Counter

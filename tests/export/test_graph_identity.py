@@ -301,6 +301,37 @@ def test_bodies_of_control_flow_are_compared_inside() -> None:
     assert "(Abs) stands against" in (comparison.first_difference or "")
 
 
+def _resized(model: ModelProto, scales: tuple[float, ...], region: tuple[float, ...]) -> None:
+    """Ends in a Resize that takes its scales and its region from initialisers."""
+    for name, values in (("scales", scales), ("region", region)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.float32), name))
+    del model.graph.node[4:]
+    operands = ["d", "region", "scales"]
+    node = helper.make_node("Resize", operands, ["logits"], "resize", mode="linear")
+    node.attribute.append(
+        helper.make_attribute("coordinate_transformation_mode", "tf_crop_and_resize")
+    )
+    model.graph.node.append(node)
+
+
+@pytest.mark.parametrize(
+    ("scales", "region", "named"),
+    [
+        ((1, 1, 4, 4), (0, 0, 0, 0, 1, 1, 1, 1), "initialiser 'scales' (float [4])"),
+        ((1, 1, 2, 2), (0, 0, 0, 0, 1, 1, 0.5, 0.5), "initialiser 'region' (float [8])"),
+    ],
+    ids=["scales", "region"],
+)
+def test_how_far_and_where_a_resize_samples_counts_though_it_is_a_float_tensor(
+    scales: tuple[float, ...], region: tuple[float, ...], named: str
+) -> None:
+    plain = small(lambda model: _resized(model, (1, 1, 2, 2), (0, 0, 0, 0, 1, 1, 1, 1)))
+    other = small(lambda model: _resized(model, scales, region))
+    assert graph_digest(plain) != graph_digest(other)
+    comparison = compare_graphs(plain, other)
+    assert named in (comparison.first_difference or "")
+
+
 def test_sharing_a_weight_differs_from_having_two() -> None:
     shared, apart = build_chain(["w", "w"]), build_chain(["w", "v"])
     assert graph_digest(shared) != graph_digest(apart)
