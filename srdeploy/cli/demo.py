@@ -81,9 +81,9 @@ def run_demo(out: Path, *, steps: int, seed: int, force: bool) -> DemoOutcome:
     write_report(demo_report(findings), report)
     passed = _passed(exports, same_graph, scores)
     _say_stage("done", "what came out")
+    tellers = {True: console.done, False: console.failed, None: console.say}
     for verdict in demo_verdicts(findings):
-        tell = console.failed if verdict.passed is False else console.done
-        tell(f"{verdict.figure}: {verdict.claim}")
+        tellers[verdict.passed](f"{verdict.figure}: {verdict.claim}")
     console.done(f"wrote {report}: open it in a browser")
     return DemoOutcome(report, passed, _summary(report, passed, findings))
 
