@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from srdeploy.errors import UserError
 from srdeploy.files import read_text
 from srdeploy.runs import NetworkConfig
-from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD
+from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD, Mean, Std
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.validation import Settings, validated
 
@@ -26,6 +26,8 @@ FREE_ON_RESUME = frozenset({"data", "device", "workers", "cache_mib"})
 class TrainConfig(Settings):
     """Everything that decides how a run goes. With regulation.enabled the only difference, two runs
     see the same batches and start from the same network."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     data: Path
     """Root folder of the data set."""
@@ -46,9 +48,9 @@ class TrainConfig(Settings):
     longest_side: int | None = Field(default=None, ge=32)
     """Photos are scaled so that their longest side is this, here and wherever the network is
     deployed."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
     """Subtracted per channel (RGB, of values in 0..1): as pretrained weights were trained with."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    std: tuple[Std, Std, Std] = IMAGENET_STD
     """Divided by per channel (RGB, of values in 0..1)."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
     """Order in which the network gets the channels; BGR for weights that came from Caffe."""
