@@ -70,7 +70,7 @@ def pixel_cross_entropy(
     losses = functional.cross_entropy(
         logits.float(),
         labels.long(),
-        weight=class_weights,
+        weight=None if class_weights is None else class_weights.float(),
         ignore_index=ignore_index,
         reduction="none",
     )
@@ -78,7 +78,7 @@ def pixel_cross_entropy(
     if class_weights is None:
         share = valid.sum().clamp(min=1)
     else:
-        weights = class_weights[torch.where(valid, labels, 0).long()]
+        weights = class_weights.float()[torch.where(valid, labels, 0).long()]
         share = torch.where(valid, weights, 0).sum().clamp(min=TINY)
     return losses.sum() / share
 
@@ -91,7 +91,7 @@ def count_cross_entropy(
     Every labelled pixel weighs the same, so this equals `pixel_cross_entropy` at full size of
     logits that are constant in each cell, without ever making them.
     """
-    weighted = counts if class_weights is None else counts * class_weights[:, None, None]
+    weighted = counts if class_weights is None else counts * class_weights.float()[:, None, None]
     losses = weighted * functional.log_softmax(logits.float(), dim=1)
     return -losses.sum() / weighted.sum().clamp(min=TINY)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from math import floor
 
 import numpy as np
@@ -308,6 +309,20 @@ def test_losses_of_half_precision_logits_are_float32() -> None:
         losses.soft_feedback(logits.bfloat16(), logits.bfloat16(), labels != IGNORE, 1.0),
     ):
         assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_class_weights_of_another_precision_weigh_in_float32(dtype: torch.dtype) -> None:
+    logits, labels = made((1, 5, 6, 6), 0, 0.2)
+    counts = losses.count_labels(labels, 5, (6, 6), IGNORE)
+    weights = torch.tensor([0.5, 1, 2, 0, 4])
+    for loss, truth in (
+        (partial(losses.pixel_cross_entropy, ignore_index=IGNORE), labels),
+        (losses.count_cross_entropy, counts),
+    ):
+        found = loss(logits, truth, class_weights=weights.to(dtype))
+        assert found.dtype == torch.float32
+        assert torch.equal(found, loss(logits, truth, class_weights=weights))
 
 
 def test_maps_meet_on_the_coarser_grid_of_each_axis() -> None:
