@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srdeploy import console
 from srdeploy.data import DataSet, open_dataset, spec_for
+from srdeploy.data.dataset import measured_policy
 from srdeploy.errors import UserError
 from srdeploy.files import write_whole
 from srdeploy.models import make_network
@@ -73,6 +74,8 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
         std=config.std,
         colour_order=config.colour_order,
     )
+    # Refuses photos too small for a network here, rather than at the first validation.
+    measured_policy(validation, config.longest_side)
     torch.manual_seed(config.seed)
     network = make_network(config.network.name, spec.class_count, **config.network.options)
     if config.pretrained is not None and not trained:

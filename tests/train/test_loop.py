@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -352,6 +353,21 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message) as caught:
         train(config_for(tiny_data, *settings), tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_photo_of_val_that_is_too_small_is_named_before_anything_is_written(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    for kind in ("images", "labels"):
+        path = data / kind / "val" / "val_01.png"
+        with Image.open(path) as file:
+            small = file.resize((20, 20))
+        small.save(path)
+    with pytest.raises(UserError, match=r"images/val/val_01\.png: 20x20 is too small"):
+        train(config_for(data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
