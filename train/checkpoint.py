@@ -42,7 +42,8 @@ class Progress:
 def items_digest(dataset: DataSet) -> str:
     """Of the split's photo names in order: the stream of samples depends on them."""
     names = "\n".join(item.name for item in dataset.items)
-    return hashlib.sha256(names.encode()).hexdigest()[:16]
+    # Names come from the disk as they are: some are no UTF-8.
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def save_state(

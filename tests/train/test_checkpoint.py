@@ -1,5 +1,7 @@
 """state.pt: everything comes back, and broken files are refused by name."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,10 @@ def test_photos_are_told_apart_by_name_and_order(tiny_data: Path) -> None:
     train, val = open_dataset(tiny_data, "train"), open_dataset(tiny_data, "val")
     assert items_digest(train) == items_digest(open_dataset(tiny_data, "train"))
     assert items_digest(train) != items_digest(val)
+
+
+def test_photos_may_have_names_that_are_no_utf8(tiny_data: Path) -> None:
+    data = open_dataset(tiny_data, "val")
+    name = os.fsdecode(b"caf\xe9")
+    odd = replace(data, items=(replace(data.items[0], name=name),))
+    assert items_digest(odd) != items_digest(data)
