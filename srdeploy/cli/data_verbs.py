@@ -46,7 +46,7 @@ def synth(
         force=force,
     )
     console.done(f"{train + val + test} scenes in {folder}")
-    console.say(f"next: srdeploy train {folder}")
+    console.say(f"next: srdeploy train {folder} --out runs/NAME")
 
 
 def check(

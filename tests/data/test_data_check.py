@@ -131,6 +131,12 @@ def test_the_verb_writes_scenes_of_the_size_asked_for(tmp_path: Path) -> None:
     assert run("check", str(tmp_path / "s"), "--split", "val").exit_code == 0
 
 
+def test_the_next_step_that_the_verb_names_is_a_whole_command(tmp_path: Path) -> None:
+    result = run("synth", str(tmp_path / "s"), "--train", "1", "--val", "0", "--test", "0")
+    said = " ".join(result.output.split())
+    assert f"srdeploy train {tmp_path / 's'} --out runs/NAME" in said, result.output
+
+
 @pytest.mark.parametrize("size", ["80", "80x", "axb", "-1x64", "64x64x3", ""])
 def test_a_size_that_is_no_size_is_refused(tmp_path: Path, size: str) -> None:
     result = run("synth", str(tmp_path / "s"), f"--size={size}")
