@@ -28,9 +28,16 @@ def find_photos(sources: Sequence[Path], out: Path) -> tuple[Photo, ...]:
 
     The mask of `a/b.jpg` is `a/b.png`. Where two photos would get one mask (b.jpg and b.tif), they
     keep their suffix: `a/b.jpg.png` and `a/b.tif.png`. Hidden files and what lies in `out` are
-    passed over. Raises UserError: nothing there, no photos, or masks that would collide with each
-    other or replace a photo.
+    passed over. Raises UserError: nothing there, no photos, `out` among the sources (the next
+    prediction would take its masks for photos), or masks that would collide with each other or
+    replace a photo.
     """
+    for source in sources:
+        if Path(source).is_dir() and Path(source).resolve() == out.resolve():
+            raise UserError(
+                f"{out} holds the photos, and masks among them would be taken for photos: "
+                "give another --out, e.g. a new folder inside it"
+            )
     found = {entry for source in sources for entry in _below(Path(source), out.resolve())}
     if not found:
         listed = ", ".join(map(str, sources))

@@ -181,6 +181,15 @@ def test_masks_never_replace_the_photos(tmp_path: Path) -> None:
         find_photos([photo], tmp_path / "in")
 
 
+def test_masks_never_go_among_the_photos_where_the_next_run_would_find_them(tmp_path: Path) -> None:
+    save_photo(tmp_path / "in" / "a.bmp")
+    (tmp_path / "link").symlink_to("in")
+    for out in (tmp_path / "in", tmp_path / "link", tmp_path / "in" / "sub" / ".."):
+        with pytest.raises(UserError, match="holds the photos, and masks among them"):
+            find_photos([tmp_path / "in"], out)
+    assert find_photos([tmp_path / "in" / "a.bmp"], tmp_path / "in")  # named one by one: no harm
+
+
 def test_sources_without_photos_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file or folder: .*absent"):
         find_photos([tmp_path / "absent"], tmp_path / "out")
