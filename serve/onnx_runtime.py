@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from srdeploy.errors import MissingPackageError, UserError
@@ -77,6 +78,7 @@ class OnnxRuntime(Runtime):
                 f"{self.path} gives labels {list(labels.shape)} for images {list(images.shape)}: "
                 "labels of the images' own size are needed"
             )
+        self._check_ids(labels)
         return cast(Pixels, labels.astype(np.uint8, copy=False))
 
     def _logits(self, images: Pixels) -> Logits:
@@ -104,6 +106,18 @@ class OnnxRuntime(Runtime):
                 f"({_first_line(error)})"
             ) from error
         return cast(Sequence[Any], result)
+
+    def _check_ids(self, labels: npt.NDArray[np.integer[Any]]) -> None:
+        """A cast to uint8 would turn a foreign graph's 256 into class 0."""
+        count = self.spec.class_count
+        if labels.min() >= 0 and labels.max() < count:
+            return
+        stray = labels[((labels < 0) | (labels >= count)) & (labels != self.spec.ignore_index)]
+        if stray.size:
+            raise UserError(
+                f"{self.path} gives label {stray[0]}, but its class list has the ids "
+                f"0..{count - 1}: give the list of the classes that it was trained with"
+            )
 
     def _require_cuda(self, ort: Any) -> None:
         offered = ort.get_available_providers()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
 
 from srdeploy.errors import UserError
@@ -196,6 +196,27 @@ def test_wide_labels_of_other_tools_become_uint8(
         labels = runtime.run(images)
     assert labels.dtype == np.uint8
     assert (labels == strongest(images)).all()
+
+
+@pytest.mark.parametrize("shift", [-1, 254, 256])
+def test_labels_without_a_class_are_refused_rather_than_wrapped(
+    make_graph: MakeGraph, tiny_spec: Spec, shift: int
+) -> None:
+    """256 as uint8 would read as class 0; the ignored label alone needs no class."""
+    path = make_graph(spec=None, label_type=TensorProto.INT64)
+    model = onnx.load(str(path))
+    model.graph.node[-1].output[0] = "ids"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(shift), "shift"))
+    model.graph.node.append(helper.make_node("Add", ["ids", "shift"], ["labels"]))
+    onnx.save(model, str(path))
+    green = np.zeros((1, 40, 48, 3), np.uint8)
+    green[..., 1] = 255
+    red = green[..., [1, 0, 2]]
+    with open_runtime(path, spec=tiny_spec) as runtime:
+        with pytest.raises(UserError, match=rf"gives label {shift}, .* has the ids 0\.\.2"):
+            runtime.run(green)
+        if shift == 254:
+            assert (runtime.run(red) == tiny_spec.ignore_index).all()
 
 
 @pytest.mark.parametrize("name", ["plain", "BGR"])
