@@ -19,6 +19,7 @@ from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.metrics import percent
+from srdeploy.serve.artifact import open_artifact
 from srdeploy.serve.evaluate import check_same_classes, evaluate
 from srdeploy.serve.runtime import Runtime, open_runtime
 from srdeploy.spec import Spec
@@ -196,17 +197,20 @@ def bench(
     """Opens the artifacts, compares their latency, and their accuracy where `dataset` is given.
 
     extra: (name, path) of further graphs that are timed but not scored. size: (height, width); by
-    default the fixed or usual one of the first artifact. limit: photos to score. Raises UserError.
+    default the fixed or usual one of the first artifact. limit: photos to score. spec: for those
+    artifacts that carry none, where there are such. Raises UserError.
     """
+    foreign = [open_artifact(path).spec is None for path in paths]
+    specs = [spec if one or not any(foreign) else None for one in foreign]
     with ExitStack() as stack:
         scored = [
-            stack.enter_context(open_runtime(path, device, runtime, spec, threads))
-            for path in paths
+            stack.enter_context(open_runtime(path, device, runtime, own, threads))
+            for path, own in zip(paths, specs, strict=True)
         ]
         others = [
             stack.enter_context(open_runtime(path, device, threads=threads)) for _, path in extra
         ]
-        twin = stack.enter_context(open_runtime(paths[0], device, runtime, spec, threads))
+        twin = stack.enter_context(open_runtime(paths[0], device, runtime, specs[0], threads))
         if dataset is not None:
             for one in scored:
                 check_same_classes(one, dataset)

@@ -22,6 +22,7 @@ from srdeploy.serve.bench import (
     parse_size,
 )
 from srdeploy.serve.runtime import open_runtime
+from srdeploy.spec import Spec
 
 MakeGraph = Callable[..., Path]
 
@@ -104,6 +105,17 @@ def test_bench_scores_each_artifact_but_not_the_extra_ones(
     assert [entry.miou for entry in report.entries] == [1.0, 1.0, None]
     assert report.size == (40, 48)
     assert LatencyReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_foreign_graph_is_timed_beside_ours_and_the_given_classes_are_for_it_alone(
+    make_graph: MakeGraph, tiny_spec: Spec
+) -> None:
+    ours, foreign = make_graph("ours.onnx"), make_graph("foreign.onnx", spec=None)
+    given = tiny_spec.model_copy(update={"mean": (0.5, 0.5, 0.5)})
+    report = bench([ours, foreign], rounds=2, threads=1, spec=given)
+    assert [entry.name for entry in report.entries] == ["ours.onnx", "foreign.onnx"]
+    with pytest.raises(UserError, match="leave --classes away"):
+        bench([ours], rounds=2, threads=1, spec=given)
 
 
 def test_a_run_and_its_export_are_compared_in_their_own_runtimes(
