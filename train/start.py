@@ -12,7 +12,7 @@ from srdeploy import console
 from srdeploy.data import DataSet, open_dataset, spec_for
 from srdeploy.data.dataset import measured_policy
 from srdeploy.errors import UserError
-from srdeploy.files import write_whole
+from srdeploy.files import explain_os_error, write_whole
 from srdeploy.models import make_network
 from srdeploy.models.pretrained import load_pretrained
 from srdeploy.runs import (
@@ -124,11 +124,14 @@ def require_new(folder: Path, force: bool) -> None:
 
 def write_start(folder: Path, config: TrainConfig, job: Job) -> None:
     """Writes spec.json, config.yaml and samples/; removes what an older run left, and nothing else
-    there."""
+    there. Raises UserError where the folder can't be written to."""
     # Read before anything is removed: a photo may turn out unreadable.
     pictures = sample_pictures(job.validation, job.spec)
-    for name in (CONFIG, STATE, WEIGHTS, EXITS, METRICS, SPEC):
-        (folder / name).unlink(missing_ok=True)
+    try:
+        for name in (CONFIG, STATE, WEIGHTS, EXITS, METRICS, SPEC):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
     for name in (SAMPLES, PREDICTIONS, TENSORBOARD):
         shutil.rmtree(folder / name, ignore_errors=True)
     write_whole(folder / SPEC, job.spec.model_dump_json(indent=1) + "\n")

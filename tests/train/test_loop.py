@@ -371,6 +371,13 @@ def test_a_photo_of_val_that_is_too_small_is_named_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_below_a_file_is_refused_in_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file/run: Not a directory"):
+        train(config_for(tiny_data), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_failed_force_leaves_the_old_run_whole(tiny_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(config_for(tiny_data, steps=2), folder)
