@@ -141,7 +141,7 @@ def read_model(path: Path) -> ModelProto:
     """Reads and checks an .onnx file, with tensors in side files. Raises UserError."""
     broken = "not an ONNX file, or a truncated one: export it again"
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), format="protobuf")  # else the suffix decides, e.g. .json
         if not model.graph.output:
             raise UserError(f"{path}: {broken}")
         onnx.checker.check_model(model)

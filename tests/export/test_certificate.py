@@ -109,6 +109,7 @@ def test_what_is_not_an_onnx_file_is_refused_in_one_line(tmp_path: Path, tiny_fi
     files = {
         "text.onnx": b"this is not a graph\n" * 9,
         "empty.onnx": b"",
+        "classes.json": b'{"names": ["a", "b"]}',
         "truncated.onnx": content[: len(content) // 2],
         "beheaded.onnx": content[:-40],
     }
