@@ -111,7 +111,8 @@ def require_new(folder: Path, force: bool) -> None:
     """Raises UserError where a new run can't be written to `folder`."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: a run needs a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    # A folder with nothing but its spec is a run that was killed while it began.
+    if not folder.exists() or all(path.name == SPEC for path in folder.iterdir()):
         return
     if not is_run(folder):
         raise UserError(f"{folder} exists and is not a run: give another --out, or remove it")

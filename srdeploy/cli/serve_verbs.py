@@ -93,7 +93,8 @@ def predict(
     if as_json:
         console.print_json(summary.model_dump(mode="json"))
     else:
-        console.done(
+        tell = console.done if summary.images else console.failed
+        tell(
             f"{summary.images} masks in {out}: {summary.seconds:.1f} s, "
             f"{summary.images_per_s:.1f} images/s (decode {summary.decode_s:.1f} s, network "
             f"{summary.run_s:.1f} s, encode {summary.encode_s:.1f} s, side by side)"

@@ -37,7 +37,7 @@ from srdeploy.train.checkpoint import METADATA_KEY, read_state
 from srdeploy.train.config import TrainConfig, load_config
 from srdeploy.train.loop import TrainResult, train
 from srdeploy.train.recorder import read_metrics
-from srdeploy.train.start import prepare
+from srdeploy.train.start import prepare, require_new
 
 pytestmark = pytest.mark.wheel
 
@@ -319,6 +319,14 @@ def test_a_run_is_never_replaced_unasked(
             train(config_for(tiny_data), tmp_path, force=force)
     with pytest.raises(UserError, match="is a file: a run needs a folder"):
         train(config_for(tiny_data), tmp_path / "thesis.tex", force=True)
+
+
+def test_a_run_that_was_killed_while_it_began_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text("{}")
+    require_new(tmp_path, force=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not a run"):
+        require_new(tmp_path, force=False)
 
 
 def test_force_replaces_the_run_and_leaves_other_peoples_files(
