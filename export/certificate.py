@@ -15,9 +15,9 @@ from srdeploy.errors import UserError
 from srdeploy.export.digest import graph_digest
 from srdeploy.export.isomorphism import compare_graphs
 from srdeploy.files import explain_os_error, sha256_of, write_json
+from srdeploy.serve.artifact import MODEL
 from srdeploy.validation import Settings
 
-MODEL = "model.onnx"
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 

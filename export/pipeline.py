@@ -20,7 +20,6 @@ from srdeploy.errors import UserError
 from srdeploy.export.certificate import (
     CERTIFICATE,
     MANIFEST,
-    MODEL,
     Certificate,
     identity_lines,
     provenance_line,
@@ -32,6 +31,7 @@ from srdeploy.export.to_onnx import NETWORK_KEY, OPSET, export_onnx
 from srdeploy.files import sha256_of, whole_folder, write_json
 from srdeploy.models import make_network
 from srdeploy.runs import Run, load_network, open_run
+from srdeploy.serve.artifact import MODEL
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Pictures of a run: photos kept for later checks, and grids of photo, truth and prediction."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import nn
 from srdeploy.data import DataSet
 from srdeploy.deployable import Normalise
 from srdeploy.files import write_whole
-from srdeploy.imaging import Pixels, colour_table, fit, overlay, restore
+from srdeploy.imaging import Pixels, colour_table, encode_png, fit, overlay, restore
 from srdeploy.outputs import resize_logits
 from srdeploy.spec import Spec
 from srdeploy.train.regulation import SelfRegulation
@@ -40,10 +39,8 @@ def sample_pictures(dataset: DataSet, spec: Spec) -> dict[str, bytes]:
     pictures = {}
     for index in spread(len(dataset), SAMPLE_LIMIT):
         photo, _ = dataset.read(index)
-        buffer = BytesIO()
-        Image.fromarray(fit(photo, spec)).save(buffer, "PNG")
         name = dataset.items[index].name.replace("/", "_")
-        pictures[f"{name}.png"] = buffer.getvalue()
+        pictures[f"{name}.png"] = encode_png(fit(photo, spec))
     return pictures
 
 
@@ -72,9 +69,7 @@ def save_predictions(
         captions = list(columns)
         rows.append([shrink(cell) for cell in columns.values()])
     regulated.train(training)
-    buffer = BytesIO()
-    Image.fromarray(grid(rows, captions, spec)).save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    write_whole(path, encode_png(grid(rows, captions, spec)))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from srdeploy.export.pipeline import export_run
 from srdeploy.files import read_json, write_json
 from srdeploy.metrics import Scores
 from srdeploy.runs import METRICS, STATE, NetworkConfig
+from srdeploy.serve.artifact import MODEL
 from srdeploy.serve.bench import LatencyReport, bench
 from srdeploy.serve.evaluate import evaluate
 from srdeploy.serve.predict import predict_folder
@@ -64,7 +65,7 @@ def run_demo(out: Path, *, steps: int, seed: int, force: bool) -> DemoOutcome:
         result = export_run(out / "runs" / kind, out / "deploy" / kind, force=True)
         exports[kind] = result.certificate
         _say_lines(result.certificate)
-    models = [out / "deploy" / kind / "model.onnx" for kind in KINDS]
+    models = [out / "deploy" / kind / MODEL for kind in KINDS]
     _say_stage("both", "comparing the two files' graphs")
     same_graph = certify_files(*models)
     _say_lines(same_graph)
