@@ -1,5 +1,6 @@
 """Every network becomes an ONNX graph with dynamic sizes that computes the same in onnxruntime."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,11 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from srdeploy.models import make_network
+from srdeploy.models import NETWORKS, make_network
 
-NETWORKS: list[tuple[str, dict[str, Any]]] = [
-    ("deeplabv2-resnet18", {"output_stride": 8}),
-    ("deeplabv2-mobilenetv2", {"width_mult": 0.25}),
-    ("segnet", {"width": 4}),
-    ("unet", {"width": 4}),
-]
+SMALL: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "small_networks.json").read_text()
+)
 WITHOUT_TENSORRT = {"MaxUnpool", "ScatterND", "ScatterElements", "GatherND", "Loop", "If"}
 
 
@@ -38,12 +36,12 @@ def exported(network: nn.Module, path: Path) -> onnx.ModelProto:
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-@pytest.mark.parametrize(("name", "options"), NETWORKS, ids=[name for name, _ in NETWORKS])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_exported_graph_equals_the_network_at_sizes_and_batches_it_never_saw(
-    name: str, options: dict[str, Any], tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    network = make_network(name, 5, **options).eval()
+    network = make_network(name, 5, **SMALL[name]).eval()
     for part in network.modules():
         if isinstance(part, nn.BatchNorm2d):
             assert part.running_mean is not None
