@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 from srdeploy.files import write_whole
 from srdeploy.imaging import Pixels, encode_jpeg, encode_png
@@ -85,13 +86,23 @@ def drawing(image: Pixels, caption: str) -> Picture:
 
 def render(report: Report) -> str:
     """The page as HTML text."""
-    from jinja2 import Environment, StrictUndefined
+    return render_page("srdeploy.serve", "report.html", report=report)
 
-    template = package_files("srdeploy.serve").joinpath("report.html").read_text("utf-8")
+
+def render_page(package: str, template: str, **values: Any) -> str:
+    """HTML text of a Jinja template that lies in `package`; `{{ house }}` is the pages' shared CSS.
+
+    Values are escaped; one that the template names but that is not given is an error.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    text = package_files(package).joinpath(template).read_text("utf-8")
+    house = Markup(package_files("srdeploy.serve").joinpath("house.css").read_text("utf-8"))
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(template).render(report=report)
+    return environment.from_string(text).render(house=house, **values)
 
 
 def write_report(report: Report, path: Path) -> None:
