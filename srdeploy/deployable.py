@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from srdeploy.outputs import main_logits
+from srdeploy.outputs import main_logits, resize_logits
 from srdeploy.spec import Spec
 
 InputKind = Literal["uint8", "float32"]
@@ -39,12 +39,37 @@ class Normalise(nn.Module):
         return values.permute(0, 3, 1, 2)
 
 
+def pad_images(images: Tensor, multiple: int) -> Tensor:
+    """images float32 [N, 3, H, W], normalised, with zeros (the mean colour) at the bottom and
+    right, so that `multiple` divides height and width."""
+    if multiple == 1:
+        return images
+    margin = multiple - 1
+    # Not -(-side // multiple): ONNX divides towards zero.
+    height, width = ((side + margin) // multiple * multiple for side in images.shape[2:])
+    # A constant margin, then a cut: a tracer would fix a margin that depends on the size to the
+    # example's.
+    return functional.pad(images, (0, margin, 0, margin))[:, :, :height, :width]
+
+
+def cut_logits(logits: Tensor, size: tuple[int, int], multiple: int) -> Tensor:
+    """Logits [N, K, h, w] of padded images as [N, K, H, W] at the images' own `size` (H, W).
+
+    They are resized to the padded size first, so that every logit stays where its pixel is.
+    """
+    if multiple == 1:
+        return resize_logits(logits, size)
+    height, width = ((side + multiple - 1) // multiple * multiple for side in size)
+    return resize_logits(logits, (height, width))[:, :, : size[0], : size[1]]
+
+
 class Deployable(nn.Module):
     """What is deployed: uint8 images in, uint8 labels out, by default.
 
     images: uint8 [N, H, W, 3] RGB, or float32 [N, 3, H, W] already normalised (input="float32").
     Returns labels uint8 [N, H, W]; or logits float32 [N, K, H, W]; or both as a tuple (labels,
-    logits).
+    logits). Any H, W from spec.input.smallest: where the network takes multiples of
+    spec.input.multiple alone, the image is padded and the result cut in here.
     """
 
     def __init__(
@@ -59,14 +84,12 @@ class Deployable(nn.Module):
         self.normalise: nn.Module = Normalise(spec) if input == "uint8" else nn.Identity()
         self.input = input
         self.output = output
+        self.multiple = spec.input.multiple
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         height, width = images.shape[1:3] if self.input == "uint8" else images.shape[2:4]
-        logits = main_logits(self.network(self.normalise(images)))
-        if logits.shape[2] != height or logits.shape[3] != width:
-            logits = functional.interpolate(
-                logits, size=(height, width), mode="bilinear", align_corners=False
-            )
+        logits = main_logits(self.network(pad_images(self.normalise(images), self.multiple)))
+        logits = cut_logits(logits, (height, width), self.multiple)
         if self.output == "logits":
             return logits
         labels = logits.argmax(1).to(torch.uint8)

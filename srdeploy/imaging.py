@@ -138,6 +138,8 @@ def _orientation(file: Image.Image) -> int:
 def fitted_size(height: int, width: int, spec: Spec) -> tuple[int, int]:
     """(height, width) at which the network sees a photo of the given size, as the spec's policy
     says."""
+    if spec.input.fixed:
+        return spec.input.largest
     return scaled_size(height, width, spec.input.longest_side)
 
 

@@ -7,9 +7,9 @@ It is made from the data set, saved with the run (spec.json), written into the O
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from srdeploy.validation import Settings
 
@@ -52,7 +52,11 @@ def check_classes(
 
 
 class InputPolicy(Settings):
-    """Which sizes the network is given. Sizes are (height, width) in pixels."""
+    """Which sizes the network is given. Sizes are (height, width) in pixels.
+
+    Where `smallest` equals `largest` the network takes that one size: photos are resized to it,
+    whatever their proportions.
+    """
 
     longest_side: int | None = Field(default=None, ge=32)
     """Photos are scaled so that their longest side is this; None: the network sees the photo's
@@ -64,6 +68,9 @@ class InputPolicy(Settings):
     it."""
     largest: Size = (2048, 2048)
     """Largest size promised to work: parity checks and TensorRT's `max` profile use it."""
+    multiple: int = Field(default=1, ge=1, le=1024)
+    """The network takes heights and widths divisible by this alone: the deployed graph pads the
+    image at its bottom and right, and cuts the result."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -74,6 +81,32 @@ class InputPolicy(Settings):
                     f"largest {self.largest}"
                 )
         return self
+
+    @model_serializer(mode="wrap")
+    def _brief(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Specs from before this field, and graphs that carry them, keep their text byte for byte.
+        values: dict[str, Any] = handler(self)
+        if self.multiple == 1:
+            values.pop("multiple", None)
+        return values
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the network takes images of one size alone."""
+        return self.smallest == self.largest
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size at which the network sees an image of `size`: the next multiples."""
+        height, width = (-(-side // self.multiple) * self.multiple for side in size)
+        return height, width
+
+    def near(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size nearest to `size` that the network itself takes: within [smallest, largest],
+        then padded. For probes, which run the network without the graph around it."""
+        height, width = (
+            min(max(size[axis], self.smallest[axis]), self.largest[axis]) for axis in (0, 1)
+        )
+        return self.padded((height, width))
 
 
 class Spec(Settings):
