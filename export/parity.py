@@ -16,9 +16,10 @@ from torch import nn
 from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line
-from srdeploy.imaging import PHOTO_SUFFIXES, Pixels, read_photo
+from srdeploy.imaging import Pixels, read_photo
 from srdeploy.outputs import main_logits, resize_logits
 from srdeploy.runs import Run
+from srdeploy.serve.photos import first_photos
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
@@ -67,20 +68,14 @@ class Case(Settings):
 
 def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
     """Photos to compare on: those in `folder`, else those saved with the run. Raises UserError."""
-    if folder is None:
-        files = run.samples
-        if not files:
-            raise UserError(
-                f"{run.folder} has no sample photos to compare torch and the exported file on: "
-                "give a folder of photos with --images"
-            )
-    else:
-        if not folder.is_dir():
-            raise UserError(f"no such folder of photos: {folder}")
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
-        if not files:
-            raise UserError(f"{folder} has no photos: give a folder with .jpg or .png files")
-    return [read_photo(file) for file in files[:_MOST_IMAGES]]
+    if folder is not None:
+        return first_photos(folder, _MOST_IMAGES)
+    if not run.samples:
+        raise UserError(
+            f"{run.folder} has no sample photos to compare torch and the exported file on: "
+            "give a folder of photos with --images"
+        )
+    return [read_photo(file) for file in run.samples[:_MOST_IMAGES]]
 
 
 def parity_line(network: nn.Module, spec: Spec, file: Path, photos: Sequence[Pixels]) -> Line:

@@ -18,13 +18,11 @@ from srdeploy.errors import UserError
 from srdeploy.export.canonical import canonicalise
 from srdeploy.export.simplify import simplify
 from srdeploy.files import write_whole
+from srdeploy.serve.signature import INPUT_KEY, OUTPUT_KEY, VERSION_KEY
 from srdeploy.spec import ONNX_KEY, Spec
 
 OPSET = 20
 NETWORK_KEY = "srdeploy.network"
-INPUT_KEY = "srdeploy.input"
-OUTPUT_KEY = "srdeploy.output"
-VERSION_KEY = "srdeploy.version"
 INPUT_NAME = "images"
 
 _PROTOBUF_LIMIT = 2**31 - 1

@@ -36,7 +36,7 @@ class OnnxRuntime(Runtime):
         self._session: Any = None
 
     def _open(self) -> None:
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         kind, index = parse_device(self.device)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # faults arrive as exceptions; the log would repeat them
@@ -55,8 +55,8 @@ class OnnxRuntime(Runtime):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # its fall-back notes: checked below
                 session = ort.InferenceSession(file, sess_options=options, providers=providers)
-        except _ort_errors() as error:
-            raise UserError(f"{file}: onnxruntime can't load it ({_first_line(error)})") from error
+        except ort_errors() as error:
+            raise UserError(f"{file}: onnxruntime can't load it ({first_line(error)})") from error
         if kind == "cuda" and _CUDA not in session.get_providers():
             raise UserError(
                 f"device {self.device} was asked for, but onnxruntime could not start CUDA and "
@@ -100,10 +100,10 @@ class OnnxRuntime(Runtime):
             result = self._session.run(
                 outputs, {self.signature.input_name: np.ascontiguousarray(feed)}
             )
-        except _ort_errors() as error:
+        except ort_errors() as error:
             raise ImageShapeError(
                 f"{self.path}: onnxruntime failed on images {list(images.shape)} "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
         return cast(Sequence[Any], result)
 
@@ -151,7 +151,8 @@ def _upsample(logits: Logits, height: int, width: int) -> Logits:
     return enlarged
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The package; it is optional. Raises MissingPackageError with the pip line."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -159,7 +160,7 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
+def ort_errors() -> tuple[type[Exception], ...]:
     """onnxruntime's exceptions have no common base of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -176,6 +177,7 @@ def _ort_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What went wrong, from one of onnxruntime's errors."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].removeprefix("[ONNXRuntimeError] : ")[:300]

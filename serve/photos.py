@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
-from srdeploy.imaging import PHOTO_SUFFIXES
+from srdeploy.imaging import PHOTO_SUFFIXES, Pixels, read_photo
 
 CLASSES = "classes.json"
 LEGEND = "legend.png"
@@ -64,6 +64,17 @@ def find_photos(sources: Sequence[Path], out: Path) -> tuple[Photo, ...]:
                 f"the mask of {photo.path} would replace a photo: give another folder than {out}"
             )
     return tuple(photos)
+
+
+def first_photos(folder: Path, count: int) -> list[Pixels]:
+    """The first `count` photos of `folder` by name, decoded. Raises UserError where there are
+    none."""
+    if not folder.is_dir():
+        raise UserError(f"no such folder of photos: {folder}")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+    if not files:
+        raise UserError(f"{folder} has no photos: give a folder with .jpg or .png files")
+    return [read_photo(file) for file in files[:count]]
 
 
 def mask_path(out: Path, photo: Photo) -> Path:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.serve.artifact import Artifact, open_artifact
-from srdeploy.serve.signature import Shape, check_class_count
+from srdeploy.serve.signature import Shape, check_class_count, spec_for_graph
 from srdeploy.spec import Spec
 from srdeploy.validation import closest
 
@@ -178,6 +178,8 @@ def _resolve_spec(artifact: Artifact, given: Spec | None) -> Spec:
         )
     if artifact.signature is not None:
         check_class_count(artifact.signature.classes, given, artifact.path)
+        if own is None:
+            return spec_for_graph(given, artifact.signature)
     return given
 
 

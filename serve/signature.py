@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Literal
 
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
-from srdeploy.spec import ONNX_KEY, Spec
+from srdeploy.spec import ONNX_KEY, InputPolicy, Spec
 from srdeploy.validation import validated
 
 if TYPE_CHECKING:
     import onnx
+
+INPUT_KEY = "srdeploy.input"
+OUTPUT_KEY = "srdeploy.output"
+VERSION_KEY = "srdeploy.version"
+"""Keys of the metadata beside the spec: what the graph takes and gives, and which srdeploy wrote
+it."""
 
 Shape = tuple[int | None, int | None, int | None, int]
 """(N, H, W, 3) of the images a runtime accepts; None: any."""
@@ -44,7 +50,11 @@ class Signature:
 
 def read_signature(path: Path) -> Signature:
     """Parses `path`. Raises UserError where it is no ONNX file, or no graph that we can feed."""
-    model = _parse(path)
+    return signature_of(_parse(path), path)
+
+
+def signature_of(model: "onnx.ModelProto", path: Path) -> Signature:
+    """What `model` takes and gives; errors name `path`. Raises UserError as read_signature."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     if len(inputs) != 1:
@@ -63,9 +73,19 @@ def read_signature(path: Path) -> Signature:
         logits=logits,
         classes=classes,
         precision=_precision(model),
-        weights=sum(prod(tensor.dims) for tensor in model.graph.initializer if _is_weight(tensor)),
+        weights=sum(prod(tensor.dims) for tensor in model.graph.initializer if is_weight(tensor)),
         spec=spec,
     )
+
+
+def spec_for_graph(spec: Spec, signature: Signature) -> Spec:
+    """`spec` for a graph that it was not made with: a graph of one size fixes the policy."""
+    _, height, width, _ = signature.shape
+    if height is None or width is None:
+        return spec
+    size = (height, width)
+    policy = InputPolicy(smallest=size, usual=size, largest=size)
+    return spec.model_copy(update={"input": policy})
 
 
 def check_class_count(classes: int | None, spec: Spec, path: Path) -> None:
@@ -211,7 +231,8 @@ _PRECISIONS = {
 }
 
 
-def _is_weight(tensor: "onnx.TensorProto") -> bool:
+def is_weight(tensor: "onnx.TensorProto") -> bool:
+    """Whether it holds weights, whole or quantised, rather than shapes, axes or indices."""
     import onnx
 
     return onnx.TensorProto.DataType.Name(tensor.data_type) in _PRECISIONS
@@ -224,6 +245,6 @@ def _precision(model: "onnx.ModelProto") -> str:
     kinds = {
         _PRECISIONS[onnx.TensorProto.DataType.Name(tensor.data_type)]
         for tensor in model.graph.initializer
-        if _is_weight(tensor) and len(tensor.dims) >= 2
+        if is_weight(tensor) and len(tensor.dims) >= 2
     }
     return "+".join(sorted(kinds)) or "float32"
