@@ -11,9 +11,9 @@ runs/NAME/  network.safetensors   the plain network, best on val          (expor
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from srdeploy.errors import UserError
 from srdeploy.files import read_json, read_text
@@ -22,6 +22,8 @@ from srdeploy.validation import Settings, validated
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from srdeploy.models.auxiliary import AuxiliaryHead
 
 WEIGHTS = "network.safetensors"
 EXITS = "exits.safetensors"
@@ -36,9 +38,25 @@ class NetworkConfig(Settings):
     """Which plain network to build, as data: the `network` section of a run's configuration."""
 
     name: str = "deeplabv2-mobilenetv2"
-    """A name from `srdeploy.models.NETWORKS`."""
+    """A name from `srdeploy.models.NETWORKS`, or "package.module:function" for your own. Such code
+    is imported and run wherever the network is built: by train, and by whatever opens the run."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword options of its builder, e.g. {"output_stride": 8}."""
+    auxiliary: Literal["keep", "strip"] = "keep"
+    """Heads that the network's own output does not depend on: trained along with it, or removed
+    before training. What is deployed never has them."""
+
+    @field_validator("options")
+    @classmethod
+    def _no_class_count(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "classes" in options:
+            raise ValueError("the number of classes comes from the class list: leave it away")
+        return options
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What says which plain network it is, wherever that is recorded: name and options."""
+        return self.model_dump(mode="json", include={"name", "options"})
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,11 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(folder: Path) -> Run:
-    """Reads a run folder. Raises UserError naming what is absent or broken."""
+    """Reads a run folder. Raises UserError naming what is absent or broken.
+
+    Nothing of the run is executed yet. Loading its network is another matter where its name is
+    that of code ("package.module:function"): that code is imported.
+    """
     import yaml
 
     folder = Path(folder)
@@ -97,16 +119,63 @@ def open_run(folder: Path) -> Run:
     return Run(folder=folder, spec=spec, network=network, config=config)
 
 
-def load_network(run: Run) -> "nn.Module":
-    """The run's plain network with its best weights, in evaluation mode on the CPU. Raises
-    UserError."""
+def build_network(
+    config: NetworkConfig, classes: int, size: tuple[int, int] | None = None
+) -> "nn.Module":
+    """The network that training starts from: fresh weights, training mode, on the CPU.
+
+    Auxiliary heads are removed where config.auxiliary is "strip"; that runs the network once, on
+    an image of `size` (H, W), PROBE_SIZE by default. Raises UserError.
+    """
     from srdeploy.models import make_network
+
+    network = make_network(config.name, classes, **config.options)
+    if config.auxiliary == "strip":
+        leave_out_auxiliary(network, config, size)
+    return network
+
+
+def leave_out_auxiliary(
+    network: "nn.Module", config: NetworkConfig, size: tuple[int, int] | None = None
+) -> "tuple[AuxiliaryHead, ...]":
+    """Removes the heads that the main logits do not depend on, in place, and returns which.
+
+    The built-in networks have none, and are not run. size: of the image that it is run on,
+    (H, W). Raises UserError where the network can't run on it, or not without a head.
+    """
+    from srdeploy.models.auxiliary import find_auxiliary, remove_auxiliary
+    from srdeploy.models.imported import is_imported
+    from srdeploy.models.trace import PROBE_SIZE
+
+    if not is_imported(config.name):
+        return ()
+    heads = find_auxiliary(network, size or PROBE_SIZE)
+    if heads:
+        removed = remove_auxiliary(network, size or PROBE_SIZE)
+        assert set(removed) == {head.name for head in heads}, "two searches found other heads"
+    return heads
+
+
+def load_trained(run: Run) -> "nn.Module":
+    """The run's network as it was trained, auxiliary heads included, with its best weights; in
+    evaluation mode on the CPU. Raises UserError."""
+    from srdeploy.models.trace import PROBE_SIZE
     from srdeploy.models.weights import load_exactly
 
     if not run.weights.exists():
         raise UserError(
             f"{run.folder} has no {WEIGHTS} yet: the run stopped before its first validation"
         )
-    network = make_network(run.network.name, run.spec.class_count, **run.network.options)
+    network = build_network(run.network, run.spec.class_count, run.spec.input.near(PROBE_SIZE))
     load_exactly(network, run.weights)
     return network.eval()
+
+
+def load_network(run: Run) -> "nn.Module":
+    """The run's plain network as it is deployed: best weights, no auxiliary heads, in evaluation
+    mode on the CPU. Raises UserError."""
+    from srdeploy.models.trace import PROBE_SIZE
+
+    network = load_trained(run)
+    leave_out_auxiliary(network, run.network, run.spec.input.near(PROBE_SIZE))
+    return network
