@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from srdeploy import console
-from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.metrics import percent
 from srdeploy.serve.artifact import open_artifact
@@ -310,11 +309,3 @@ def _names(runtimes: Sequence[Runtime]) -> list[str]:
     if len(set(short)) < len(short):
         return [str(runtime.path) for runtime in runtimes]
     return short
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) from "360x480". Raises UserError."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) > 0 and int(width) > 0):
-        raise UserError(f"size '{text}': height x width in pixels is needed, e.g. 360x480")
-    return int(height), int(width)

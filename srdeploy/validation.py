@@ -26,6 +26,14 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
+def parse_size(text: str, where: str) -> tuple[int, int]:
+    """(height, width) in pixels from "360x480". Raises UserError naming `where`, e.g. --size."""
+    parts = [part.strip() for part in text.lower().split("x")]
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{where} '{text}': height x width in pixels is needed, e.g. 360x480")
+    return int(parts[0]), int(parts[1])
+
+
 def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     """Makes `model` from `values`. Raises UserError of one line that names `where` and the first
     fault."""

@@ -13,7 +13,7 @@ from srdeploy.files import read_text
 from srdeploy.runs import NetworkConfig
 from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD, Mean, Std
 from srdeploy.train.regulation_config import RegulationConfig
-from srdeploy.validation import Settings, validated
+from srdeploy.validation import Settings, parse_size, validated
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -109,10 +109,10 @@ class TrainConfig(Settings):
         if isinstance(value, int) and not isinstance(value, bool):
             return value, value
         if isinstance(value, str):
-            parts = value.lower().split("x")
-            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-                raise ValueError("a crop is HEIGHTxWIDTH in pixels, such as 320x480")
-            return tuple(int(part) for part in parts)
+            try:
+                return parse_size(value, "crop")
+            except UserError as error:
+                raise ValueError("a crop is HEIGHTxWIDTH in pixels, such as 320x480") from error
         return value
 
     @model_validator(mode="after")

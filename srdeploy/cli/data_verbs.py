@@ -18,7 +18,7 @@ def synth(
     train: Annotated[int, typer.Option(help="Scenes for training.", min=0)] = 200,
     val: Annotated[int, typer.Option(help="Scenes for validation.", min=0)] = 40,
     test: Annotated[int, typer.Option(help="Scenes for testing.", min=0)] = 40,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "160x120",
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels.")] = "120x160",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal files.", min=0)] = 0,
     force: Force = False,
     quiet: Quiet = False,
@@ -32,9 +32,10 @@ def synth(
     """
     from srdeploy import console
     from srdeploy.data.synth import synthesise
+    from srdeploy.validation import parse_size
 
     console.set_quiet(quiet)
-    width, height = _parse_size(size)
+    height, width = parse_size(size, "--size")
     synthesise(
         folder,
         train=train,
@@ -90,12 +91,3 @@ def register(app: typer.Typer) -> None:
     data_app.command("synth")(synth)
     data_app.command("check")(check)
     app.add_typer(data_app, name="data")
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    from srdeploy.errors import UserError
-
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise UserError(f"--size '{text}': WIDTHxHEIGHT is expected, such as 160x120")
-    return int(width), int(height)

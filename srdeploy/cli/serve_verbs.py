@@ -149,10 +149,10 @@ def bench(
     from srdeploy.files import write_json
     from srdeploy.serve.artifact import spec_from_classes
     from srdeploy.serve.bench import bench as compare
-    from srdeploy.serve.bench import parse_size
+    from srdeploy.validation import parse_size
 
     console.set_quiet(quiet or as_json)
-    wanted = parse_size(size) if size is not None else None
+    wanted = parse_size(size, "--size") if size is not None else None
     dataset = open_dataset(data, split) if data is not None else None
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
         extra = []

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from srdeploy.errors import UserError
-from srdeploy.validation import Settings, closest, validated
+from srdeploy.validation import Settings, closest, parse_size, validated
 
 
 class Inner(Settings):
@@ -54,3 +54,14 @@ def test_settings_are_frozen() -> None:
 def test_the_closest_name_is_offered_and_else_all_of_them() -> None:
     assert closest("unet2", ["segnet", "unet"]) == "did you mean 'unet'?"
     assert closest("xyz", iter(["segnet", "unet"])) == "known: segnet, unet"
+
+
+@pytest.mark.parametrize("text", ["360x480", "360X480", " 360 x 480 "])
+def test_a_size_is_height_by_width(text: str) -> None:
+    assert parse_size(text, "--size") == (360, 480)
+
+
+@pytest.mark.parametrize("text", ["", "12", "axb", "0x5", "5x-5", "1.5x2", "4x4x4", "80x"])
+def test_a_size_that_is_none_is_refused_with_the_option_named(text: str) -> None:
+    with pytest.raises(UserError, match=f"^--size '{text}': height x width in pixels"):
+        parse_size(text, "--size")

@@ -124,7 +124,7 @@ def test_the_verb_exits_with_one_for_a_set_with_faults_and_json_holds_them_all(r
 
 def test_the_verb_writes_scenes_of_the_size_asked_for(tmp_path: Path) -> None:
     counts = ["--train", "2", "--val", "1", "--test", "0"]
-    result = run("synth", str(tmp_path / "s"), *counts, "--size", "80x64", "-q")
+    result = run("synth", str(tmp_path / "s"), *counts, "--size", "64x80", "-q")
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "s/images/val/scene_00000.jpg") as file:
         assert file.size == (80, 64)
@@ -141,4 +141,4 @@ def test_the_next_step_that_the_verb_names_is_a_whole_command(tmp_path: Path) ->
 def test_a_size_that_is_no_size_is_refused(tmp_path: Path, size: str) -> None:
     result = run("synth", str(tmp_path / "s"), f"--size={size}")
     assert isinstance(result.exception, UserError)
-    assert "WIDTHxHEIGHT is expected" in str(result.exception)
+    assert "height x width in pixels" in str(result.exception)

@@ -19,7 +19,6 @@ from srdeploy.serve.bench import (
     block_order,
     compare_latency,
     paired_ratio,
-    parse_size,
 )
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import Spec
@@ -162,13 +161,3 @@ def test_the_table_names_ratio_interval_and_floor(make_graph: MakeGraph) -> None
     assert table.row_count == 2
     assert str(report.floor) in str(table.caption)
     assert str(report.entries[1].ratio) in [cell for c in table.columns for cell in c.cells]
-
-
-@pytest.mark.parametrize("text", ["", "12", "axb", "0x5", "5x-5", "1.5x2", "4x4x4"])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="height x width in pixels"):
-        parse_size(text)
-
-
-def test_a_size_is_height_by_width() -> None:
-    assert parse_size("360x480") == (360, 480)
