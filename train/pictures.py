@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torch import nn
 
 from srdeploy.data import DataSet
-from srdeploy.deployable import Normalise
 from srdeploy.files import write_whole
 from srdeploy.imaging import Pixels, colour_table, encode_png, fit, overlay, restore
-from srdeploy.outputs import resize_logits
 from srdeploy.spec import Spec
+from srdeploy.train.exit_views import label_map, run_exits
 from srdeploy.train.regulation import SelfRegulation
 
 SAMPLE_LIMIT = 8
@@ -72,19 +69,12 @@ def save_predictions(
     write_whole(path, encode_png(grid(rows, captions, spec)))
 
 
-@torch.no_grad()
 def predict_exits(regulated: SelfRegulation, image: Pixels, spec: Spec) -> list[Pixels]:
     """Labels uint8 [H, W] of every exit, shallow to deep, the network's own last; image uint8 [H,
     W, 3]."""
-    device = next(regulated.network.parameters()).device
-    normalise: nn.Module = Normalise(spec).to(device)
-    images = torch.from_numpy(np.array(image))[None].to(device)
-    outputs = regulated(normalise(images))
-    masks = []
-    for logits in outputs.logits:
-        full = resize_logits(logits, (image.shape[0], image.shape[1]))
-        masks.append(full[0].argmax(0).to(torch.uint8).cpu().numpy())
-    return masks
+    size = (image.shape[0], image.shape[1])
+    outputs = run_exits(regulated, image, spec)
+    return [label_map(logits, size, spec) for logits in outputs.logits]
 
 
 def shrink(image: Pixels) -> Pixels:
