@@ -69,19 +69,21 @@ class DeepLabV2(nn.Module):
         )
 
 
-def deeplabv2_resnet18(classes: int, *, output_stride: int = 16) -> DeepLabV2:
-    """DeepLab-v2 on ResNet-18. `output_stride`: 8 (finer, about three times the work) or 16."""
-    return _on_resnet("resnet18", classes, output_stride)
+def deeplabv2_resnet18(classes: int, *, output_stride: int = 16, width: int = 64) -> DeepLabV2:
+    """DeepLab-v2 on ResNet-18. `output_stride`: 8 (finer, about three times the work) or 16.
+    `width`: the backbone's first channels; ImageNet weights: 64 only."""
+    return _on_resnet("resnet18", classes, output_stride, width)
 
 
-def deeplabv2_resnet50(classes: int, *, output_stride: int = 16) -> DeepLabV2:
-    """DeepLab-v2 on ResNet-50. `output_stride`: 8 (finer, about three times the work) or 16."""
-    return _on_resnet("resnet50", classes, output_stride)
+def deeplabv2_resnet50(classes: int, *, output_stride: int = 16, width: int = 64) -> DeepLabV2:
+    """DeepLab-v2 on ResNet-50, with the options of `deeplabv2_resnet18`."""
+    return _on_resnet("resnet50", classes, output_stride, width)
 
 
-def deeplabv2_resnet101(classes: int, *, output_stride: int = 16) -> DeepLabV2:
-    """DeepLab-v2 on ResNet-101, the paper's backbone; its own output stride is 8."""
-    return _on_resnet("resnet101", classes, output_stride)
+def deeplabv2_resnet101(classes: int, *, output_stride: int = 16, width: int = 64) -> DeepLabV2:
+    """DeepLab-v2 on ResNet-101, the paper's backbone; its own output stride is 8. Options as
+    `deeplabv2_resnet18`."""
+    return _on_resnet("resnet101", classes, output_stride, width)
 
 
 def deeplabv2_mobilenetv2(
@@ -97,9 +99,9 @@ def deeplabv2_mobilenetv2(
     return DeepLabV2(backbone, stages, classes, output_stride)
 
 
-def _on_resnet(architecture: str, classes: int, output_stride: int) -> DeepLabV2:
+def _on_resnet(architecture: str, classes: int, output_stride: int, width: int) -> DeepLabV2:
     _check_output_stride(output_stride)
-    backbone = ResNet(architecture, output_stride)
+    backbone = ResNet(architecture, output_stride, width=width)
     return DeepLabV2(backbone, ("relu", "layer1", "layer2", "layer3"), classes, output_stride)
 
 

@@ -28,7 +28,9 @@ def initialise_logits(convolution: nn.Conv2d) -> None:
         nn.init.zeros_(convolution.bias)
 
 
-def check_width(width: object) -> None:
-    """Raises UserError where `width`, the channels of the first stage, is not a count."""
+def check_width(width: object, option: str = "width") -> None:
+    """Raises UserError where `width`, the value of a network's `option`, is no channel count."""
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise UserError(f"width is {width!r}: a whole number of channels from 1 is needed, e.g. 64")
+        raise UserError(
+            f"{option} is {width!r}: a whole number of channels from 1 is needed, e.g. 64"
+        )

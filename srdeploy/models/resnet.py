@@ -7,7 +7,7 @@ Recognition", CVPR 2016.
 
 from torch import Tensor, nn
 
-from srdeploy.models.initialisation import initialise
+from srdeploy.models.initialisation import check_width, initialise
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -96,17 +96,29 @@ class ResNet(nn.Module):
     The max-pool uses ceil mode as DeepLab-v2's does: at even sizes the border pixels get a sample
     of their own and are not left to extrapolation. Inside the image both modes give the same
     values.
+
+    `width` is the channel count of the stem and of layer1's inner convolutions. `deep_stem` puts
+    three 3x3 convolutions (width, width, 2 * width) in place of the 7x7 one.
     """
 
-    def __init__(self, architecture: str, output_stride: int = 32) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        output_stride: int = 32,
+        *,
+        width: int = 64,
+        deep_stem: bool = False,
+    ) -> None:
         super().__init__()
-        self.architecture = architecture
+        check_width(width)
+        self.architecture = _called(architecture, width, deep_stem)
         block, depths = RESNETS[architecture]
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 2 * width if deep_stem else width
+        self.conv1 = _deep_stem(width) if deep_stem else _stem(width)
+        self.bn1 = nn.BatchNorm2d(inputs)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        reached, dilation, inputs = 4, 1, 64
+        reached, dilation = 4, 1
         layers = []
         for position, depth in enumerate(depths):
             stride = 1 if position == 0 or reached >= output_stride else 2
@@ -115,16 +127,43 @@ class ResNet(nn.Module):
                 dilation, reached = (
                     (dilation, reached * 2) if stride == 2 else (dilation * 2, reached)
                 )
-            width = 64 * 2**position
-            blocks: list[nn.Module] = [block(inputs, width, stride, (first, dilation))]
-            inputs = width * block.expansion
-            blocks += [block(inputs, width, 1, (dilation, dilation)) for _ in range(1, depth)]
+            planes = width * 2**position
+            blocks: list[nn.Module] = [block(inputs, planes, stride, (first, dilation))]
+            inputs = planes * block.expansion
+            blocks += [block(inputs, planes, 1, (dilation, dilation)) for _ in range(1, depth)]
             layers.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.channels = inputs
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.last_two(images)[1]
+
+    def last_two(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The features [N, C / 2, h, w] of layer3 and [N, C, h', w'] of layer4."""
         features = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        output: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(features))))
-        return output
+        third = self.layer3(self.layer2(self.layer1(features)))
+        return third, self.layer4(third)
+
+
+def _stem(width: int) -> nn.Conv2d:
+    return nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+
+
+def _deep_stem(width: int) -> nn.Sequential:
+    """Three 3x3 convolutions in place of the 7x7 one, to twice the channels."""
+    return nn.Sequential(
+        conv3x3(3, width, 2),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        conv3x3(width, width),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        conv3x3(width, 2 * width),
+    )
+
+
+def _called(architecture: str, width: int, deep_stem: bool) -> str:
+    """What weight files are found by: only the plain form has torchvision's shapes."""
+    name = architecture if width == 64 else f"{architecture} of width {width}"
+    return f"{name} with a deep stem" if deep_stem else name
