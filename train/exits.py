@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from srdeploy.errors import UserError
 from srdeploy.train.regulation_config import RegulationConfig
 
 AUTHORS_WIDTH = 256
@@ -91,6 +92,17 @@ class Exits(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[ExitOutput]:
         """features: one map [N, C, h, w] per tap, shallow to deep -> one output per tap."""
         return [tap(map_) for tap, map_ in zip(self.taps, features, strict=True)]
+
+    def check_cells(self, features: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Raises UserError where an exit would train BatchNorm on one value per channel."""
+        for tap, map_, name in zip(self.taps, features, names, strict=True):
+            window = tap.window if isinstance(tap, LeanExit) else 1
+            rows, columns = (-(-side // window) for side in map_.shape[2:])
+            if map_.shape[0] * rows * columns == 1:
+                raise UserError(
+                    f"one image leaves the exit at '{name}' a single cell, and BatchNorm can't be "
+                    "trained on one value: use a batch of 2 or more, or larger images"
+                )
 
     def classify(self, logits: Tensor) -> Tensor:
         """The network's own logits [N, K, h, w] -> its class logits [N, K]."""

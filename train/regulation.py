@@ -8,19 +8,22 @@
 `regulated.network` is the very module that was given, and stays plain: save and deploy it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from srdeploy.errors import UserError
+from srdeploy.models.trace import PROBE_SIZE
 from srdeploy.outputs import main_logits, resize_logits
 from srdeploy.train import losses
 from srdeploy.train.exits import Exits, make_exits
+from srdeploy.train.own_exits import check_classes, find_own_exits
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.train.schedule import ramp
-from srdeploy.train.taps import collected, feature_map, find_taps, probe
+from srdeploy.train.taps import TapChoice, choose_taps, collected, feature_map, given_taps
 
 DEFAULTS = RegulationConfig()
 
@@ -36,7 +39,8 @@ class ExitOutputs:
     hidden: list[Tensor | None]
     """[N, C, h, w] each; None for the network's own output."""
     own: dict[str, Tensor] = field(default_factory=dict)
-    """Logits [N, K, h, w] of the network's own further supervised heads (`own_exits`), by name."""
+    """Logits [N, K, h, w] of the network's own further supervised heads (`own_exits`), by name;
+    without those that the network runs in training mode alone and now left out."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,14 @@ class SelfRegulation(nn.Module):
 
     network: any module whose output `srdeploy.outputs.main_logits` understands, with `classes`
     channels. taps: module names, shallow to deep, or "auto": `settings.taps`, and where that is
-    "auto" too, the network's `stages`. With `settings.enabled` False it is a baseline: no exits,
-    and the same loss function without their terms. ignore_index: label of pixels that count for
-    nothing. class_weights: float [K], weighs the cross-entropies against ground truth.
+    "auto" too, the network's `stages`, else the levels of its encoder, found by tracing a forward;
+    `choice` says which and why. With `settings.enabled` False it is a baseline: no exits, and the
+    same loss function without their terms. ignore_index: label of pixels that count for nothing.
+    class_weights: float [K], weighs the cross-entropies against ground truth. probe_size: (H, W) of
+    the blank image that the network is probed with, for networks that take certain sizes alone.
+    own_exits: names of further heads to supervise, with their loss weights, or "auto": the
+    network's `own_exits`, else its auxiliary heads that run in training and give maps of K classes,
+    at `srdeploy.train.own_exits.AUXILIARY_WEIGHT` each.
     Raises UserError for taps that can't be read and for a network of another number of classes.
     """
 
@@ -72,6 +81,8 @@ class SelfRegulation(nn.Module):
         settings: RegulationConfig = DEFAULTS,
         ignore_index: int = 255,
         class_weights: Tensor | None = None,
+        probe_size: tuple[int, int] = PROBE_SIZE,
+        own_exits: Literal["auto"] | Mapping[str, float] = "auto",
     ) -> None:
         super().__init__()
         if not 2 <= classes <= 255:
@@ -90,34 +101,54 @@ class SelfRegulation(nn.Module):
         self.ignore_index = ignore_index
         weights = None if class_weights is None else class_weights.detach().float()
         self.register_buffer("class_weights", weights, persistent=False)
-        self.own_exits: dict[str, float] = dict(getattr(network, "own_exits", None) or {})
-        self.taps: tuple[str, ...] = ()
-        if settings.enabled:
-            self.taps = find_taps(network, settings.taps if taps == "auto" else taps)
-        found = probe(network, self.taps, tuple(self.own_exits))
-        for name, channels in found.own_channels.items():
-            if channels != classes:
-                where = f"'{name}' of the network" if name else "the network"
-                raise UserError(
-                    f"{where} gives {channels} logits per pixel, but classes is {classes}"
-                )
+        self.own_exits = find_own_exits(network, classes, own_exits, probe_size)
+        check_classes(network, classes, self.own_exits, probe_size)
+        self.choice: TapChoice | None = None
+        """The taps, their maps and why they were chosen; None for a baseline."""
         self.exits: Exits | None = None
         if settings.enabled:
+            names = settings.taps if taps == "auto" else taps
+            if names == "auto":
+                self.choice = choose_taps(network, probe_size)
+            else:
+                self.choice = given_taps(network, names, probe_size)
+            maps = self.choice.maps
             like = next(network.parameters(), torch.empty(0))
-            self.exits = make_exits(found.channels, found.strides, classes, settings, like)
+            self.exits = make_exits(
+                [one.channels for one in maps],
+                [one.stride for one in maps],
+                classes,
+                settings,
+                like,
+            )
             if settings.srf_form == "feature" and settings.srf_weight > 0 and len(self.taps) < 2:
                 raise UserError(
                     "srf_form 'feature' needs two taps or more: the network has no hidden map"
                 )
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the modules that exits read, shallow to deep; none for a baseline."""
+        return () if self.choice is None else self.choice.names
+
     def forward(self, images: Tensor) -> ExitOutputs:
-        """images float32 [N, 3, H, W], normalised -> all exits' outputs; a baseline's last one."""
+        """images float32 [N, 3, H, W], normalised -> all exits' outputs; a baseline's last one.
+
+        Raises UserError where a map can't be read at this size, and in training where an exit has
+        one value per channel, which BatchNorm can't be trained on.
+        """
         with collected(self.network, (*self.taps, *self.own_exits)) as outputs:
             logits = main_logits(self.network(images))
-        own = {name: feature_map(outputs, name) for name in self.own_exits}
-        if self.exits is None:
+        # A head that the network runs in training mode alone has nothing to say in evaluation.
+        asked = (n for n in self.own_exits if n in outputs or self.network.training)
+        own = {name: feature_map(outputs, name) for name in asked}
+        if self.exits is None or self.choice is None:
             return ExitOutputs([logits], [], [None], own)
-        found = self.exits([feature_map(outputs, name) for name in self.taps])
+        size = (images.shape[2], images.shape[3])
+        maps = [feature_map(outputs, one.name, one, size) for one in self.choice.maps]
+        if self.exits.training:
+            self.exits.check_cells(maps, self.taps)
+        found = self.exits(maps)
         return ExitOutputs(
             logits=[*(one.logits for one in found), logits],
             class_logits=[*(one.class_logits for one in found), self.exits.classify(logits)],
@@ -146,8 +177,8 @@ class SelfRegulation(nn.Module):
         with torch.autocast(labels.device.type, enabled=False):
             terms = {"main": self._full_size(outputs.logits[-1], labels)}
             weights = {"main": 1.0}
-            for name, weight in self.own_exits.items():
-                loss = weight * self._full_size(outputs.own[name], labels)
+            for name, own in outputs.own.items():
+                loss = self.own_exits[name] * self._full_size(own, labels)
                 terms["own"] = terms["own"] + loss if "own" in terms else loss
                 weights["own"] = 1.0
             if self.exits is not None:

@@ -1,32 +1,133 @@
-"""Reading a network's inner feature maps without changing it."""
+"""Reading a network's inner feature maps without changing it: which, and how."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from srdeploy.errors import UserError
-from srdeploy.outputs import main_logits
+from srdeploy.models.auxiliary import find_auxiliary
+from srdeploy.models.trace import (
+    PROBE_SIZE,
+    FeatureMap,
+    Size,
+    Trace,
+    first_part,
+    token_grid,
+    trace,
+)
+from srdeploy.train.encoder import encoder_levels
 from srdeploy.validation import closest
 
-PROBE_SIZE = 64
-"""Pixels per side of the image that finds out the taps' channels and strides."""
+_READABLE = "exits read maps [N, C, H, W] or [N, H, W, C], or tokens [N, cells, C]"
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What one forward showed about a network."""
+class TapChoice:
+    """The modules whose outputs exits read, shallow to deep, and why they were chosen."""
 
-    channels: tuple[int, ...]
-    """Per tap, in the order asked for."""
-    strides: tuple[int, ...]
-    """Per tap: input pixels per cell."""
-    own_channels: dict[str, int]
-    """Channels of each of the network's own supervised outputs, "" for the main one."""
+    names: tuple[str, ...]
+    maps: tuple[FeatureMap, ...]
+    """What each gives, as probed."""
+    reasons: tuple[str, ...]
+    """One line each."""
+    source: Literal["stages", "traced", "given"]
+    """Named by the network's `stages`, found by tracing a forward, or given by the caller."""
+
+
+def choose_taps(network: nn.Module, size: Size = PROBE_SIZE) -> TapChoice:
+    """The taps of any network: its `stages` where it names them, else found by tracing one forward
+    (the rule: `srdeploy.train.encoder`).
+
+    size: (H, W) of the probing image. Nothing of the network changes. Raises UserError for stages
+    that can't be read, and where no level of an encoder is found.
+    """
+    stages = getattr(network, "stages", None)
+    if isinstance(stages, tuple | list) and stages and all(isinstance(s, str) for s in stages):
+        return _named(network, tuple(stages), size, "stages", "named by the network's stages")
+    auxiliary = [head.name for head in find_auxiliary(network, size)]
+    levels = encoder_levels(trace(network, size), auxiliary)
+    if not levels:
+        parts = ", ".join(name for name, _ in network.named_children()) or "none"
+        raise UserError(
+            f"no feature map of an encoder was found in {type(network).__name__}: pass taps=[...] "
+            f"with module names, shallow to deep; its parts are {parts}"
+        )
+    return TapChoice(
+        names=tuple(level.map.name for level in levels),
+        maps=tuple(level.map for level in levels),
+        reasons=tuple(level.reason for level in levels),
+        source="traced",
+    )
+
+
+def given_taps(network: nn.Module, taps: Sequence[str], size: Size = PROBE_SIZE) -> TapChoice:
+    """The taps that the caller names, shallow to deep, checked.
+
+    Raises UserError for a name that the network lacks, listing close ones, for a name given twice,
+    for a module whose output can't be read, and for names in another order than they run.
+    """
+    if isinstance(taps, str):
+        raise UserError(f"taps is '{taps}': give \"auto\" or a list of module names")
+    return _named(network, tuple(taps), size, "given", "given by name")
+
+
+def _named(
+    network: nn.Module,
+    names: tuple[str, ...],
+    size: Size,
+    source: Literal["stages", "given"],
+    why: str,
+) -> TapChoice:
+    if not names:
+        raise UserError("taps is empty: name at least one module")
+    for name in names:
+        check_module(network, name, "tap")
+    if len(set(names)) != len(names):
+        raise UserError(f"taps must differ from each other, not {', '.join(names)}")
+    found = trace(network, size)
+    maps = tuple(_seen_map(found, name) for name in names)
+    ran = [name for name in found.visits if name in names]
+    if ran != list(names):
+        raise UserError(
+            f"taps must be named in the order they run, shallow to deep: {', '.join(ran)}"
+        )
+    reasons = tuple(f"{one.name} ({one.kind}): {why}" for one in maps)
+    return TapChoice(names, maps, reasons, source)
+
+
+def check_module(network: nn.Module, name: str, purpose: str) -> None:
+    """Raises UserError where the network has no module `name`, with the closest name that it
+    has."""
+    known = [one for one, _ in network.named_modules() if one]
+    if name in known:
+        return
+    # Dozens of names would bury the message: the direct parts stand for the rest.
+    near = closest(name, known)
+    if not near.startswith("did"):
+        near = closest(name, [part for part, _ in network.named_children()])
+    raise UserError(f"{type(network).__name__} has no module '{name}' to {purpose}: {near}")
+
+
+def _seen_map(found: Trace, name: str) -> FeatureMap:
+    """The map that a named module gave in the probe."""
+    visit = found.visits.get(name)
+    if visit is None:
+        raise UserError(_idle(name))
+    if visit.map is None:
+        raise UserError(
+            f"tap '{name}' gives {visit.given} for {found.size[0]}x{found.size[1]} images: "
+            f"{_READABLE}"
+        )
+    if visit.modified:
+        raise UserError(
+            f"what tap '{name}' gives is overwritten in place later in the forward: name the "
+            "module that does so (an activation with inplace=True, say) instead"
+        )
+    return visit.map
 
 
 @contextmanager
@@ -44,88 +145,39 @@ def collected(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, An
         yield outputs
 
 
-def feature_map(outputs: dict[str, Any], name: str) -> Tensor:
-    """The map [N, C, h, w] that module `name` gave; of a tuple its first part. Raises UserError."""
+def feature_map(
+    outputs: dict[str, Any], name: str, seen: FeatureMap | None = None, size: Size | None = None
+) -> Tensor:
+    """The map [N, C, h, w] that module `name` gave; of several parts the first.
+
+    seen: how the probe read that module; without it the output must be [N, C, h, w]. size: (H, W)
+    of the images, which tells the grid of tokens. Raises UserError naming the tap.
+    """
     if name not in outputs:
-        raise UserError(
-            f"tap '{name}' did not run in the network's forward: name a module that does"
-        )
-    output = outputs[name]
-    found = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(found, Tensor) or found.dim() != 4:
+        raise UserError(_idle(name))
+    found = first_part(outputs[name])
+    layout = "NCHW" if seen is None else seen.layout
+    if not isinstance(found, Tensor) or found.dim() != len(layout):
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise UserError(f"tap '{name}' gives {type(found).__name__}{shape}: {_READABLE}")
+    if layout == "NHWC":
+        return found.permute(0, 3, 1, 2)
+    if layout == "NCHW" or seen is None:
+        return found
+    assert size is not None, "tokens need the image's size"
+    cells = found.shape[1] - seen.skipped
+    near = (max(1, round(size[0] / seen.stride)), max(1, round(size[1] / seen.stride)))
+    grid = token_grid(cells, size, near)
+    if grid is None:
         raise UserError(
-            f"tap '{name}' gives {type(found).__name__}{shape}: exits read maps [N, C, H, W]"
+            f"tap '{name}' gives {cells} tokens for images of {size[0]}x{size[1]}: no grid of that "
+            "many cells lies evenly on them"
         )
-    return found
+    return found[:, seen.skipped :].transpose(1, 2).reshape(len(found), -1, *grid)
 
 
-def find_taps(network: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of the modules to read, shallow to deep: `taps`, or for "auto" the `stages`.
-
-    Raises UserError for a name that the network lacks, listing close ones, for a name given twice,
-    and for "auto" on a network without stages.
-    """
-    known = [name for name, _ in network.named_modules() if name]
-    if isinstance(taps, str):
-        if taps != "auto":
-            raise UserError(f"taps is '{taps}': give \"auto\" or a list of module names")
-        stages = getattr(network, "stages", None)
-        if not isinstance(stages, tuple | list) or not stages:
-            parts = ", ".join(name for name, _ in network.named_children())
-            raise UserError(
-                f"{type(network).__name__} names no stages: pass taps=[...] with module names, "
-                f"shallow to deep; its parts are {parts}"
-            )
-        taps = list(stages)
-    if not taps:
-        raise UserError("taps is empty: name at least one module")
-    for name in taps:
-        if name not in known:
-            # Dozens of names would bury the message: the direct parts stand for the rest.
-            near = closest(name, known)
-            if not near.startswith("did"):
-                near = closest(name, [part for part, _ in network.named_children()])
-            raise UserError(f"{type(network).__name__} has no module '{name}' to tap: {near}")
-    if len(set(taps)) != len(taps):
-        raise UserError(f"taps must differ from each other, not {', '.join(taps)}")
-    return tuple(taps)
-
-
-def probe(network: nn.Module, taps: Sequence[str], own_exits: Sequence[str]) -> Probe:
-    """Runs the network once on a blank image and reports its taps; nothing of it changes.
-
-    It runs in evaluation mode without gradients, so running statistics stay, and each module gets
-    its own mode back. Raises UserError for taps that can't be read or do not run shallow to deep.
-    """
-    parameter = next(network.parameters(), torch.empty(0))
-    blank = torch.zeros(
-        1, 3, PROBE_SIZE, PROBE_SIZE, device=parameter.device, dtype=parameter.dtype
-    )
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-            collected(network, (*taps, *own_exits)) as outputs,
-        ):
-            logits = main_logits(network(blank))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    maps = [feature_map(outputs, name) for name in taps]
-    ran = [name for name in outputs if name in taps]
-    if ran != list(taps):
-        raise UserError(
-            f"taps must be named in the order they run, shallow to deep: {', '.join(ran)}"
-        )
-    own = {name: feature_map(outputs, name).shape[1] for name in own_exits}
-    return Probe(
-        channels=tuple(found.shape[1] for found in maps),
-        strides=tuple(max(1, round(PROBE_SIZE / found.shape[2])) for found in maps),
-        own_channels={"": logits.shape[1], **own},
-    )
+def _idle(name: str) -> str:
+    return f"tap '{name}' did not run in the network's forward: name a module that does"
 
 
 def _keep(outputs: dict[str, Any], name: str, _module: nn.Module, _args: Any, output: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from srdeploy.errors import UserError
 from srdeploy.train.exits import AuthorsExit, Exits, LeanExit, make_exits
 from srdeploy.train.regulation_config import RegulationConfig
-from srdeploy.train.taps import collected, feature_map, find_taps, probe
+from srdeploy.train.taps import collected, feature_map, given_taps
 
 
 def small_network() -> nn.Sequential:
@@ -116,12 +116,15 @@ def test_a_tap_with_several_outputs_gives_its_first() -> None:
     ("tap", "message"),
     [
         ("idle", "tap 'idle' did not run"),
-        ("flat", r"tap 'flat' gives Tensor of shape \(1, 12288\): exits read maps"),
+        (
+            "flat",
+            r"tap 'flat' gives Tensor of shape \(2, 12288\) for 64x64 images: exits read maps",
+        ),
     ],
 )
 def test_a_tap_without_a_feature_map_is_refused_by_name(tap: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        probe(Shared(), [tap], [])
+        given_taps(Shared(), [tap], (64, 64))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,6 @@ def test_a_tap_without_a_feature_map_is_refused_by_name(tap: str, message: str) 
         (["transformer"], "no module 'transformer' to tap: known: stem, body, drop, head"),
         (["stem", "stem"], "taps must differ"),
         ([], "taps is empty"),
-        ("auto", "names no stages: .* its parts are stem, body, drop, head"),
         ("stem", "taps is 'stem': give \"auto\" or a list"),
     ],
 )
@@ -139,12 +141,12 @@ def test_wrong_taps_are_refused_with_the_names_to_choose_from(
     taps: str | list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        find_taps(small_network(), taps)
+        given_taps(small_network(), taps)
 
 
 def test_taps_against_the_order_of_running_are_refused() -> None:
     with pytest.raises(UserError, match="shallow to deep: stem, body"):
-        probe(small_network(), ["body", "stem"], [])
+        given_taps(small_network(), ["body", "stem"])
 
 
 def test_the_probe_finds_channels_and_strides_and_changes_nothing() -> None:
@@ -153,9 +155,8 @@ def test_the_probe_finds_channels_and_strides_and_changes_nothing() -> None:
     before = {key: value.clone() for key, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
     random = torch.get_rng_state()
-    found = probe(network, ["stem", "body"], ["head"])
-    assert (found.channels, found.strides) == ((4, 6), (2, 4))
-    assert found.own_channels == {"": 3, "head": 3}
+    maps = given_taps(network, ["stem", "body"]).maps
+    assert [(one.channels, one.stride) for one in maps] == [(4, 2), (6, 4)]
     assert [module.training for module in network.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     for key, value in network.state_dict().items():
