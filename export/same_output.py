@@ -41,7 +41,7 @@ class Case(Settings):
     largest_value: float
     """Of the original's outputs, with graph optimisation."""
     largest_difference: float
-    """With graph optimisation; infinite where only one side is finite."""
+    """With graph optimisation; float32's largest value where only one side is finite."""
     moved: float
     """Share of whole numbers that differ, with graph optimisation."""
 
@@ -83,8 +83,8 @@ class Comparison(Settings):
         count = sum(case.bits_equal for case in self.cases)
         worst = max(case.largest_difference for case in self.cases)
         text = (
-            f"equal bit for bit in {count} of {len(self.cases)} runs of onnxruntime as the file "
-            f"says; with its graph optimisation the largest difference is {worst:.1e}"
+            f"equal bit for bit in {count} of {len(self.cases)} runs without onnxruntime's graph "
+            f"optimisation, within {worst:.1e} with it"
         )
         moved = max(case.moved for case in self.cases)
         return f"{text}{f' and {moved:.2%} of labels differ' if moved else ''} ({self.pictures})"

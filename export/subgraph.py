@@ -163,6 +163,18 @@ def size_of(model: ModelProto, part: Part | None = None) -> Size:
     )
 
 
+def every_tensor(model: ModelProto) -> Iterator[TensorProto]:
+    """All stored tensors: initialisers, and those in attributes, bodies and functions."""
+    yield from model.graph.initializer
+    for sparse in model.graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for function in model.functions:
+        for node in function.node:
+            yield from _tensors_within(node)
+    for node in model.graph.node:
+        yield from _tensors_within(node)
+
+
 def real_inputs(model: ModelProto) -> list[ValueInfoProto]:
     """The inputs that must be fed: old files list initialisers as inputs too."""
     stored = {tensor.name for tensor in model.graph.initializer}

@@ -143,18 +143,18 @@ def _read_outputs(
                 f"{path}: several outputs ({', '.join(by_name)}), none of them named 'labels' "
                 "or 'logits'"
             )
-        if _is_labels(values[0]):
+        if is_labels(values[0]):
             labels = values[0]
         else:
             logits = values[0]
-    if labels is not None and not _is_labels(labels):
+    if labels is not None and not is_labels(labels):
         raise UserError(
             f"{path}: the output '{labels.name}' is {_describe(labels)}; "
             "integer [N, H, W] is needed"
         )
     classes = None
     if logits is not None:
-        if not _is_logits(logits):
+        if not is_logits(logits):
             raise UserError(
                 f"{path}: the output '{logits.name}' is {_describe(logits)}; "
                 "labels, integer [N, H, W], or logits, float [N, K, H, W], are needed"
@@ -191,7 +191,8 @@ def _dtype_and_dims(value: "onnx.ValueInfoProto") -> tuple[int, list[int | None]
     return tensor.elem_type, [None if dim is not None and dim < 1 else dim for dim in dims]
 
 
-def _is_labels(value: "onnx.ValueInfoProto") -> bool:
+def is_labels(value: "onnx.ValueInfoProto") -> bool:
+    """Whether its type is that of a class id per pixel, integer [N, H, W]."""
     import onnx
 
     dtype, dims = _dtype_and_dims(value)
@@ -200,7 +201,8 @@ def _is_labels(value: "onnx.ValueInfoProto") -> bool:
     return dtype in integers and (dims is None or len(dims) == 3)
 
 
-def _is_logits(value: "onnx.ValueInfoProto") -> bool:
+def is_logits(value: "onnx.ValueInfoProto") -> bool:
+    """Whether its type is that of class scores, float [N, K, h, w]."""
     import onnx
 
     dtype, dims = _dtype_and_dims(value)

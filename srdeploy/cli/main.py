@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from srdeploy import __version__, console
-from srdeploy.cli import data_verbs, demo_verb, export_verbs, serve_verbs, train_verbs
+from srdeploy.cli import data_verbs, demo_verb, export_verbs, serve_verbs, strip_verb, train_verbs
 from srdeploy.errors import UserError
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ def _root(
 
 train_verbs.register(app)
 export_verbs.register(app)
+strip_verb.register(app)
 serve_verbs.register(app)
 demo_verb.register(app)
 data_verbs.register(app)

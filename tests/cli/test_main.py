@@ -13,7 +13,7 @@ from srdeploy.cli import main as command
 from srdeploy.errors import MissingPackageError, UserError
 
 VERBS = [
-    ["train"], ["export"], ["certify"], ["evaluate"], ["predict"], ["bench"], ["demo"],
+    ["train"], ["export"], ["certify"], ["strip"], ["evaluate"], ["predict"], ["bench"], ["demo"],
     ["data", "synth"], ["data", "check"],
 ]  # fmt: skip
 
