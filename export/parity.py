@@ -13,13 +13,11 @@ from onnx import ModelProto, NodeProto, TensorProto
 from PIL import Image
 from torch import nn
 
-from srdeploy.deployable import Deployable
+from srdeploy.deployable import Deployable, cut_logits, pad_images
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line
-from srdeploy.imaging import Pixels, read_photo
-from srdeploy.outputs import main_logits, resize_logits
-from srdeploy.runs import Run
-from srdeploy.serve.photos import first_photos
+from srdeploy.imaging import Pixels
+from srdeploy.outputs import main_logits
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
@@ -30,7 +28,9 @@ Outputs = tuple[Pixels, npt.NDArray[np.float32]]
 TOLERANCE = 1e-4
 """Largest logit difference that rounding explains, as a share of the largest logit."""
 
-_MOST_IMAGES = 4
+DRAWN = "; on drawn pictures, not photos: give --images"
+"""What the line ends with where no photos were given."""
+
 _MOST_PIXELS = 768 * 768
 """Larger images take a CPU too long; the usual size is always measured."""
 
@@ -66,26 +66,17 @@ class Case(Settings):
         return self.finite and not self.beyond and self.unexplained <= self.allowed_unexplained
 
 
-def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
-    """Photos to compare on: those in `folder`, else those saved with the run. Raises UserError."""
-    if folder is not None:
-        return first_photos(folder, _MOST_IMAGES)
-    if not run.samples:
-        raise UserError(
-            f"{run.folder} has no sample photos to compare torch and the exported file on: "
-            "give a folder of photos with --images"
-        )
-    return [read_photo(file) for file in run.samples[:_MOST_IMAGES]]
-
-
-def parity_line(network: nn.Module, spec: Spec, file: Path, photos: Sequence[Pixels]) -> Line:
+def parity_line(
+    network: nn.Module, spec: Spec, file: Path, photos: Sequence[Pixels], drawn: bool = False
+) -> Line:
     """The line `parity`: `network` in torch against `file` in onnxruntime, on the CPU.
 
-    photos: uint8 [H, W, 3], any sizes; they are resized to the spec's sizes. Passes where every
-    value is finite, logits differ by no more than rounding explains, and labels differ only where
-    the network's two best classes are nearly tied. A network that chooses by comparing its own
-    features (max-unpooling) turns a rounding difference into a moved value now and then: there,
-    what rounding explains is measured, by nudging torch's own input.
+    photos: uint8 [H, W, 3], any sizes; they are resized to the spec's sizes. `drawn`: they are
+    made-up pictures, which the line then says. Passes where every value is finite, logits differ
+    by no more than rounding explains, and labels differ only where the network's two best classes
+    are nearly tied. A network that chooses by comparing its own features (max-unpooling) turns a
+    rounding difference into a moved value now and then: there, what rounding explains is measured,
+    by nudging torch's own input.
     """
     compares = _compares_features(onnx.load(str(file)))
     counts = np.zeros((2, spec.class_count), np.int64)
@@ -104,8 +95,8 @@ def parity_line(network: nn.Module, spec: Spec, file: Path, photos: Sequence[Pix
     return Line(
         name="parity",
         passed=all(case.passed for case in cases),
-        detail=_detail(cases, compares),
-        figures=_figures(cases, counts, spec, compares),
+        detail=_detail(cases, compares) + (DRAWN if drawn else ""),
+        figures=_figures(cases, counts, spec, compares) | ({"drawn": True} if drawn else {}),
     )
 
 
@@ -173,8 +164,10 @@ def _nudged(module: Deployable, images: Pixels, expected: Outputs) -> tuple[floa
         values = module.normalise(torch.from_numpy(images))
         for _ in range(_NUDGES):
             noise = torch.randn(values.shape, generator=generator) * _NUDGE
-            logits = main_logits(module.network(values * (1 + noise)))
-            found = resize_logits(logits, (images.shape[1], images.shape[2])).numpy()
+            padded = pad_images(values * (1 + noise), module.multiple)
+            logits = main_logits(module.network(padded))
+            size = (images.shape[1], images.shape[2])
+            found = cut_logits(logits, size, module.multiple).numpy()
             difference = max(difference, float(np.abs(found - expected[1]).max()))
             wrong = _unexplained(expected, found.argmax(1))
             unexplained = max(unexplained, float(wrong.mean()))

@@ -1,16 +1,16 @@
-"""From a run to a deploy folder: the graph, the proof that it is the plain one, and the
+"""From a source to a deploy folder: the graph, the proof that it is the plain one, and the
 manifest.
 """
 
 import json
 import shlex
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from srdeploy import __version__, console
@@ -21,22 +21,23 @@ from srdeploy.export.certificate import (
     CERTIFICATE,
     MANIFEST,
     Certificate,
+    Line,
     identity_lines,
     provenance_line,
     read_model,
     text_digest,
 )
-from srdeploy.export.parity import parity_images, parity_line
+from srdeploy.export.parity import parity_line
+from srdeploy.export.source import Source, source_of_run
 from srdeploy.export.to_onnx import NETWORK_KEY, OPSET, export_onnx
 from srdeploy.files import sha256_of, whole_folder, write_json
-from srdeploy.models import make_network
-from srdeploy.runs import Run, load_network, open_run
+from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.serve.artifact import MODEL
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export_run` wrote."""
+    """What `export_source` wrote."""
 
     folder: Path
     certificate: Certificate
@@ -62,39 +63,51 @@ def export_run(
     images: Path | None = None,
     force: bool = False,
 ) -> ExportResult:
-    """Exports a run's plain network to `out` (deploy/NAME): model.onnx, manifest and certificate.
+    """export_source of a run, compared on the photos in `images`, else on the run's samples.
+
+    Raises UserError also for a run without weights, and for absent photos.
+    """
+    source = source_of_run(run_folder, images)
+    return export_source(source, out, input=input, output=output, force=force)
+
+
+def export_source(
+    source: Source,
+    out: Path | None = None,
+    *,
+    input: InputKind = "uint8",
+    output: OutputKind = "labels",
+    force: bool = False,
+) -> ExportResult:
+    """Exports a plain network to `out` (deploy/NAME): model.onnx, manifest and certificate.
 
     The graph is compared with that of a network built fresh from its name, which no training code
-    has touched, and run against torch on photos: those of `images`, else the run's samples. The
-    folder is written whole, also where a line of the certificate fails. Raises UserError for a run
-    without weights, for absent photos, and where `out` exists (force replaces a deploy folder).
+    has touched, and run against torch on the source's pictures. The folder is written whole, also
+    where a line of the certificate fails. Raises UserError for weights or a network that can't be
+    used, and where `out` exists (force replaces a deploy folder).
     """
-    run = open_run(run_folder)
-    out = out if out is not None else Path("deploy") / run_folder.resolve().name
+    out = out if out is not None else Path("deploy") / source.name
     _check_target(out, force)
-    network = load_network(run)
-    photos = parity_images(run, images)
+    network, heads = source.build()
     with console.progress() as bar, whole_folder(out) as folder:
         task = bar.add_task("exporting", total=4)
-        _export(network, run, folder / MODEL, input, output)
+        _export(network, source, folder / MODEL, input, output)
         bar.update(task, advance=1, description="exporting the plain network, built fresh")
-        identity = _identity(run, folder / MODEL, input, output)
+        identity = _identity(network, source, folder / MODEL, input, output)
         bar.update(task, advance=2, description="comparing with torch on photos")
-        parity = parity_line(network, run.spec, folder / MODEL, photos)
+        parity = parity_line(network, source.spec, folder / MODEL, source.pictures, source.drawn)
         bar.update(task, advance=1)
+        weights = {} if source.weights is None else {source.weights.name: source.weights}
         provenance = provenance_line(
-            {MODEL: folder / MODEL, run.weights.name: run.weights},
-            spec_sha256=text_digest(run.spec.to_json()),
+            {MODEL: folder / MODEL, **weights},
+            spec_sha256=text_digest(source.spec.to_json()),
             device="cpu",
-            photos=len(photos),
+            photos=0 if source.drawn else len(source.pictures),
         )
         certificate = Certificate(lines=(*identity, parity, provenance))
         certificate.write(folder / CERTIFICATE)
-        command = ["srdeploy", "export", str(run_folder), "--out", str(out)]
-        command += ["--input", input, "--output", output]
-        command += ["--images", str(images)] if images is not None else []
         digest = str(identity[0].figures["digest_deployed"])
-        manifest = _manifest(run, folder, command, digest, input, output)
+        manifest = _manifest(source, heads, folder, out, digest, input, output)
         write_json(folder / MANIFEST, manifest)
     return ExportResult(folder=out, certificate=certificate, manifest=manifest)
 
@@ -109,31 +122,37 @@ def _check_target(out: Path, force: bool) -> None:
         raise UserError(f"{out} exists: replace it with --force, or choose another --out")
 
 
-def _export(network: nn.Module, run: Run, path: Path, input: InputKind, output: OutputKind) -> None:
-    description = {NETWORK_KEY: json.dumps(run.network.model_dump(mode="json"), sort_keys=True)}
-    deployable = Deployable(network, run.spec, input=input, output=output)
-    export_onnx(deployable, run.spec, path, input=input, output=output, description=description)
+def _export(
+    network: nn.Module, source: Source, path: Path, input: InputKind, output: OutputKind
+) -> None:
+    description = {NETWORK_KEY: json.dumps(source.network.identity, sort_keys=True)}
+    deployable = Deployable(network, source.spec, input=input, output=output)
+    export_onnx(deployable, source.spec, path, input=input, output=output, description=description)
 
 
-def _identity(run: Run, file: Path, input: InputKind, output: OutputKind) -> tuple[Any, ...]:
+def _identity(
+    built: nn.Module, source: Source, file: Path, input: InputKind, output: OutputKind
+) -> tuple[Line, ...]:
     """Compares `file` with the graph of the same network, built here from its name alone."""
-    with torch.random.fork_rng(devices=[]):
-        plain = make_network(run.network.name, run.spec.class_count, **run.network.options)
+    plain = source.build_fresh(built)
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
         fresh = Path(folder) / MODEL
-        _export(plain, run, fresh, input, output)
+        _export(plain, source, fresh, input, output)
         return identity_lines(read_model(fresh), read_model(file))
 
 
 def _manifest(
-    run: Run,
+    source: Source,
+    heads: Sequence[AuxiliaryHead],
     folder: Path,
-    command: list[str],
+    out: Path,
     digest: str,
     input: InputKind,
     output: OutputKind,
 ) -> dict[str, Any]:
     """What is in the folder and how to make it again; only `made` changes from export to export."""
+    command = ["srdeploy", "export", *source.arguments, "--out", str(out)]
+    command += ["--input", input, "--output", output]
     files = {
         name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
         for name in (MODEL, CERTIFICATE)
@@ -142,13 +161,16 @@ def _manifest(
         "srdeploy": __version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
-        "network": run.network.model_dump(mode="json"),
+        "network": source.network.identity,
+        "auxiliary_heads_left_out": [
+            {"name": head.name, "parameters": head.parameters} for head in heads
+        ],
         "input": input,
         "output": output,
         "opset": OPSET,
         "graph_digest": digest,
-        "weights_sha256": sha256_of(run.weights),
+        "weights_sha256": None if source.weights is None else sha256_of(source.weights),
         "files": files,
         "versions": versions(),
-        "spec": run.spec.model_dump(mode="json"),
+        "spec": source.spec.model_dump(mode="json"),
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srdeploy.cli.options import Force, Json, Quiet
+from srdeploy.cli.options import Force, Json, NetworkOptions, Quiet, parse_options
 
 if TYPE_CHECKING:
     from srdeploy.export.certificate import Certificate
@@ -30,10 +30,36 @@ class Output(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder that srdeploy train wrote.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Run folder, or a network: PACKAGE.MODULE:FUNCTION, or a built-in one's name.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write (default: deploy/NAME of the run).")
+        Path | None,
+        typer.Option(help="Folder to write (default: deploy/NAME of run, weights or function)."),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The network's weights: .safetensors, .pth or .ckpt."),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The network's classes.json, or a run's spec.json."),
+    ] = None,
+    option: NetworkOptions = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="The size that most images have.")
+    ] = None,
+    multiple: Annotated[
+        int | None,
+        typer.Option(help="The network takes multiples of this alone: pad in the graph.", min=1),
+    ] = None,
+    fixed_size: Annotated[
+        bool, typer.Option("--fixed-size", help="The network takes images of --size alone.")
+    ] = False,
     input: Annotated[
         Input,
         typer.Option(help="uint8: photos [N,H,W,3]. float32: normalised by the client, [N,3,H,W]."),
@@ -43,28 +69,44 @@ def export(
     ] = Output.LABELS,
     images: Annotated[
         Path | None,
-        typer.Option(help="Photos to compare torch and ONNX on (default: the run's samples)."),
+        typer.Option(
+            help="Photos to compare torch and ONNX on (default: the run's samples, or drawn ones)."
+        ),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Export a run's plain network to ONNX, and certify that nothing of the training is in it.
+    """Export a plain network to ONNX, and certify that nothing of the training is in it.
 
-    Writes model.onnx, manifest.json and certificate.json. The certificate
-    compares the graph with that of a network built fresh from its name, and
-    torch with onnxruntime on photos. Exit code 1 where a line of it fails; the
-    files are written all the same.
+    Writes model.onnx, manifest.json and certificate.json. The certificate compares the graph with
+    that of a network built fresh from its name, and torch with onnxruntime on photos. Auxiliary
+    heads, which the main output does not need, are left out and named. Exit code 1 where a line of
+    the certificate fails; the files are written all the same.
+
+    A network of your own is imported from the working folder, and its code runs.
 
     Example: srdeploy export runs/night --out deploy/night
+
+    Example: srdeploy export my_package.models:make_network --weights w.pth --classes classes.json
     """
     from srdeploy import console
-    from srdeploy.export.pipeline import export_run
+    from srdeploy.export.pipeline import export_source
+    from srdeploy.export.source import open_source
+    from srdeploy.validation import parse_size
 
     console.set_quiet(quiet or as_json)
-    result = export_run(
-        run, out, input=input.value, output=output.value, images=images, force=force
+    source = open_source(
+        target,
+        weights=weights,
+        classes=classes,
+        options=parse_options(option or []),
+        size=parse_size(size, "--size") if size is not None else None,
+        multiple=multiple,
+        fixed_size=fixed_size,
+        images=images,
     )
+    result = export_source(source, out, input=input.value, output=output.value, force=force)
     if as_json:
         summary = {"folder": str(result.folder), "manifest": result.manifest}
         console.print_json({**summary, "certificate": result.certificate.summary()})
@@ -72,7 +114,13 @@ def export(
         megabytes = result.model.stat().st_size / 1e6
         opset = result.manifest["opset"]
         console.done(f"exported {result.model} ({megabytes:.1f} MB, opset {opset})")
-        _report(result.certificate)
+        heads = [
+            f"{head['name']} ({head['parameters'] / 1e6:.2f} M parameters)"
+            for head in result.manifest["auxiliary_heads_left_out"]
+        ]
+        if heads:
+            console.done(f"auxiliary heads left out: {', '.join(heads)}")
+        report_lines(result.certificate)
         if result.passed:
             console.say(f"next: srdeploy predict {result.folder} PHOTOS --out MASKS")
     if not result.passed:
@@ -103,12 +151,13 @@ def certify(
     if as_json:
         console.print_json(certificate.summary())
     else:
-        _report(certificate)
+        report_lines(certificate)
     if not certificate.passed:
         raise typer.Exit(1)
 
 
-def _report(certificate: "Certificate") -> None:
+def report_lines(certificate: "Certificate") -> None:
+    """Shows a certificate, one line for each of its own."""
     from srdeploy import console
 
     for line in certificate.lines:

@@ -55,6 +55,32 @@ def load_exactly(module: nn.Module, path: Path) -> None:
     module.load_state_dict(tensors)
 
 
+def load_without_prefix(module: nn.Module, path: Path) -> str:
+    """Loads `path` into `module` as load_exactly does, and returns the prefix that was left out.
+
+    Where all names in the file begin with the same parts ("module.", "model."), which wrappers
+    around the network put there, and the rest of them fits, these are left out; "" where nothing
+    was. Raises UserError as load_exactly does, about the names that come nearest.
+    """
+    tensors = read_tensors(path)
+    wanted = module.state_dict()
+    prefix, attempts = "", []
+    while True:
+        faults = differences(wanted, tensors)
+        if not faults:
+            module.load_state_dict(tensors)
+            return prefix
+        attempts.append((sum(name in wanted for name in tensors), prefix, faults))
+        first = {name.partition(".")[0] for name in tensors}
+        if len(first) != 1 or not all("." in name for name in tensors):
+            break
+        prefix += f"{first.pop()}."
+        tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
+    _, prefix, faults = max(attempts, key=lambda attempt: attempt[0])
+    without = f" (without the prefix '{prefix}')" if prefix else ""
+    raise UserError(f"{path} does not fit {type(module).__name__}{without}: {faults}")
+
+
 def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """How `found` differs from `wanted` in names, shapes or dtypes; '' where it does not."""
     missing = [name for name in wanted if name not in found]
