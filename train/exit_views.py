@@ -67,6 +67,7 @@ def view_exits(
     exits. trained: False where those are fresh and only show the taps' maps: they then say nothing.
     """
     assert regulated.exits is not None
+    assert regulated.choice is not None
     maps: list[Tensor] = []
     with ExitStack() as hooks:
         for tap in regulated.exits.taps:

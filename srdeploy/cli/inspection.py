@@ -1,25 +1,27 @@
-"""What `srdeploy inspect RUN IMAGE` shows, as data: runs, photos, and what each exit sees in them."""
+"""What `srdeploy inspect RUN IMAGE` shows, as data: runs, photos, what each exit sees in them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from srdeploy.cli.with_exits import load_regulated
+from srdeploy.cli.with_exits import attach_exits, regulation_of
 from srdeploy.console import track
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit, read_labels, read_photo, restore, scaled_size
-from srdeploy.metrics import Score
-from srdeploy.runs import Run, load_network, open_run
+from srdeploy.metrics import Score, percent
+from srdeploy.models.trace import PROBE_SIZE
+from srdeploy.runs import Run, load_trained, open_run
 from srdeploy.spec import Spec
 from srdeploy.train.device import find_device
 from srdeploy.train.exit_views import ExitView, view_exits
 from srdeploy.train.regulation import SelfRegulation
-from srdeploy.train.regulation_config import RegulationConfig
-from srdeploy.validation import validated
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN = 640
 """Longest side of the pictures shown, pixels; smaller photos keep their size."""
@@ -108,11 +110,9 @@ def load_subjects(folder: Path, before: Path | None, device: str) -> tuple[Subje
             f"{before} and {folder} have different classes ({_first_difference(earlier, run)}): "
             "compare runs of one data set"
         )
-    taps = {}
-    for one, other in ((earlier, run), (run, earlier)):
-        same = one.network == other.network
-        taps[one.folder] = _settings(other) if one.exits is None and same else None
-    return tuple(_load(one, taps[one.folder], device) for one in (earlier, run))
+    same = earlier.network == run.network
+    pairs = ((earlier, run), (run, earlier))
+    return tuple(_load(one, other if same else None, device) for one, other in pairs)
 
 
 def _first_difference(a: Run, b: Run) -> str:
@@ -122,26 +122,26 @@ def _first_difference(a: Run, b: Run) -> str:
     return next(f"'{one}' and '{other}'" for one, other in pairs if one != other)
 
 
-def _settings(run: Run) -> RegulationConfig:
-    section = run.config.get("regulation") or {}
-    return validated(RegulationConfig, section, f"{run.folder}/config.yaml, regulation")
-
-
-def _load(run: Run, taps_of: RegulationConfig | None, device: str) -> Subject:
+def _load(run: Run, taps_of: Run | None, device: str) -> Subject:
     place = find_device(device)
+    network = load_trained(run)
     if run.exits is not None:
-        _, regulated = load_regulated(run.folder)
+        regulated = attach_exits(run, network)
     else:
-        settings = (taps_of or _settings(run)).model_copy(update={"enabled": True})
-        network = load_network(run)
-        regulated = SelfRegulation(network, run.spec.class_count, settings=settings).eval()
+        settings = regulation_of(taps_of or run).model_copy(update={"enabled": True})
+        regulated = SelfRegulation(
+            network,
+            run.spec.class_count,
+            settings=settings,
+            probe_size=run.spec.input.near(PROBE_SIZE),
+        ).eval()
     return Subject(run, regulated.to(place), trained=run.exits is not None)
 
 
 def view_photos(
     subjects: Sequence[Subject], photos: Sequence[Path], labels: Path | None
 ) -> tuple[PhotoView, ...]:
-    """What the subjects see in each photo. Raises UserError naming a photo or mask that is unfit."""
+    """What the subjects see in each photo. Raises UserError naming the photo or mask at fault."""
     masks = [None if labels is None else _mask_of(photo, photos, labels) for photo in photos]
     pairs = list(zip(photos, masks, strict=True))
     return tuple(
@@ -248,6 +248,35 @@ def summary(view: PhotoView) -> dict[str, Any]:
             for one in view.runs
         ],
     }
+
+
+def exits_table(view: PhotoView) -> "Table":
+    """The figures of one photo for people: one row per exit of each run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(str(view.path)), title_justify="left")
+    for column in ("run", "exit", "likeliest classes"):
+        table.add_column(column, overflow="fold")
+    columns = ["as the output %"]
+    if view.truth is not None:
+        columns += ["right %", "mIoU %"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for run in view.runs:
+        for figures in _exit_figures(run):
+            scores = list((figures["class_scores"] or {}).items())[:3]
+            row = [
+                run.subject.run.folder.name,
+                figures["name"],
+                ", ".join(f"{name} {score:.2f}" for name, score in scores) or "-",
+                percent(figures["agreement"]),
+            ]
+            if view.truth is not None:
+                row += [percent(figures["pixel_accuracy"]), percent(figures["miou"])]
+            table.add_row(*(Text(word) for word in row))
+        table.add_section()
+    return table
 
 
 def _exit_figures(run: RunView) -> Iterator[dict[str, Any]]:

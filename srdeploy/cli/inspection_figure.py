@@ -4,6 +4,7 @@ scores."""
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ BAR = 0.13
 DPI = 120
 SOFT = "#5d6570"
 # Names are shown as they are: '$' must not begin a formula.
-STYLE = {"font.family": "sans-serif", "font.size": 8, "text.parse_math": False}
+STYLE: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 8, "text.parse_math": False}
 
 
 def write_figure(view: PhotoView, path: Path, blend: float) -> None:
@@ -101,9 +102,7 @@ def _draw(view: PhotoView, blend: float) -> Figure:
     return figure
 
 
-def _draw_run(
-    figure: Figure, rows: GridSpec, view: PhotoView, run: RunView, blend: float
-) -> None:
+def _draw_run(figure: Figure, rows: GridSpec, view: PhotoView, run: RunView, blend: float) -> None:
     spec = run.subject.run.spec
     first = figure.add_subplot(rows[0, 0])
     _show(first, view.photo, "")
@@ -151,7 +150,7 @@ def _bars(axes: Axes, view: PhotoView, exit: ExitView, spec: Spec, names: bool) 
     """The exit's class scores, the first class on top; classes in the image are bold."""
     assert exit.presence is not None
     places = range(len(view.classes))
-    colours = [[value / 255 for value in spec.palette[i]] for i in view.classes]
+    colours = [_colour(spec, i) for i in view.classes]
     scores = [exit.presence[i] for i in view.classes]
     axes.barh(places, scores, 0.8, color=colours, edgecolor=SOFT, linewidth=0.5)
     for place, score in zip(places, scores, strict=True):
@@ -184,10 +183,8 @@ def _legend_height(spec: Spec, width: float) -> float:
 
 def _draw_legend(figure: Figure, spec: Spec, width: float) -> None:
     patches = [
-        Patch(
-            facecolor=[value / 255 for value in colour], edgecolor=SOFT, lw=0.5, label=_short(name)
-        )
-        for name, colour in zip(spec.classes, spec.palette, strict=True)
+        Patch(facecolor=_colour(spec, index), edgecolor=SOFT, lw=0.5, label=_short(name))
+        for index, name in enumerate(spec.classes)
     ]
     figure.legend(
         handles=patches,
@@ -201,6 +198,11 @@ def _draw_legend(figure: Figure, spec: Spec, width: float) -> None:
         handlelength=1.2,
         columnspacing=1.2,
     )
+
+
+def _colour(spec: Spec, index: int) -> tuple[float, float, float]:
+    red, green, blue = spec.palette[index]
+    return red / 255, green / 255, blue / 255
 
 
 def _short(name: str, limit: int = 26) -> str:

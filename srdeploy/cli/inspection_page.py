@@ -142,8 +142,8 @@ def presence_note(view: PhotoView) -> str:
     """What the class scores are, and which names are bold."""
     source = "the network's output" if view.truth is None else "the ground truth"
     return (
-        "The probability, by the exit's classifier, that the class is somewhere in the image. Bold: "
-        f"in {source} on at least {100 * PRESENT:g} % of the pixels."
+        "The probability, by the exit's classifier, that the class is somewhere in the image. "
+        f"Bold: in {source} on at least {100 * PRESENT:g} % of the pixels."
     )
 
 
@@ -158,8 +158,7 @@ def _section(view: PhotoView, blend: float) -> PhotoSection:
         name=view.path.name,
         size=f"{width}x{height}",
         blocks=tuple(
-            _block(view, run, title, blend)
-            for run, title in zip(view.runs, titles, strict=True)
+            _block(view, run, title, blend) for run, title in zip(view.runs, titles, strict=True)
         ),
     )
 
@@ -209,9 +208,7 @@ def _columns(view: PhotoView, run: RunView, title: str, blend: float) -> Iterato
         )
 
 
-def _bars(
-    view: PhotoView, presence: tuple[float, ...] | None, spec: Spec
-) -> Iterator[Bar]:
+def _bars(view: PhotoView, presence: tuple[float, ...] | None, spec: Spec) -> Iterator[Bar]:
     if presence is None:
         return
     for index in view.classes:
@@ -230,7 +227,8 @@ def _photograph(image: Pixels, alt: str, caption: str) -> Cell:
 
 
 def _height(image: Pixels) -> int:
-    return max(1, round(Page.width * image.shape[0] / image.shape[1]))
+    height: int = round(Page.width * image.shape[0] / image.shape[1])
+    return max(1, height)
 
 
 def _css(spec: Spec, index: int) -> str:

@@ -11,7 +11,15 @@ from typing import Annotated
 import typer
 
 from srdeploy import __version__, console
-from srdeploy.cli import data_verbs, demo_verb, export_verbs, serve_verbs, strip_verb, train_verbs
+from srdeploy.cli import (
+    data_verbs,
+    demo_verb,
+    export_verbs,
+    inspect_verb,
+    serve_verbs,
+    strip_verb,
+    train_verbs,
+)
 from srdeploy.errors import UserError
 
 app = typer.Typer(
@@ -47,6 +55,7 @@ train_verbs.register(app)
 export_verbs.register(app)
 strip_verb.register(app)
 serve_verbs.register(app)
+inspect_verb.register(app)
 demo_verb.register(app)
 data_verbs.register(app)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
 from srdeploy.export.to_onnx import export_onnx
+from srdeploy.models.trace import PROBE_SIZE
 from srdeploy.models.weights import load_exactly
 from srdeploy.outputs import resize_logits
 from srdeploy.runs import Run, load_network, open_run
@@ -40,13 +41,31 @@ def load_regulated(run_folder: Path) -> tuple[Run, SelfRegulation]:
     run = open_run(run_folder)
     if run.exits is None:
         raise UserError(f"{run_folder} has no exits to leave in: it is a baseline run")
-    section = run.config.get("regulation") or {}
-    settings = validated(RegulationConfig, section, f"{run_folder}/config.yaml, regulation")
-    regulated = SelfRegulation(load_network(run), run.spec.class_count, settings=settings)
+    return run, attach_exits(run, load_network(run))
+
+
+def attach_exits(run: Run, network: nn.Module) -> SelfRegulation:
+    """The network of a run that has exits, with these, in evaluation mode.
+
+    Raises UserError where they don't load.
+    """
+    assert run.exits is not None
+    regulated = SelfRegulation(
+        network,
+        run.spec.class_count,
+        settings=regulation_of(run),
+        probe_size=run.spec.input.near(PROBE_SIZE),
+    )
     if regulated.exits is None:
-        raise UserError(f"{run_folder}: config.yaml says it is a baseline, yet it has exits")
+        raise UserError(f"{run.folder}: config.yaml says it is a baseline, yet it has exits")
     load_exactly(regulated.exits, run.exits)
-    return run, regulated.eval()
+    return regulated.eval()
+
+
+def regulation_of(run: Run) -> RegulationConfig:
+    """The run's regulation settings. Raises UserError where they can't be read."""
+    section = run.config.get("regulation") or {}
+    return validated(RegulationConfig, section, f"{run.folder}/config.yaml, regulation")
 
 
 def export_with_exits(run_folder: Path, path: Path) -> None:

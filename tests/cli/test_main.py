@@ -13,8 +13,8 @@ from srdeploy.cli import main as command
 from srdeploy.errors import MissingPackageError, UserError
 
 VERBS = [
-    ["train"], ["export"], ["certify"], ["strip"], ["evaluate"], ["predict"], ["bench"], ["demo"],
-    ["data", "synth"], ["data", "check"],
+    ["train"], ["export"], ["certify"], ["strip"], ["evaluate"], ["predict"], ["bench"],
+    ["inspect"], ["demo"], ["data", "synth"], ["data", "check"],
 ]  # fmt: skip
 
 
