@@ -5,13 +5,16 @@ Counted operators are torch's flop counter's: convolutions, transposed convoluti
 additions) is left out, as publications do.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from srdeploy.models.trace import Size, undisturbed
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -20,7 +23,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_macs(module: nn.Module, size: tuple[int, int], channels: int = 3) -> int:
+def count_macs(module: nn.Module, size: Size, channels: int = 3) -> int:
     """Multiply-accumulates of one forward in evaluation mode on a batch of one.
 
     size: (H, W) in pixels of the image, or of the map [1, channels, H, W] where `module` is a part
@@ -29,34 +32,56 @@ def count_macs(module: nn.Module, size: tuple[int, int], channels: int = 3) -> i
     device. The module is left as it was. Raises what the forward raises at this size.
     """
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    some = next(module.parameters(), torch.empty(0))
-    shape = (1, channels, *size)
-    with _evaluating(module):
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    with undisturbed(module), torch.no_grad():
         meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+        shape = (1, channels, *size)
         try:
-            return _counted(module, meta, torch.empty(shape, dtype=some.dtype, device="meta"))
+            return _counted(module, meta, torch.empty(shape, dtype=like.dtype, device="meta"))
         except (RuntimeError, NotImplementedError):
-            # Also for sizes that do not fit: the real device then says so with a real message.
-            return _counted(module, state, torch.zeros(shape, dtype=some.dtype, device=some.device))
+            # Sizes that do not fit fail here too, and then once more with a message about them.
+            return _counted(module, state, torch.zeros(shape, dtype=like.dtype, device=like.device))
 
 
 def _counted(module: nn.Module, state: dict[str, Tensor], images: Tensor) -> int:
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-        FlopCounterMode(display=False) as counter,
-    ):
+    # Entered last, ShapesAlone sees operators first: the counter would decompose them.
+    with FlopCounterMode(display=False) as counter, ShapesAlone():  # type: ignore[no-untyped-call]
         functional_call(module, state, (images,))
-    return counter.get_total_flops() // 2
+    flops: int = counter.get_total_flops()
+    return flops // 2
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode inside the block; every part gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+class ShapesAlone(TorchDispatchMode):
+    """Inside the block, common operators on meta tensors give their results' shapes at once.
+
+    torch works these shapes out with decompositions in Python, up to 30 ms for one operator; a
+    large network has hundreds. Tensors with values are computed as ever.
+    """
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        shape_of = _SHAPES.get(operator)
+        if shape_of is not None and args[0].is_meta:
+            return shape_of(*args)
+        return operator(*args, **(kwargs or {}))
+
+
+def _normalised(features: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(features), features.new_empty(0), features.new_empty(0)
+
+
+def _same(features: Tensor) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _resized(features: Tensor, size: list[int], *_: Any) -> Tensor:
+    return features.new_empty((*features.shape[:2], *size))
+
+
+_SHAPES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: _normalised,
+    torch.ops.aten.relu.default: _same,
+    torch.ops.aten.upsample_bilinear2d.default: _resized,
+    torch.ops.aten.upsample_nearest2d.default: _resized,
+}

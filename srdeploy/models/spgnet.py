@@ -105,7 +105,8 @@ class Guidance(nn.Module):
         self.gate = nn.Conv2d(classes, channels, 1)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
-        return features * self.gate(logits).sigmoid()
+        gate: Tensor = self.gate(logits)
+        return features * gate.sigmoid()
 
 
 class GuidedLevel(nn.Module):
@@ -122,7 +123,8 @@ class GuidedLevel(nn.Module):
 
     def forward(self, features: Tensor, encoded: Tensor, decoded: Tensor) -> Tensor:
         output: Tensor = self.layer(features)
-        return output + self.from_encoder(encoded) + self.from_decoder(decoded)
+        output = output + self.from_encoder(encoded) + self.from_decoder(decoded)
+        return output
 
 
 class SPGNet(nn.Module):
