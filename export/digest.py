@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
@@ -260,9 +261,14 @@ def _constants(graph: GraphProto) -> Iterable[TensorProto]:
     """Initialisers, and Constant nodes as if they were initialisers."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
-        dense = TensorProto(name=sparse.values.name, data_type=sparse.values.data_type)
-        dense.dims.extend(sparse.dims)
-        yield dense
+        values = onnx.numpy_helper.to_array(sparse.values)
+        where = onnx.numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        if where.ndim == 1:
+            dense.flat[where] = values
+        else:
+            dense[tuple(where.T)] = values
+        yield onnx.numpy_helper.from_array(dense, sparse.values.name)
     for node in graph.node:
         if _is_constant(node):
             yield _constant_tensor(node)

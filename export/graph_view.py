@@ -7,9 +7,17 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    ValueInfoProto,
+)
 from onnx.helper import get_attribute_value, tensor_dtype_to_np_dtype
-from onnx.numpy_helper import to_array
+from onnx.numpy_helper import from_array, to_array
 
 Numbers: TypeAlias = dict[object, int]
 """Value numbers shared by the graphs under comparison: equal keys get equal numbers."""
@@ -273,12 +281,21 @@ def _type_text(value: ValueInfoProto) -> str:
 def _stored(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
-        # Its dense form's type and shape; the few values it stores are weights.
-        values = sparse.values
-        yield TensorProto(name=values.name, data_type=values.data_type, dims=sparse.dims)
+        yield _dense(sparse)
     for node in graph.node:
         if _is_constant_node(node):
             yield _tensor_of(node)
+
+
+def _dense(sparse: SparseTensorProto) -> TensorProto:
+    """The tensor that a sparse one stands for; its values lie at flat positions or coordinates."""
+    places = to_array(sparse.indices)
+    if places.ndim == 2:
+        places = np.ravel_multi_index(tuple(places.T), tuple(sparse.dims))
+    stored = to_array(sparse.values)
+    flat = np.zeros(int(np.prod(sparse.dims)), stored.dtype)
+    np.put(flat, places, stored)
+    return from_array(flat.reshape(tuple(sparse.dims)), sparse.values.name)
 
 
 def _is_constant_node(node: NodeProto) -> bool:
