@@ -10,8 +10,9 @@ The rule works on the trace of one forward, in four steps:
    before the part of the network that makes the logits.
 3. *Levels.* Each stride gives its last map before the network goes on to the next one. Several
    stages at one stride (a dilated ResNet's layer2, layer3 and layer4) give one each; a stage is a
-   unit that holds two or more blocks of one kind, or an hourglass. A unit that gives maps on
-   several grids (HRNet's) counts by its coarsest, and is read at its first.
+   unit that holds two or more blocks of one kind, each giving a map of the unit's own shape, or an
+   hourglass. A unit that gives maps on several grids (HRNet's) counts by its coarsest, and is read
+   at its first.
 4. *Constant stride.* Where that gives fewer than three maps, as in a vision transformer, the
    longest row of blocks of one kind gives four that are evenly spread.
 
@@ -120,7 +121,9 @@ class _Tree:
 
     def is_stage(self, name: str) -> bool:
         """Whether it holds two or more blocks of one kind, or goes down two levels and back."""
-        blocks = Counter(self.visits[c].kind for c in self.children[name] if self.children[c])
+        given = self.visits[name].shape
+        children = [self.visits[child] for child in self.children[name] if self.children[child]]
+        blocks = Counter(child.kind for child in children if child.shape == given)
         return max(blocks.values(), default=0) >= 2 or len(self.coarser(name)) >= 2
 
     def coarser(self, name: str) -> set[int]:
@@ -171,6 +174,10 @@ def _before_logits(tree: _Tree, units: list[str], maker: str) -> list[str]:
 
 def _encoder(tree: _Tree, units: list[str], maker: str) -> tuple[list[str], str]:
     """`units` up to the bottleneck, and what comes after it, in words."""
+    for position, one in enumerate(units):
+        visit = tree.visits[one]
+        if position and visit.gives > 1 and visit.raises:  # a neck makes a pyramid from one grid
+            return units[:position], f"before maps grow again: the decoder begins at {one}"
     strides = [tree.stride(one) for one in units]
     coarsest = max(strides)
     start = strides.index(coarsest)

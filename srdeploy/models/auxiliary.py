@@ -72,8 +72,8 @@ def remove_auxiliary(network: nn.Module, size: Size = PROBE_SIZE) -> tuple[str, 
     """Removes the auxiliary heads in place and returns their names.
 
     A head becomes None where the network asks for it (`if self.aux is not None`), an entry of a
-    ModuleDict is deleted, and a head that is called without asking becomes an nn.Identity, whose
-    output nobody reads. The main logits are bit for bit what they were. Raises UserError where the
+    ModuleDict is deleted, and a head that is called without asking becomes an `Absent`, whose output
+    nobody reads. The main logits are bit for bit what they were. Raises UserError where the
     network can't run without one; it is then as it was.
     """
     names = tuple(head.name for head in find_auxiliary(network, size))
@@ -90,6 +90,13 @@ def remove_auxiliary(network: nn.Module, size: Size = PROBE_SIZE) -> tuple[str, 
             step()
         raise
     return names
+
+
+class Absent(nn.Module):
+    """Stands where a removed head is called without asking: gives back what it takes first."""
+
+    def forward(self, first: Any, *others: Any, **named: Any) -> Any:
+        return first
 
 
 class _Search:
@@ -209,7 +216,7 @@ def _remove(
         if child is module
     ]
     reason = ""
-    for stand_in in (None, nn.Identity()):
+    for stand_in in (None, Absent()):
         held = [(parent, dict(parent._modules)) for parent, _ in places]
         for parent, key in places:
             if stand_in is None and isinstance(parent, nn.ModuleDict):
@@ -222,7 +229,8 @@ def _remove(
                 return
             reason = "its main logits change"
         except UserError as error:
-            reason = str(error)
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
         for parent, modules in held:
             _Restore(parent, modules)()
     raise UserError(

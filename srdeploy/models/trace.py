@@ -63,6 +63,8 @@ class Visit:
     """Distinct grids in the longest list of maps that it takes; 0 without one."""
     gives: int
     """Distinct grids in the list of maps that it gives; 0 where it gives none."""
+    raises: bool
+    """It gives a finer grid than any that it took."""
     modified: bool
     """Its output was written to after it had been given, e.g. by an in-place ReLU."""
     shape: tuple[int, ...] | None
@@ -303,17 +305,18 @@ def _visit(name: str, one: _Seen, modified: bool, reader: _Reader) -> Visit:
         layout, channels, grid, skipped = found
         stride = _stride(grid, reader.size)
         map_ = FeatureMap(name, one.kind, layout, channels, grid, stride, skipped)
-    coarsest = max((reader.stride(shape) for shape in one.outputs), default=0)
-    entry = max((reader.stride(shape) for shape in one.inputs), default=1)
+    taken = [stride for shape in one.inputs if (stride := reader.stride(shape))]
+    given = [stride for shape in one.outputs if (stride := reader.stride(shape))]
     return Visit(
         name=name,
         kind=one.kind,
         calls=one.calls,
         map=map_,
-        coarsest=coarsest,
-        entry=max(1, entry),
+        coarsest=max(given, default=0),
+        entry=max(taken, default=1),
         takes=one.takes,
         gives=one.gives,
+        raises=bool(taken and given) and min(given) < min(taken),
         modified=modified,
         shape=one.first,
         given=one.given,
