@@ -36,7 +36,8 @@ class TrainConfig(Settings):
     train_split: str = "train"
     val_split: str = "val"
     network: NetworkConfig = NetworkConfig()
-    """The plain network: name, and options such as {"output_stride": 8}."""
+    """The plain network: name, options such as {"output_stride": 8}, and whether its auxiliary
+    heads are trained along ("keep") or removed first ("strip")."""
     pretrained: str | None = None
     """Backbone weights: a file, or "imagenet" (torchvision's, downloaded once); null: from
     scratch."""
@@ -48,6 +49,12 @@ class TrainConfig(Settings):
     longest_side: int | None = Field(default=None, ge=32)
     """Photos are scaled so that their longest side is this, here and wherever the network is
     deployed."""
+    multiple: int = Field(default=1, ge=1, le=1024)
+    """The network takes heights and widths divisible by this alone: photos are padded, here and
+    wherever it is deployed; crops must be divisible."""
+    fixed_size: bool = False
+    """The network takes images of the crop's size alone: photos are resized to it, whatever their
+    proportions, here and wherever it is deployed."""
     mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
     """Subtracted per channel (RGB, of values in 0..1): as pretrained weights were trained with."""
     std: tuple[Std, Std, Std] = IMAGENET_STD
@@ -119,6 +126,18 @@ class TrainConfig(Settings):
     def _scale_in_order(self) -> "TrainConfig":
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale is (smallest, largest), not {self.scale}")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_that_the_network_takes(self) -> "TrainConfig":
+        if any(side % self.multiple for side in self.crop):
+            height, width = self.crop
+            raise ValueError(
+                f"the crop {height}x{width} is not divisible by multiple={self.multiple}: "
+                "give another --crop"
+            )
+        if self.fixed_size and self.longest_side is not None:
+            raise ValueError("fixed_size and longest_side exclude each other: keep one")
         return self
 
     @property

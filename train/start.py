@@ -13,8 +13,8 @@ from srdeploy.data import DataSet, open_dataset, spec_for
 from srdeploy.data.dataset import measured_policy
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, write_whole
-from srdeploy.models import make_network
 from srdeploy.models.pretrained import load_pretrained
+from srdeploy.models.trace import PROBE_SIZE
 from srdeploy.runs import (
     CONFIG,
     EXITS,
@@ -23,10 +23,11 @@ from srdeploy.runs import (
     SPEC,
     STATE,
     WEIGHTS,
+    build_network,
     is_run,
     open_run,
 )
-from srdeploy.spec import Spec
+from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.augment import augmentation_for
 from srdeploy.train.balance import class_weights
 from srdeploy.train.config import TrainConfig, check_resumable
@@ -69,7 +70,7 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
     validation = open_dataset(config.data, config.val_split, config.layout)
     spec = spec_for(
         training,
-        longest_side=config.longest_side,
+        input_policy(config, training),
         mean=config.mean,
         std=config.std,
         colour_order=config.colour_order,
@@ -77,7 +78,8 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
     # Refuses photos too small for a network here, rather than at the first validation.
     measured_policy(validation, config.longest_side)
     torch.manual_seed(config.seed)
-    network = make_network(config.network.name, spec.class_count, **config.network.options)
+    probe_size = spec.input.near(PROBE_SIZE)
+    network = build_network(config.network, spec.class_count, probe_size)
     if config.pretrained is not None and not trained:
         console.done(load_pretrained(network, config.pretrained, config.pretrained_missing))
     weights = class_weights(training, config.class_weights)
@@ -87,6 +89,7 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
         settings=config.regulation,
         ignore_index=spec.ignore_index,
         class_weights=weights,
+        probe_size=probe_size,
     )
     regulated.to(device).train()
     if config.channels_last:
@@ -105,6 +108,16 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
         device=device,
         amp=config.amp if config.amp is not None else device.type == "cuda",
     )
+
+
+def input_policy(config: TrainConfig, dataset: DataSet) -> InputPolicy:
+    """Which sizes the run's network is given: the photos', or the crop's alone; reads their
+    headers. Raises UserError where a photo is too small."""
+    measured = measured_policy(dataset, config.longest_side)
+    values = measured.model_dump() | {"multiple": config.multiple}
+    if config.fixed_size:
+        values |= dict.fromkeys(("smallest", "usual", "largest"), config.crop)
+    return InputPolicy(**values)
 
 
 def require_new(folder: Path, force: bool) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from srdeploy.cli.options import Json, Quiet
+from srdeploy.cli.options import Json, NetworkOptions, Quiet, parse_options
 
 if TYPE_CHECKING:
     from srdeploy.train.config import TrainConfig
@@ -17,8 +17,13 @@ def train(
         Path | None, typer.Argument(help="Data set's folder; may be left away with --resume.")
     ] = None,
     network: Annotated[
-        str | None, typer.Option(help="Plain network (default: deeplabv2-mobilenetv2).")
+        str | None,
+        typer.Option(
+            help="Plain network: a built-in one's name (default: deeplabv2-mobilenetv2), or your "
+            "own as PACKAGE.MODULE:FUNCTION."
+        ),
     ] = None,
+    option: NetworkOptions = None,
     regulation: Annotated[
         bool | None,
         typer.Option("--sr/--no-sr", help="Self-regulation, or the baseline (default: --sr)."),
@@ -63,6 +68,8 @@ def train(
 
     Example: srdeploy train data --network deeplabv2-resnet18 --pretrained imagenet --out runs/sr
 
+    Example: srdeploy train data --network my_package.models:make_network --out runs/own
+
     Example: srdeploy train data --out runs/base --no-sr --set accumulate=2 --set scale=[0.75,1.5]
 
     Example: srdeploy train --out runs/sr --resume
@@ -74,6 +81,7 @@ def train(
     flags = {
         "data": data,
         "network.name": network,
+        "network.options": parse_options(option) if option else None,
         "regulation.enabled": regulation,
         "steps": steps,
         "batch": batch,
