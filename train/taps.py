@@ -166,8 +166,7 @@ def feature_map(
         return found
     assert size is not None, "tokens need the image's size"
     cells = found.shape[1] - seen.skipped
-    near = (max(1, round(size[0] / seen.stride)), max(1, round(size[1] / seen.stride)))
-    grid = token_grid(cells, size, near)
+    grid = token_grid(cells, size, seen.stride)
     if grid is None:
         raise UserError(
             f"tap '{name}' gives {cells} tokens for images of {size[0]}x{size[1]}: no grid of that "

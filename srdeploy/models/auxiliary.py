@@ -72,8 +72,8 @@ def remove_auxiliary(network: nn.Module, size: Size = PROBE_SIZE) -> tuple[str, 
     """Removes the auxiliary heads in place and returns their names.
 
     A head becomes None where the network asks for it (`if self.aux is not None`), an entry of a
-    ModuleDict is deleted, and a head that is called without asking becomes an `Absent`, whose output
-    nobody reads. The main logits are bit for bit what they were. Raises UserError where the
+    ModuleDict is deleted, and a head that is called without asking becomes an `Absent`, whose
+    output nobody reads. The main logits are bit for bit what they were. Raises UserError where the
     network can't run without one; it is then as it was.
     """
     names = tuple(head.name for head in find_auxiliary(network, size))

@@ -7,6 +7,7 @@ statistics and hooks are as before.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any, Literal
 
 import torch
@@ -133,17 +134,19 @@ def first_part(output: Any) -> Any:
     return output
 
 
-def token_grid(cells: int, size: Size, near: Size | None = None) -> Size | None:
+def token_grid(cells: int, size: Size, stride: int | None = None) -> Size | None:
     """The grid (h, w) of `cells` cells that lies evenly on an image of `size`, or None.
 
-    Of several the one closest to the grid `near`, else the one whose cells are nearest to squares.
+    Of several the one closest to what `stride` gives, else the one whose cells are nearest to
+    squares.
     """
-    grids = [
-        (h, cells // h) for h in range(1, cells + 1) if not cells % h and _fits(h, cells // h, size)
-    ]
-    if near is not None:
-        return min(grids, key=lambda grid: _apart(grid, near), default=None)
-    return min(grids, key=lambda grid: _skew(grid, size), default=None)
+    low = [side for side in range(1, isqrt(cells) + 1) if cells % side == 0]
+    sides = dict.fromkeys([*low, *(cells // side for side in reversed(low))])
+    grids = [(side, cells // side) for side in sides if _fits(side, cells // side, size)]
+    if stride is None:
+        return min(grids, key=lambda grid: _skew(grid, size), default=None)
+    height, width = size[0] / stride, size[1] / stride
+    return min(grids, key=lambda g: abs(g[0] - height) + abs(g[1] - width), default=None)
 
 
 @contextmanager
@@ -337,10 +340,6 @@ def _skew(grid: Size, size: Size) -> float:
     """How far cells are from squares: 0 for squares."""
     ratio = (size[0] * grid[1]) / (size[1] * grid[0])
     return max(ratio, 1 / ratio) - 1
-
-
-def _apart(grid: Size, other: Size) -> int:
-    return abs(grid[0] - other[0]) + abs(grid[1] - other[1])
 
 
 def _stride(grid: Size, size: Size) -> int:
