@@ -48,7 +48,8 @@ def export_onnx(
     """Writes `module` (a `Deployable`, or anything with its input and outputs) to `path` as one
     .onnx file.
 
-    images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] for input="float32"; N, H, W are dynamic.
+    images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] for input="float32"; N is dynamic, and so
+    are H and W unless the spec has one size alone.
     `output_names` name a module's several outputs; by default they follow from `output`: labels,
     logits or both. `description` is added to the metadata beside the spec. Equal weights give
     equal bytes. The module is traced in evaluation mode and left as it was. Raises UserError where
@@ -78,17 +79,18 @@ def _traced(
     height, width = max(64, least[0]), max(96, least[1])
     if height == width:
         width += 32  # equal sides would let the tracer take H for W
+    if spec.input.fixed:
+        height, width = least
     shape = (2, height, width, 3) if input == "uint8" else (2, 3, height, width)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     images = torch.zeros(
         shape, dtype=torch.uint8 if input == "uint8" else torch.float32, device=device
     )
     first = 1 if input == "uint8" else 2
-    axes = {
-        0: torch.export.Dim("N", min=1, max=_LARGEST_SIDE),
-        first: torch.export.Dim("H", min=least[0], max=_LARGEST_SIDE),
-        first + 1: torch.export.Dim("W", min=least[1], max=_LARGEST_SIDE),
-    }
+    axes = {0: torch.export.Dim("N", min=1, max=_LARGEST_SIDE)}
+    if not spec.input.fixed:
+        axes[first] = torch.export.Dim("H", min=least[0], max=_LARGEST_SIDE)
+        axes[first + 1] = torch.export.Dim("W", min=least[1], max=_LARGEST_SIDE)
     with _evaluation(module), _quiet_exporter():
         try:
             program = torch.onnx.export(
@@ -145,7 +147,9 @@ def _name_axes(graph: onnx.GraphProto, output_names: list[str]) -> None:
     for value in graph.output:
         dims = value.type.tensor_type.shape.dim
         if value.name in output_names and rank.get(value.name) == len(dims):
-            dims[-2].dim_param, dims[-1].dim_param = "H", "W"
+            for axis, name in zip(dims[-2:], ("H", "W"), strict=True):
+                if not axis.HasField("dim_value"):  # the network's one size
+                    axis.dim_param = name
 
 
 @contextmanager

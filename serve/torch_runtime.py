@@ -19,7 +19,8 @@ class TorchRuntime(Runtime):
     precision = "float32"
 
     def __init__(self, artifact: Artifact, spec: Spec, device: str, threads: int | None) -> None:
-        super().__init__(artifact, spec, device, (None, None, None, 3))
+        height, width = spec.input.largest if spec.input.fixed else (None, None)
+        super().__init__(artifact, spec, device, (None, height, width, 3))
         self._threads = threads
         self._threads_before: int | None = None
         self._to_labels: Deployable | None = None

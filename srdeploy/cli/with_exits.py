@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from srdeploy.deployable import Normalise
+from srdeploy.deployable import Normalise, cut_logits, pad_images
 from srdeploy.errors import UserError
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.models.trace import PROBE_SIZE
 from srdeploy.models.weights import load_exactly
-from srdeploy.outputs import resize_logits
-from srdeploy.runs import Run, load_network, open_run
+from srdeploy.runs import Run, load_trained, open_run
 from srdeploy.spec import Spec
 from srdeploy.train.regulation import SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig
@@ -26,10 +25,11 @@ class WithExits(nn.Module):
         super().__init__()
         self.normalise = Normalise(spec)
         self.regulated = regulated
+        self.multiple = spec.input.multiple
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        exits = self.regulated(self.normalise(images)).logits
-        logits = resize_logits(exits[-1], (images.shape[1], images.shape[2]))
+        exits = self.regulated(pad_images(self.normalise(images), self.multiple)).logits
+        logits = cut_logits(exits[-1], (images.shape[1], images.shape[2]), self.multiple)
         return logits.argmax(1).to(torch.uint8), *exits[:-1]
 
 
@@ -41,7 +41,7 @@ def load_regulated(run_folder: Path) -> tuple[Run, SelfRegulation]:
     run = open_run(run_folder)
     if run.exits is None:
         raise UserError(f"{run_folder} has no exits to leave in: it is a baseline run")
-    return run, attach_exits(run, load_network(run))
+    return run, attach_exits(run, load_trained(run))
 
 
 def attach_exits(run: Run, network: nn.Module) -> SelfRegulation:
