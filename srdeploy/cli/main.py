@@ -16,6 +16,7 @@ from srdeploy.cli import (
     demo_verb,
     export_verbs,
     inspect_verb,
+    model_verbs,
     serve_verbs,
     strip_verb,
     train_verbs,
@@ -56,6 +57,7 @@ export_verbs.register(app)
 strip_verb.register(app)
 serve_verbs.register(app)
 inspect_verb.register(app)
+model_verbs.register(app)
 demo_verb.register(app)
 data_verbs.register(app)
 

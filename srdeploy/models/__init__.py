@@ -46,6 +46,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 """Builders: classes (K) and keyword options -> the network, its weights from torch's global RNG."""
 
+INTERPRETATIONS = frozenset({"spgnet-resnet50"})
+"""Networks whose authors left widths or details open, so that ours are a reading of the paper."""
+
 
 def make_network(name: str, /, classes: int, **options: Any) -> nn.Module:
     """Builds the network `name` for `classes` classes, with fresh weights, in training mode.

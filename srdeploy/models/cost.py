@@ -5,7 +5,7 @@ Counted operators are torch's flop counter's: convolutions, transposed convoluti
 additions) is left out, as publications do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ def count_macs(module: nn.Module, size: Size, channels: int = 3) -> int:
     forward needs real values (tensors outside its state, decisions by data) runs once on its own
     device. The module is left as it was. Raises what the forward raises at this size.
     """
+    return count_macs_by_module(module, size, channels)[""]
+
+
+def count_macs_by_module(module: nn.Module, size: Size, channels: int = 3) -> dict[str, int]:
+    """`count_macs` of every sub-module that has any, by dotted name; "" is the whole."""
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     with undisturbed(module), torch.no_grad():
@@ -43,12 +48,16 @@ def count_macs(module: nn.Module, size: Size, channels: int = 3) -> int:
             return _counted(module, state, torch.zeros(shape, dtype=like.dtype, device=like.device))
 
 
-def _counted(module: nn.Module, state: dict[str, Tensor], images: Tensor) -> int:
+def _counted(module: nn.Module, state: dict[str, Tensor], images: Tensor) -> dict[str, int]:
     # Entered last, ShapesAlone sees operators first: the counter would decompose them.
     with FlopCounterMode(display=False) as counter, ShapesAlone():  # type: ignore[no-untyped-call]
         functional_call(module, state, (images,))
-    flops: int = counter.get_total_flops()
-    return flops // 2
+    macs = {"": counter.get_total_flops() // 2}
+    for name, flops in counter.get_flop_counts().items():
+        root, _, inner = name.partition(".")
+        if inner and root == type(module).__name__:
+            macs[inner] = sum(flops.values()) // 2
+    return macs
 
 
 class ShapesAlone(TorchDispatchMode):
@@ -63,25 +72,42 @@ class ShapesAlone(TorchDispatchMode):
     ) -> Any:
         shape_of = _SHAPES.get(operator)
         if shape_of is not None and args[0].is_meta:
-            return shape_of(*args)
+            found = shape_of(*args)
+            if found is not None:
+                return found
         return operator(*args, **(kwargs or {}))
 
 
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
 def _normalised(features: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(features), features.new_empty(0), features.new_empty(0)
+    return _same(features), _empty(features, (0,)), _empty(features, (0,))
 
 
 def _same(features: Tensor) -> Tensor:
-    return torch.empty_like(features)
+    return _empty(features, features.shape)
+
+
+def _sum(features: Tensor, other: Any) -> Tensor | None:
+    alike = isinstance(other, Tensor) and other.is_meta and other.dtype == features.dtype
+    return _same(features) if alike and other.shape == features.shape else None
 
 
 def _resized(features: Tensor, size: list[int], *_: Any) -> Tensor:
-    return features.new_empty((*features.shape[:2], *size))
+    return _empty(features, (*features.shape[:2], *size))
+
+
+def _drawn(values: Tensor, *_: Any) -> Tensor:
+    return values
 
 
 _SHAPES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_batch_norm.default: _normalised,
     torch.ops.aten.relu.default: _same,
+    torch.ops.aten.add.Tensor: _sum,
     torch.ops.aten.upsample_bilinear2d.default: _resized,
     torch.ops.aten.upsample_nearest2d.default: _resized,
+    torch.ops.aten.normal_.default: _drawn,
 }

@@ -14,7 +14,7 @@ from srdeploy.errors import MissingPackageError, UserError
 
 VERBS = [
     ["train"], ["export"], ["certify"], ["strip"], ["evaluate"], ["predict"], ["bench"],
-    ["inspect"], ["demo"], ["data", "synth"], ["data", "check"],
+    ["inspect"], ["demo"], ["models"], ["data", "synth"], ["data", "check"],
 ]  # fmt: skip
 
 
