@@ -9,6 +9,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx.helper import tensor_dtype_to_np_dtype
 from PIL import Image
 
+from srdeploy.data.synth import scene
 from srdeploy.errors import UserError
 from srdeploy.export.subgraph import real_inputs
 from srdeploy.imaging import Pixels, normalise
@@ -22,6 +23,8 @@ SIZES = ((1, 64, 96), (1, 97, 131), (1, 160, 224), (2, 64, 96))
 """(N, H, W) tried where the graph leaves them open: an odd size and a batch among them."""
 FALLBACKS = ((1, 224, 224), (1, 256, 256), (1, 512, 512), (1, 512, 1024))
 """Tried one after the other where the original takes none of those."""
+_SCENE = (144, 192)
+"""(height, width) of drawn pictures; each size is resized from them."""
 _OTHER_AXIS = 8
 """Length of open axes of inputs that are no images."""
 
@@ -33,7 +36,9 @@ class Drawing:
     """
 
     def __init__(self, photos: Sequence[Pixels], spec: Spec | None) -> None:
-        self._photos = list(photos) or [_picture(seed) for seed in range(2)]
+        self._photos = list(photos) or [
+            scene(np.random.default_rng(seed), *_SCENE)[0] for seed in range(2)
+        ]
         self._spec = spec
         self._rng = np.random.default_rng(0)
 
@@ -119,12 +124,3 @@ def _wished(value: ValueInfoProto, size: tuple[int, int, int]) -> tuple[int, ...
         fixed = [dim.dim_value for dim in tensor.shape.dim]
         channels_last = fixed[3] == 3 or (channels_last and not fixed[1])
     return (count, height, width, 3) if channels_last else (count, 3, height, width)
-
-
-def _picture(seed: int) -> Pixels:
-    """A smooth picture with some noise, uint8 [H, W, 3]."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(small).resize((192, 144), Image.Resampling.BICUBIC))
-    noise = rng.integers(-12, 13, smooth.shape)
-    return np.clip(smooth + noise, 0, 255).astype(np.uint8)

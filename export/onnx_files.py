@@ -13,6 +13,7 @@ from onnx.external_data_helper import (
     uses_external_data,
 )
 
+from srdeploy.export.certificate import read_model
 from srdeploy.export.subgraph import every_tensor
 from srdeploy.files import whole_file
 
@@ -23,6 +24,15 @@ _ALIGNMENT = 4096
 """Side files are mapped into memory by page."""
 _SMALL = 1024
 """Bytes; smaller tensors, shapes among them, stay in the graph's file."""
+
+
+def load_model(path: Path) -> ModelProto:
+    """Reads and checks `path` with its side files, as if all had been in one. Raises UserError."""
+    model = read_model(path)
+    for tensor in every_tensor(model):
+        if tensor.data_location == TensorProto.DEFAULT:
+            tensor.ClearField("data_location")  # loading a side file leaves the default behind
+    return model
 
 
 def write_model(model: ModelProto, path: Path) -> list[Path]:

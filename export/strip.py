@@ -17,10 +17,9 @@ from srdeploy.export.certificate import (
     Certificate,
     model_file,
     provenance_line,
-    read_model,
     text_digest,
 )
-from srdeploy.export.onnx_files import publish, side_files, write_model
+from srdeploy.export.onnx_files import load_model, publish, side_files, write_model
 from srdeploy.export.same_output import Comparison, same_outputs
 from srdeploy.export.strip_proof import Removed, identity_line, survivors_line
 from srdeploy.export.subgraph import ancestors, restricted
@@ -83,7 +82,7 @@ def strip_file(
     source = model_file(source)
     target = _target(source, out, force)
     import_onnxruntime()  # its absence must not show after the work is done
-    original = read_model(source)
+    original = load_model(source)
     kept = kept_outputs(original, keep, source)
     photos = first_photos(images, _MOST_PHOTOS) if images is not None else []
     stripped = restricted(original, ancestors(original, kept), kept)
@@ -100,7 +99,7 @@ def strip_file(
         task = bar.add_task("comparing both files in onnxruntime", total=2)
         staged = Path(folder) / target.name
         written = write_model(stripped, staged)
-        found = read_model(staged)
+        found = load_model(staged)
         parity = _parity(original, (source, staged), kept, photos, spec)
         if spec is not None and signature is not None:
             _check_shapes(parity, signature, spec, source)
