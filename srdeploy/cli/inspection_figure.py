@@ -35,10 +35,12 @@ TITLE = 0.36
 """Height of the line above a run's block, inches."""
 HEAD = 0.52
 """Height above a row of maps, for the exits' names, inches."""
-CAPTION = 0.32
+CAPTION = 0.36
 """Height below a row of pictures, inches."""
 BAR = 0.13
 """Height of a class's bar, inches."""
+NOTE = 0.2
+"""Height of the line at the bottom that says how to read the figure, inches."""
 DPI = 120
 SOFT = "#5d6570"
 # Names are shown as they are: '$' must not begin a formula.
@@ -98,8 +100,21 @@ def _draw(view: PhotoView, blend: float) -> Figure:
         )
         _draw_run(figure, rows, view, run, blend)
         top -= block
-    _draw_legend(figure, spec, width)
+    _draw_legend(figure, spec, width, height)
+    figure.text(GAP / width, 0.06 / height, _note(view), size=7, color=SOFT)
     return figure
+
+
+def _note(view: PhotoView) -> str:
+    """How to read the figure, in one line; without bars there is nothing to say of them."""
+    maps = (
+        "Maps: distance of each cell's features from their mean, every map on its own scale; of an "
+        "output, the winning class's probability."
+    )
+    if not view.classes:
+        return maps
+    source = "the network's output" if view.truth is None else "the ground truth"
+    return f"{maps} Bars: probability that the class is in the image; bold: in {source}."
 
 
 def _draw_run(figure: Figure, rows: GridSpec, view: PhotoView, run: RunView, blend: float) -> None:
@@ -178,10 +193,10 @@ def _legend_columns(spec: Spec, width: float) -> int:
 
 
 def _legend_height(spec: Spec, width: float) -> float:
-    return 0.2 * -(-spec.class_count // _legend_columns(spec, width)) + 0.15
+    return 0.2 * -(-spec.class_count // _legend_columns(spec, width)) + 0.15 + NOTE
 
 
-def _draw_legend(figure: Figure, spec: Spec, width: float) -> None:
+def _draw_legend(figure: Figure, spec: Spec, width: float, height: float) -> None:
     patches = [
         Patch(facecolor=_colour(spec, index), edgecolor=SOFT, lw=0.5, label=_short(name))
         for index, name in enumerate(spec.classes)
@@ -189,7 +204,7 @@ def _draw_legend(figure: Figure, spec: Spec, width: float) -> None:
     figure.legend(
         handles=patches,
         loc="lower left",
-        bbox_to_anchor=(GAP / width, 0),
+        bbox_to_anchor=(GAP / width, NOTE / height),
         ncols=_legend_columns(spec, width),
         frameon=False,
         fontsize=7,
