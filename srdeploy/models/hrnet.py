@@ -1,10 +1,10 @@
 """HRNetV2: branches at strides 4, 8, 16 and 32 that run side by side and exchange their maps.
 
-Module names are those of the authors' and timm's ImageNet files (conv1, layer1, transition1,
-stage2, ...) below `backbone`, so that such a file loads. Two differences from these sources: maps
-are raised bilinearly with half-pixel centres, where the authors' segmentation code leaves
-align_corners to its configuration and timm takes the nearest cell; and weights start as He et al.
-propose. Source: Wang et al., "Deep High-Resolution Representation Learning for Visual Recognition",
+Module names below `backbone` follow the authors' code and timm's (conv1, layer1, transition1,
+stage2, ...), so that their ImageNet files have a place to go; no such file has been tried. One
+difference: maps are raised bilinearly with half-pixel centres, where the authors' segmentation code
+leaves align_corners to its configuration and timm takes the nearest cell.
+Source: Wang et al., "Deep High-Resolution Representation Learning for Visual Recognition",
 TPAMI 2020 (arXiv 1908.07919).
 """
 

@@ -28,8 +28,12 @@ IMAGENET_FILES = {
 }
 """torchvision's file by backbone architecture; the name ends with the start of its SHA-256."""
 
-CLASSIFICATION = ("fc", "classifier", "features.18")
-"""What an ImageNet file has on top of the backbones here, and is left out."""
+CLASSIFICATION = (
+    *("fc", "classifier", "features.18"),
+    *("incre_modules", "downsamp_modules", "final_layer"),
+)
+"""What an ImageNet file has on top of the backbones here, and is left out: of ResNet, MobileNetV2
+and, in the second line, HRNet."""
 
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
