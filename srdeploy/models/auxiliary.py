@@ -72,8 +72,8 @@ def remove_auxiliary(network: nn.Module, size: Size = PROBE_SIZE) -> tuple[str, 
     """Removes the auxiliary heads in place and returns their names.
 
     A head becomes None where the network asks for it (`if self.aux is not None`), an entry of a
-    ModuleDict is deleted, and a head that is called without asking becomes an `Absent`, whose
-    output nobody reads. The main logits are bit for bit what they were. Raises UserError where the
+    ModuleDict is deleted, a list of heads is emptied, and a head that is called without asking
+    becomes an `Absent`, whose output nobody reads. The main logits are bit for bit what they were. Raises UserError where the
     network can't run without one; it is then as it was.
     """
     names = tuple(head.name for head in find_auxiliary(network, size))
@@ -95,8 +95,8 @@ def remove_auxiliary(network: nn.Module, size: Size = PROBE_SIZE) -> tuple[str, 
 class Absent(nn.Module):
     """Stands where a removed head is called without asking: gives back what it takes first."""
 
-    def forward(self, first: Any, *others: Any, **named: Any) -> Any:
-        return first
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return next(iter((*given, *named.values())), None)
 
 
 class _Search:
@@ -110,16 +110,19 @@ class _Search:
         self.needed = needed
         self.shown = shown
         self.found: list[AuxiliaryHead] = []
+        self.known: set[int] = set()
+        """Parameters of heads that were found: one may stand under a second name."""
         self.logits: Tensor | None = None
 
     def visit(self, name: str, module: nn.Module) -> None:
         parameters = list(module.parameters())
-        if not parameters:
+        if not parameters or self.known.issuperset(id(one) for one in parameters):
             return
         if not name or any(id(one) in self.needed for one in parameters) or self._matters(name):
             for key, child in module.named_children():
                 self.visit(f"{name}.{key}" if name else key, child)
             return
+        self.known.update(id(one) for one in parameters)
         given = first_part(self.shown.get(name))
         is_map = isinstance(given, Tensor) and given.dim() == 4
         self.found.append(
@@ -216,7 +219,7 @@ def _remove(
         if child is module
     ]
     reason = ""
-    for stand_in in (None, Absent()):
+    for stand_in in _stand_ins(module):
         held = [(parent, dict(parent._modules)) for parent, _ in places]
         for parent, key in places:
             if stand_in is None and isinstance(parent, nn.ModuleDict):
@@ -237,6 +240,15 @@ def _remove(
         f"the network can't run without its auxiliary head '{name}': {reason}. Let its forward "
         f"leave the head out where it is None, or keep the auxiliary heads"
     )
+
+
+def _stand_ins(module: nn.Module) -> list[nn.Module | None]:
+    """What may take the place of a removed module, in the order of trying."""
+    if isinstance(module, nn.ModuleList):
+        return [None, nn.ModuleList(), nn.ModuleList(Absent() for _ in module)]
+    if isinstance(module, nn.ModuleDict):
+        return [None, nn.ModuleDict(), nn.ModuleDict({key: Absent() for key in module})]
+    return [None, Absent()]
 
 
 class _Restore:
