@@ -118,11 +118,14 @@ def expose_logits(file: Path, target: Path) -> None:
 
 
 def _batches(photos: Sequence[Pixels], spec: Spec) -> list[tuple[str, Pixels]]:
-    """Every photo at the usual size, one at the smallest and the largest, and all in one batch."""
+    """Every photo at the usual size, one at the smallest and the largest, and all in one batch; at
+    the one size where there is only that."""
     usual = spec.input.usual
     largest, name = _affordable(spec.input.largest, usual)
     batch = [*photos, photos[0][:, ::-1]]  # at least two, also where there is one photo
     cases = [("usual", _stack([photo], usual)) for photo in photos]
+    if spec.input.fixed:
+        return [*cases, ("usual, batch", _stack(batch[:2], usual))]
     cases.append(("smallest", _stack(photos[:1], spec.input.smallest)))
     cases.append((name, _stack(photos[:1], largest)))
     cases.append(("smallest, batch", _stack(batch, spec.input.smallest)))

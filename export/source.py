@@ -178,11 +178,11 @@ def source_of_run(folder: Path, images: Path | None = None) -> Source:
 
 
 def _require_run(target: str) -> None:
-    """Raises UserError where `target` is no folder; open_run judges what is in one."""
+    """Raises UserError where `target` is neither a path nor a network; open_run judges the rest."""
     if not Path(target).exists() and "/" not in target:
         raise UserError(
-            f"no such run folder: {target}; nor is it a network: {closest(target, NETWORKS)}, or "
-            "your own as PACKAGE.MODULE:FUNCTION"
+            f"no such run folder, and no network: {target}: {closest(target, NETWORKS)} "
+            "(your own: PACKAGE.MODULE:FUNCTION)"
         )
 
 

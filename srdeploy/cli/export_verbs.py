@@ -115,7 +115,7 @@ def export(
         opset = result.manifest["opset"]
         console.done(f"exported {result.model} ({megabytes:.1f} MB, opset {opset})")
         heads = [
-            f"{head['name']} ({head['parameters'] / 1e6:.2f} M parameters)"
+            f"{head['name']} ({head['parameters']:,} parameters)"
             for head in result.manifest["auxiliary_heads_left_out"]
         ]
         if heads:

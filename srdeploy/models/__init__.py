@@ -60,8 +60,8 @@ def make_network(name: str, /, classes: int, **options: Any) -> nn.Module:
     builder = NETWORKS.get(name)
     if builder is None and not is_imported(name):
         raise UserError(
-            f"unknown network '{name}': {closest(name, NETWORKS)}; your own is named "
-            "PACKAGE.MODULE:FUNCTION"
+            f"unknown network '{name}': {closest(name, NETWORKS)} "
+            "(your own: PACKAGE.MODULE:FUNCTION)"
         )
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise UserError(

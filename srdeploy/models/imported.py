@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from srdeploy.errors import UserError
@@ -96,7 +97,7 @@ def _find(name: str) -> Callable[..., Any]:
     found: Any = _import(name, path)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            known = [key for key, value in vars(found).items() if _is_offered(key, value, path)]
+            known = [key for key in vars(found) if _is_offered(key, getattr(found, key), path)]
             hint = closest(part, known) if known else "it defines no functions or classes"
             raise UserError(f"network '{name}': {path} has no '{attribute}': {hint}")
         found = getattr(found, part)
@@ -115,7 +116,9 @@ def _find(name: str) -> Callable[..., Any]:
 
 def _import(name: str, path: str) -> ModuleType:
     try:
-        return importlib.import_module(path)
+        # What a module draws while it is imported, once in a process, must not shift the weights.
+        with torch.random.fork_rng(devices=[]):
+            return importlib.import_module(path)
     except ModuleNotFoundError as error:
         absent = error.name or ""
         if path == absent or path.startswith(absent + "."):
