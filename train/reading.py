@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.models.auxiliary import AuxiliaryHead, find_auxiliary
+from srdeploy.models.cost import count_parameters
 from srdeploy.models.trace import PROBE_SIZE, blank, trace, undisturbed
 from srdeploy.outputs import main_logits
 from srdeploy.train.regulation import DEFAULTS, SelfRegulation
@@ -39,6 +40,8 @@ class NetworkReading:
     choice: TapChoice
     own_exits: dict[str, float]
     """Heads that training supervises: module -> weight of its loss."""
+    own_parameters: dict[str, int]
+    """Module -> numbers in its parameters, of the same heads."""
     auxiliary: tuple[AuxiliaryHead, ...]
     """Heads that the main logits do not depend on: left out of what is deployed."""
     output: OutputForm
@@ -68,6 +71,9 @@ def read_network(
         size=size,
         choice=regulated.choice,
         own_exits=dict(regulated.own_exits),
+        own_parameters={
+            name: count_parameters(network.get_submodule(name)) for name in regulated.own_exits
+        },
         auxiliary=find_auxiliary(network, size),
         output=OutputForm(describe_output(output), logits[1], (logits[2], logits[3])),
     )
@@ -81,8 +87,9 @@ def describe_output(output: Any) -> str:
     kind = "a dict" if type(output) is dict else f"a {type(output).__name__}"
     if isinstance(output, Mapping):
         held = next((str(key) for key, value in output.items() if value is logits), None)
-        listed = " and ".join(f"'{key}'" for key in output)
-        return f"{kind} with {listed}" + (f"; the logits are its '{held}'" if held else "")
+        listed = f"{kind} with {' and '.join(repr(str(key)) for key in output)}"
+        told = held is None or len(output) == 1
+        return listed if told else f"{listed}; the logits are its {held!r}"
     if isinstance(output, tuple | list):
         return f"{kind} of {len(output)}, of which the first part holds the logits"
     return f"{kind}; the logits are its .logits"

@@ -170,7 +170,7 @@ def _heads(reading: NetworkReading) -> Iterator[tuple[str, str, str]]:
     for name, weight in reading.own_exits.items():
         if name not in auxiliary:
             fate = f"supervised in training, weight {weight:g}; deployed: the output depends on it"
-            yield name, "", fate
+            yield name, f"{reading.own_parameters[name]:,}", fate
     for head in reading.auxiliary:
         weight_ = reading.own_exits.get(head.name)
         if weight_ is not None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -70,7 +70,7 @@ def srdeploy(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders "regulated" and "baseline": two runs of two steps."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:

@@ -30,8 +30,9 @@ class Shrink(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[2] % 4 or images.shape[3] % 4:
             raise ValueError("multiples of 4 are needed")
-        scaled = images * self.scale[:, None, None]
-        return scaled.unflatten(2, (-1, 4)).unflatten(4, (-1, 4)).mean((3, 5))
+        squares = images.unflatten(2, (-1, 4)).unflatten(4, (-1, 4))
+        averaged: Tensor = squares.mean((3, 5)) * self.scale[:, None, None]
+        return averaged
 
 
 class Colours(nn.Module):
@@ -48,7 +49,8 @@ class Colours(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.shrink(images)
-        return features + 0 * self.coarse(features)
+        coarse: Tensor = self.coarse(features)
+        return features + 0 * coarse
 
 
 def make_spec(multiple: int = 1) -> Spec:
