@@ -1,33 +1,34 @@
-"""ONNX models on disk: one file each, and a side file for weights that one file can't hold."""
+"""ONNX models on disk: the graph's file, and side files that hold weights."""
 
-import shutil
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
-from onnx.external_data_helper import (
-    ExternalDataInfo,
-    set_external_data,
-    uses_external_data,
-)
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from srdeploy.errors import UserError
 from srdeploy.export.certificate import read_model
 from srdeploy.export.subgraph import every_tensor
-from srdeploy.files import whole_file
+from srdeploy.files import explain_os_error
 
-ONE_FILE = 2**31 - 2**20
-"""Bytes that one file can hold: protobuf's limit, with room for what is around the tensors."""
-
-_ALIGNMENT = 4096
-"""Side files are mapped into memory by page."""
-_SMALL = 1024
-"""Bytes; smaller tensors, shapes among them, stay in the graph's file."""
+LARGEST = 2**31 - 2**20
+"""Bytes that a model in memory can hold: protobuf's limit, with room for what is around the
+tensors."""
 
 
 def load_model(path: Path) -> ModelProto:
-    """Reads and checks `path` with its side files, as if all had been in one. Raises UserError."""
+    """Reads and checks `path` with its side files, as if all had been in one.
+
+    Raises UserError where it is no valid model, a side file is missing, or all is above 2 GiB.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    size += sum(_length(tensor) for tensor in _tensors_outside(path))
+    if size > LARGEST:
+        raise UserError(
+            f"{path} and its side files hold {size / 2**30:.1f} GiB: models of up to 2 GiB can be "
+            "read whole (export it in float16, or without the auxiliary outputs)"
+        )
     model = read_model(path)
     for tensor in every_tensor(model):
         if tensor.data_location == TensorProto.DEFAULT:
@@ -35,52 +36,23 @@ def load_model(path: Path) -> ModelProto:
     return model
 
 
-def write_model(model: ModelProto, path: Path) -> list[Path]:
-    """Writes `model` to `path`, and its weights to `path`.data where one file can't hold both.
-
-    Weights that move to the side file leave `model`. Returns the files, the graph's last.
-    """
-    files = [path]
-    if _bytes_of(model) > ONE_FILE:
-        side = path.with_name(f"{path.name}.data")
-        with side.open("wb") as stream:
-            for tensor in every_tensor(model):
-                _move_out(tensor, stream, side.name)
-        files.insert(0, side)
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    return files
-
-
-def publish(files: Sequence[Path], folder: Path) -> None:
-    """Copies `files` into `folder`, each whole, in the order given. Raises UserError."""
-    for file in files:
-        with whole_file(folder / file.name) as temporary:
-            shutil.copyfile(file, temporary)
-
-
 def side_files(path: Path) -> dict[str, Path]:
     """The files beside `path` that hold weights of its graph, by their path as text."""
-    model = onnx.load(str(path), format="protobuf", load_external_data=False)
-    locations = _locations(every_tensor(model))
+    locations = {ExternalDataInfo(tensor).location for tensor in _tensors_outside(path)}
     return {str(path.parent / name): path.parent / name for name in sorted(locations)}
 
 
-def _locations(tensors: Iterable[TensorProto]) -> set[str]:
-    return {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}
+def _tensors_outside(path: Path) -> list[TensorProto]:
+    """Tensors whose values are in side files, without them. What is no model has none."""
+    try:
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except DecodeError:
+        return []
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    return [tensor for tensor in every_tensor(model) if uses_external_data(tensor)]
 
 
-def _bytes_of(model: ModelProto) -> int:
-    """Size as one file; a message above protobuf's limit can't be asked for its own."""
-    graph = model.graph
-    parts = (*graph.node, *graph.initializer, *graph.sparse_initializer, *model.functions)
-    return sum(part.ByteSize() for part in parts)
-
-
-def _move_out(tensor: TensorProto, stream: BinaryIO, location: str) -> None:
-    if len(tensor.raw_data) < _SMALL:
-        return
-    stream.write(bytes(-stream.tell() % _ALIGNMENT))
-    offset = stream.tell()
-    stream.write(tensor.raw_data)
-    set_external_data(tensor, location, offset, len(tensor.raw_data))
-    tensor.ClearField("raw_data")
+def _length(tensor: TensorProto) -> int:
+    """Bytes that the tensor takes in its side file, 0 where the file does not say."""
+    return int(ExternalDataInfo(tensor).length or 0)

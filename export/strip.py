@@ -19,10 +19,11 @@ from srdeploy.export.certificate import (
     provenance_line,
     text_digest,
 )
-from srdeploy.export.onnx_files import load_model, publish, side_files, write_model
+from srdeploy.export.onnx_files import load_model, side_files
 from srdeploy.export.same_output import Comparison, same_outputs
 from srdeploy.export.strip_proof import Removed, identity_line, survivors_line
 from srdeploy.export.subgraph import ancestors, restricted
+from srdeploy.files import write_whole
 from srdeploy.imaging import Pixels
 from srdeploy.serve.artifact import spec_from_classes
 from srdeploy.serve.onnx_runtime import import_onnxruntime
@@ -98,7 +99,8 @@ def strip_file(
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder, console.progress() as bar:
         task = bar.add_task("comparing both files in onnxruntime", total=2)
         staged = Path(folder) / target.name
-        written = write_model(stripped, staged)
+        content = stripped.SerializeToString(deterministic=True)
+        staged.write_bytes(content)
         found = load_model(staged)
         parity = _parity(original, (source, staged), kept, photos, spec)
         if spec is not None and signature is not None:
@@ -119,7 +121,7 @@ def strip_file(
             )
         )
         proof = target.with_suffix(".certificate.json")
-        publish(written, target.parent)
+        write_whole(target, content)
         certificate.write(proof)
     return StripResult(target, proof, certificate, kept, removed, spec)
 

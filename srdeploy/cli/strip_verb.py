@@ -82,10 +82,11 @@ def _list_outputs(model: Path, as_json: bool) -> None:
     """Shows the outputs of a file that has several, and refuses to choose."""
     from srdeploy import console
     from srdeploy.errors import UserError
-    from srdeploy.export.certificate import model_file, read_model
+    from srdeploy.export.certificate import model_file
+    from srdeploy.export.onnx_files import load_model
     from srdeploy.export.output_shares import likely_main, output_shares
 
-    graph = read_model(model_file(model))
+    graph = load_model(model_file(model))
     shares = output_shares(graph)
     if len(shares) == 1:
         return

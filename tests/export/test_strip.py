@@ -225,22 +225,17 @@ def test_weights_in_side_files_are_brought_into_the_one_file(saved: Saved) -> No
     assert not (source.parent / "again.onnx").exists()
 
 
-def test_weights_that_one_file_can_not_hold_get_a_side_file(
+def test_models_that_memory_formats_can_not_hold_are_refused(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = MODEL.replace("stem)", "stem)\n wide = Conv(images, big)\n tall = Conv(wide, back)")
-    text = text.replace("Conv(features, head)", "Conv(tall, head)")
-    sizes = {**WEIGHTS, "big": (300, 3, 1, 1), "back": (4, 300, 1, 1)}
-    model = model_of(text, **sizes)
-    monkeypatch.setattr(onnx_files, "ONE_FILE", 2000)
-    result = strip_file(saved(model), ["out"])
-    side = result.file.with_name("model.stripped.onnx.data")
-    assert result.passed, result.certificate
-    assert side.stat().st_size == 4096 + 300 * 4 * 4
-    assert result.file.stat().st_size < 2000
-    weights = {t.name: t for t in read_model(result.file).graph.initializer}
-    originals = {t.name: t for t in model.graph.initializer}
-    assert weights["back"].raw_data == originals["back"].raw_data
+    source = saved().parent / "external.onnx"
+    onnx.save(
+        model_of(), str(source), save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    monkeypatch.setattr(onnx_files, "LARGEST", source.stat().st_size + 100)
+    with pytest.raises(UserError, match=r"external.onnx and its side files hold .* up to 2 GiB"):
+        strip_file(source, ["out"])
+    assert not source.with_suffix(".stripped.onnx").exists()
 
 
 def test_the_original_is_replaced_only_when_forced(saved: Saved) -> None:
