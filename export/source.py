@@ -17,7 +17,7 @@ from srdeploy.imaging import Pixels
 from srdeploy.models import NETWORKS
 from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.models.imported import is_imported, require_alike
-from srdeploy.models.trace import PROBE_SIZE, trace
+from srdeploy.models.trace import PROBE_SIZE
 from srdeploy.models.weights import load_without_prefix
 from srdeploy.runs import WEIGHTS, NetworkConfig, build_network, leave_out_auxiliary, open_run
 from srdeploy.serve.artifact import spec_from_classes
@@ -58,10 +58,10 @@ class Source:
             prefix = load_without_prefix(network, self.weights)
             if prefix:
                 console.say(f"{self.weights}: the prefix '{prefix}' of all names was left out")
-        heads = leave_out_auxiliary(network.eval(), self.network, self._probe_size)
+        network.eval()
         if is_imported(self.network.name):
             self._check(network)
-        return network, heads
+        return network, leave_out_auxiliary(network, self.network, self._probe_size)
 
     def build_fresh(self, built: nn.Module) -> nn.Module:
         """The same network once more, with fresh weights that no training has touched.
@@ -79,26 +79,26 @@ class Source:
         return self.spec.input.near(PROBE_SIZE)
 
     def _check(self, network: nn.Module) -> None:
-        name, count = self.network.name, self.spec.class_count
-        found = trace(network, self._probe_size).logits[1]
-        if found != count:
-            raise UserError(
-                f"network '{name}' gives {found} logits per pixel, but the class list has {count} "
-                f"classes: give its own list with --classes, or make it with {count}"
-            )
-        policy = self.spec.input
-        odd = _clamped(_ODD, policy)
+        """Runs a user's network at two sizes that the spec promises."""
+        name, count, policy = self.network.name, self.spec.class_count, self.spec.input
         module = Deployable(network, self.spec, output="logits").eval()
-        for size in dict.fromkeys((odd, policy.smallest)):
+        for size in dict.fromkeys((_clamped(_ODD, policy), policy.smallest)):
             try:
                 with torch.inference_mode():
-                    module(torch.zeros((1, *size, 3), dtype=torch.uint8))
+                    found = module(torch.zeros((1, *size, 3), dtype=torch.uint8)).shape[1]
+            except UserError:
+                raise  # about the form of its output
             except Exception as error:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = next(iter(str(error).strip().splitlines()), "no message")
                 raise UserError(
                     f"network '{name}' fails on an image of {size[0]}x{size[1]} "
                     f"({type(error).__name__}: {reason}): {_remedy(size, policy)}"
                 ) from error
+            if found != count:
+                raise UserError(
+                    f"network '{name}' gives {found} logits per pixel, but the class list has "
+                    f"{count} classes: give its own list with --classes, or make it with {count}"
+                )
 
 
 def open_source(
