@@ -126,6 +126,15 @@ class _Tree:
         blocks = Counter(child.kind for child in children if child.shape == given)
         return max(blocks.values(), default=0) >= 2 or len(self.coarser(name)) >= 2
 
+    def is_pooled(self, name: str) -> bool:
+        """Whether an adaptive pool sets its grid: a summary (PSPNet's pyramid), no level."""
+        visit = self.visits[name]
+        return any(
+            one.kind.startswith("Adaptive") and one.map.grid == visit.map.grid
+            for one in (visit, *self.below(name))
+            if one.map is not None and visit.map is not None
+        )
+
     def coarser(self, name: str) -> set[int]:
         """The strides inside a module that are coarser than what it took."""
         strides = {one.map.stride for one in self.below(name) if one.map and _is_map(one)}
@@ -138,8 +147,8 @@ def _units(tree: _Tree, name: str) -> list[str]:
         return []
     if not name or _is_cut(tree, name):
         return [unit for child in tree.children[name] for unit in _units(tree, child)]
-    visit = tree.visits[name]
-    return [name] if tree.stride(name) and visit.kind not in _WITHOUT_EFFECT else []
+    apart = tree.visits[name].kind in _WITHOUT_EFFECT or tree.is_pooled(name)
+    return [name] if tree.stride(name) and not apart else []
 
 
 def _is_cut(tree: _Tree, name: str) -> bool:

@@ -73,8 +73,8 @@ def remove_auxiliary(network: nn.Module, size: Size = PROBE_SIZE) -> tuple[str, 
 
     A head becomes None where the network asks for it (`if self.aux is not None`), an entry of a
     ModuleDict is deleted, a list of heads is emptied, and a head that is called without asking
-    becomes an `Absent`, whose output nobody reads. The main logits are bit for bit what they were. Raises UserError where the
-    network can't run without one; it is then as it was.
+    becomes an `Absent`, whose output nobody reads. The main logits are bit for bit what they were.
+    Raises UserError where the network can't run without one; it is then as it was.
     """
     names = tuple(head.name for head in find_auxiliary(network, size))
     if not names:
@@ -160,7 +160,8 @@ class _Search:
 def _parameters_that_count(network: nn.Module, images: Tensor, shown: dict[str, Any]) -> set[int]:
     """Ids of the parameters that the main logits depend on; fills `shown` with what modules gave.
 
-    By the graph of gradients, not their values, so that a dead ReLU hides nothing.
+    By the graph that autograd records, without its gradients: a dead ReLU hides nothing, and a
+    network that could not be trained (it overwrites what a gradient needs) can still be read.
     """
     parameters = [one for one in network.parameters() if one.is_floating_point()]
     frozen = [one for one in parameters if not one.requires_grad]
@@ -171,14 +172,25 @@ def _parameters_that_count(network: nn.Module, images: Tensor, shown: dict[str, 
             for name, module in network.named_modules():
                 hooks.enter_context(module.register_forward_hook(_Keep(shown, name)))
             logits = forward(network, images)
-            if not logits.requires_grad:
-                return set()
-            grads = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+            return _leaves(logits)
     finally:
         for one in frozen:
             one.requires_grad_(False)
-    pairs = zip(parameters, grads, strict=True)
-    return {id(one) for one, grad in pairs if grad is not None}
+
+
+def _leaves(result: Tensor) -> set[int]:
+    """Ids of the parameters that `result` was computed from, as autograd recorded it."""
+    waiting, seen, found = [result.grad_fn], set(), set[int]()
+    while waiting:
+        step = waiting.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        variable = getattr(step, "variable", None)  # of a leaf's AccumulateGrad
+        if variable is not None:
+            found.add(id(variable))
+        waiting += [before for before, _ in step.next_functions]
+    return found
 
 
 class _Keep:

@@ -257,8 +257,7 @@ def test_a_stripped_network_exports_to_the_graph_of_one_built_without_heads(tmp_
     remove_auxiliary(network, SIZE)
     assert network.aux_classifier is None
     assert list(network.state_dict()) == list(without.state_dict())
+    without.load_state_dict(network.state_dict())
     found, plain = exported(network, tmp_path / "a.onnx"), exported(without, tmp_path / "b.onnx")
     assert graph_digest(found) == graph_digest(plain)
-    without.load_state_dict(network.state_dict())
-    exported(without, tmp_path / "c.onnx")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
