@@ -115,7 +115,7 @@ def network_cost(name: str, classes: int, size: Size, options: Mapping[str, Any]
         stages=stages,
         own_exits=dict(regulated.own_exits),
         added_parameters=count_parameters(exits),
-        added_macs=macs["exits"],
+        added_macs=macs[""] - macs.get("network", 0),
     )
 
 
