@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from srdeploy import console
-from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
 from srdeploy.export.pictures import MOST, drawn_pictures, parity_images
 from srdeploy.imaging import Pixels
@@ -19,14 +18,18 @@ from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.models.imported import is_imported, require_alike
 from srdeploy.models.trace import PROBE_SIZE
 from srdeploy.models.weights import load_without_prefix
-from srdeploy.runs import WEIGHTS, NetworkConfig, build_network, leave_out_auxiliary, open_run
+from srdeploy.runs import (
+    WEIGHTS,
+    NetworkConfig,
+    build_network,
+    leave_out_auxiliary,
+    open_run,
+    require_usable,
+)
 from srdeploy.serve.artifact import spec_from_classes
 from srdeploy.serve.photos import first_photos
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.validation import closest, validated
-
-_ODD = (65, 97)
-"""(H, W) that nothing divides: a network that takes multiples alone fails on it."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,7 @@ class Source:
             if prefix:
                 console.say(f"{self.weights}: the prefix '{prefix}' of all names was left out")
         network.eval()
-        if is_imported(self.network.name):
-            self._check(network)
+        require_usable(network, self.network, self.spec)
         return network, leave_out_auxiliary(network, self.network, self._probe_size)
 
     def build_fresh(self, built: nn.Module) -> nn.Module:
@@ -77,28 +79,6 @@ class Source:
     @property
     def _probe_size(self) -> tuple[int, int]:
         return self.spec.input.near(PROBE_SIZE)
-
-    def _check(self, network: nn.Module) -> None:
-        """Runs a user's network at two sizes that the spec promises."""
-        name, count, policy = self.network.name, self.spec.class_count, self.spec.input
-        module = Deployable(network, self.spec, output="logits").eval()
-        for size in dict.fromkeys((_clamped(_ODD, policy), policy.smallest)):
-            try:
-                with torch.inference_mode():
-                    found = module(torch.zeros((1, *size, 3), dtype=torch.uint8)).shape[1]
-            except UserError:
-                raise  # about the form of its output
-            except Exception as error:
-                reason = next(iter(str(error).strip().splitlines()), "no message")
-                raise UserError(
-                    f"network '{name}' fails on an image of {size[0]}x{size[1]} "
-                    f"({type(error).__name__}: {reason}): {_remedy(size, policy)}"
-                ) from error
-            if found != count:
-                raise UserError(
-                    f"network '{name}' gives {found} logits per pixel, but the class list has "
-                    f"{count} classes: give its own list with --classes, or make it with {count}"
-                )
 
 
 def open_source(
@@ -218,21 +198,3 @@ def _flags(given: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             flags += [flag, str(value)]
     return flags
-
-
-def _clamped(size: tuple[int, int], policy: InputPolicy) -> tuple[int, int]:
-    height, width = (
-        min(max(size[axis], policy.smallest[axis]), policy.largest[axis]) for axis in (0, 1)
-    )
-    return height, width
-
-
-def _remedy(size: tuple[int, int], policy: InputPolicy) -> str:
-    if size == policy.smallest and not policy.fixed:
-        return "give a spec.json as --classes whose input.smallest it takes"
-    if policy.fixed:
-        return "give the size that it takes"
-    return (
-        "if it takes multiples of a size alone, say so with --multiple (e.g. 32); if one size "
-        "alone, with --size HxW --fixed-size"
-    )

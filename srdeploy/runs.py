@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from srdeploy.errors import UserError
 from srdeploy.files import read_json, read_text
-from srdeploy.spec import Spec
+from srdeploy.spec import InputPolicy, Spec
 from srdeploy.validation import Settings, validated
 
 if TYPE_CHECKING:
@@ -154,6 +154,69 @@ def leave_out_auxiliary(
         removed = remove_auxiliary(network, size or PROBE_SIZE)
         assert set(removed) == {head.name for head in heads}, "two searches found other heads"
     return heads
+
+
+def require_usable(network: "nn.Module", config: NetworkConfig, spec: Spec) -> None:
+    """Runs a network of a user's own code at two sizes that the spec promises; built-in ones take
+    every size. Modes and torch's random numbers stay as they were.
+
+    Raises UserError where it fails, naming the setting that would help, and where it gives another
+    number of classes.
+    """
+    import torch
+
+    from srdeploy.deployable import Deployable
+    from srdeploy.models.imported import is_imported
+
+    if not is_imported(config.name):
+        return
+    modes = [(module, module.training) for module in network.modules()]
+    module = Deployable(network, spec, output="logits").eval()
+    try:
+        for size in dict.fromkeys((_odd_size(spec.input), spec.input.smallest)):
+            try:
+                with torch.random.fork_rng(devices=[]), torch.inference_mode():
+                    found = module(torch.zeros((1, *size, 3), dtype=torch.uint8)).shape[1]
+            except UserError:
+                raise  # about the form of its output
+            except Exception as error:
+                reason = next(iter(str(error).strip().splitlines()), "no message")
+                raise UserError(
+                    f"network '{config.name}' fails on an image of {size[0]}x{size[1]} "
+                    f"({type(error).__name__}: {reason}): {_remedy(size, spec.input)}"
+                ) from error
+            if found != spec.class_count:
+                raise UserError(
+                    f"network '{config.name}' gives {found} logits per pixel, but the class list "
+                    f"has {spec.class_count} classes"
+                )
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _odd_size(policy: InputPolicy) -> tuple[int, int]:
+    """(H, W) that nothing divides, where the policy allows one: a network that takes multiples
+    alone fails on it."""
+    height, width = policy.clamped((65, 97))
+    if policy.fixed:
+        return height, width
+    return policy.clamped((height - 1 + height % 2, width - 1 + width % 2))
+
+
+def _remedy(size: tuple[int, int], policy: InputPolicy) -> str:
+    if policy.fixed:
+        return "its one size must be one that it takes"
+    if size == policy.smallest:
+        return (
+            "if it needs larger images, say from which size on (train: --set smallest=64x64; "
+            "export: a spec.json with input.smallest as --classes)"
+        )
+    return (
+        "if it takes multiples of a size alone, say so (train: --set multiple=32; export: "
+        "--multiple 32); if one size alone (train: --crop HxW --set fixed_size=true; export: "
+        "--size HxW --fixed-size)"
+    )
 
 
 def load_trained(run: Run) -> "nn.Module":

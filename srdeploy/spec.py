@@ -103,10 +103,14 @@ class InputPolicy(Settings):
     def near(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size nearest to `size` that the network itself takes: within [smallest, largest],
         then padded. For probes, which run the network without the graph around it."""
+        return self.padded(self.clamped(size))
+
+    def clamped(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The image size within [smallest, largest] that is nearest to `size`."""
         height, width = (
             min(max(size[axis], self.smallest[axis]), self.largest[axis]) for axis in (0, 1)
         )
-        return self.padded((height, width))
+        return height, width
 
 
 class Spec(Settings):

@@ -39,8 +39,8 @@ class TrainConfig(Settings):
     """The plain network: name, options such as {"output_stride": 8}, and whether its auxiliary
     heads are trained along ("keep") or removed first ("strip")."""
     pretrained: str | None = None
-    """Backbone weights: a file, or "imagenet" (torchvision's, downloaded once); null: from
-    scratch."""
+    """Weights to start from: a file with the backbone's or the whole network's, or "imagenet"
+    (torchvision's backbones, downloaded once); null: from scratch."""
     pretrained_missing: tuple[str, ...] = ()
     """Prefixes of backbone keys that the file may lack, e.g. ["layer4"]; they keep their random
     start."""
@@ -52,6 +52,8 @@ class TrainConfig(Settings):
     multiple: int = Field(default=1, ge=1, le=1024)
     """The network takes heights and widths divisible by this alone: photos are padded, here and
     wherever it is deployed; crops must be divisible."""
+    smallest: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (32, 32)
+    """(height, width) from which on the network takes images, in pixels; "64x64" is read too."""
     fixed_size: bool = False
     """The network takes images of the crop's size alone: photos are resized to it, whatever their
     proportions, here and wherever it is deployed."""
@@ -110,14 +112,14 @@ class TrainConfig(Settings):
     cache_mib: int = Field(default=2048, ge=0)
     """Decoded photos kept in memory, MiB; what does not fit is decoded anew each time."""
 
-    @field_validator("crop", mode="before")
+    @field_validator("crop", "smallest", mode="before")
     @classmethod
-    def _crop_from_text(cls, value: Any) -> Any:
+    def _size_from_text(cls, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value, value
         if isinstance(value, str):
             try:
-                return parse_size(value, "crop")
+                return parse_size(value, "size")
             except UserError as error:
                 raise ValueError("a crop is HEIGHTxWIDTH in pixels, such as 320x480") from error
         return value

@@ -26,6 +26,7 @@ from srdeploy.runs import (
     build_network,
     is_run,
     open_run,
+    require_usable,
 )
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.augment import augmentation_for
@@ -80,6 +81,7 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
     torch.manual_seed(config.seed)
     probe_size = spec.input.near(PROBE_SIZE)
     network = build_network(config.network, spec.class_count, probe_size)
+    require_usable(network, config.network, spec)
     if config.pretrained is not None and not trained:
         console.done(load_pretrained(network, config.pretrained, config.pretrained_missing))
     weights = class_weights(training, config.class_weights)
@@ -114,10 +116,10 @@ def input_policy(config: TrainConfig, dataset: DataSet) -> InputPolicy:
     """Which sizes the run's network is given: the photos', or the crop's alone; reads their
     headers. Raises UserError where a photo is too small."""
     measured = measured_policy(dataset, config.longest_side)
-    values = measured.model_dump() | {"multiple": config.multiple}
+    values = measured.model_dump() | {"multiple": config.multiple, "smallest": config.smallest}
     if config.fixed_size:
         values |= dict.fromkeys(("smallest", "usual", "largest"), config.crop)
-    return InputPolicy(**values)
+    return validated(InputPolicy, values, f"{config.data}, as the network is to see it")
 
 
 def require_new(folder: Path, force: bool) -> None:

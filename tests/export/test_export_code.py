@@ -268,7 +268,7 @@ CLASSES = ("--classes", "classes.json")
         ((NAME, *WEIGHTS, *CLASSES, "--option", "picky=32"), "fails on an image of 65x97 (Value"),
         (
             ("exported_pkg.models:OneSize", "--weights", "one_size.safetensors", *CLASSES),
-            "if one size alone, with --size HxW --fixed-size",
+            "export: --size HxW --fixed-size)",
         ),
         (("exported_pkg.models:absent", *WEIGHTS, *CLASSES), "has no 'absent'"),
         ((NAME, *WEIGHTS, *CLASSES, "--images", "nowhere"), "no such folder of photos: nowhere"),

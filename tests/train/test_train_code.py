@@ -30,9 +30,9 @@ CODE = """
 from torch import nn
 
 class Net(nn.Module):
-    def __init__(self, classes, width=6, aux=True, picky=16):
+    def __init__(self, classes, width=6, aux=True, picky=16, least=1):
         super().__init__()
-        self.picky = picky
+        self.picky, self.least = picky, least
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
         self.body = nn.Sequential(nn.Conv2d(4, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
         self.head = nn.Conv2d(width, classes, 1)
@@ -41,6 +41,8 @@ class Net(nn.Module):
     def forward(self, images):
         if any(side % self.picky for side in images.shape[2:]):
             raise ValueError(f"sides must be multiples of {self.picky}")
+        if min(images.shape[2:]) < self.least:
+            raise ValueError("too small")
         low = self.stem(images)
         out = {"out": self.head(self.body(low))}
         if self.aux is not None:
@@ -187,6 +189,27 @@ def test_settings_that_do_not_fit_each_other_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         config_for(tiny_data, *settings)
+
+
+def test_a_network_that_would_fail_at_the_first_validation_is_refused_before_training(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"fails on an image of 63x63.*--set multiple=32") as caught:
+        train(config_for(tiny_data, "multiple=1"), tmp_path / "run")
+    assert "ValueError: sides must be multiples of 16" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_smallest_size_that_a_network_takes_can_be_said(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    network = {"name": NAME, "options": {"least": 36, "picky": 1}}
+    config = config_for(tiny_data, "multiple=1", "steps=1", "crop=40x48", network=network)
+    with pytest.raises(UserError, match=r"fails on an image of 32x32.*--set smallest=64x64"):
+        train(config, tmp_path / "run")
+    settings = ("multiple=1", "steps=1", "crop=40x48", "smallest=36x36")
+    assert train(config_for(tiny_data, *settings, network=network), tmp_path / "run").finished
+    assert open_run(tmp_path / "run").spec.input.smallest == (36, 36)
 
 
 def test_code_that_is_not_there_is_refused_before_anything_is_written(
