@@ -79,10 +79,11 @@ def export(
 ) -> None:
     """Export a plain network to ONNX, and certify that nothing of the training is in it.
 
-    Writes model.onnx, manifest.json and certificate.json. The certificate compares the graph with
-    that of a network built fresh from its name, and torch with onnxruntime on photos. Auxiliary
-    heads, which the main output does not need, are left out and named. Exit code 1 where a line of
-    the certificate fails; the files are written all the same.
+    Writes model.onnx, manifest.json and certificate.json. The certificate
+    compares the graph with that of a network built fresh from its name, and
+    torch with onnxruntime on photos. Auxiliary heads, which the main output
+    does not need, are left out and named. Exit code 1 where a line of the
+    certificate fails; the files are written all the same.
 
     A network of your own is imported from the working folder, and its code runs.
 
