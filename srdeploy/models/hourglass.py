@@ -5,6 +5,7 @@ Source: Newell et al., "Stacked Hourglass Networks for Human Pose Estimation", E
 residual place, whose convolutions all have biases.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,6 +44,20 @@ class Residual(nn.Module):
         return output
 
 
+class Pool(nn.Module):
+    """2x2 max-pool that rounds sizes up: [N, C, h, w] -> [N, C, ceil(h/2), ceil(w/2)].
+
+    The last row and column are doubled, which changes no maximum; of even sizes the pooling leaves
+    them out again. It equals ceil mode, four of which in a row torch.export can't trace for sizes
+    that vary.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = torch.cat((features, features[:, :, -1:]), 2)
+        features = torch.cat((features, features[:, :, :, -1:]), 3)
+        return functional.max_pool2d(features, 2)
+
+
 class Hourglass(nn.Module):
     """[N, C, h, w] -> [N, C, h, w]: down by `depth` poolings and up again, a skip at every size.
 
@@ -54,13 +69,14 @@ class Hourglass(nn.Module):
     def __init__(self, channels: int, depth: int = DEPTH) -> None:
         super().__init__()
         self.skip = Residual(channels, channels)
+        self.pool = Pool()
         self.down = Residual(channels, channels)
         self.inner = Hourglass(channels, depth - 1) if depth > 1 else Residual(channels, channels)
         self.up = Residual(channels, channels)
 
     def forward(self, features: Tensor) -> Tensor:
         skip: Tensor = self.skip(features)
-        lower = self.down(functional.max_pool2d(features, 2, ceil_mode=True))
+        lower = self.down(self.pool(features))
         lower = self.up(self.inner(lower))
         return skip + functional.interpolate(lower, size=skip.shape[-2:], mode="nearest")
 
@@ -75,7 +91,7 @@ class Stem(nn.Sequential):
             nn.BatchNorm2d(quarter),
             nn.ReLU(),
             Residual(quarter, half),
-            nn.MaxPool2d(2, ceil_mode=True),
+            Pool(),
             Residual(half, channels),
             Residual(channels, channels),
         )

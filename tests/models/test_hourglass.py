@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional
 
 from srdeploy.errors import UserError
-from srdeploy.models.hourglass import Hourglass, StackedHourglass
+from srdeploy.models.hourglass import Hourglass, Pool, StackedHourglass
 
 
 def hourglass_by_loop(module: Hourglass, features: Tensor) -> Tensor:
@@ -54,6 +55,28 @@ def test_the_recursion_equals_a_loop_at_any_size(height: int, width: int, seed: 
     features = torch.randn(2, 4, height, width, dtype=torch.float64)
     with torch.inference_mode():
         torch.testing.assert_close(module(features), hourglass_by_loop(module, features))
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 9), width=st.integers(1, 9))
+def test_pooling_equals_torchs_in_ceil_mode_and_its_gradient(height: int, width: int) -> None:
+    ours = torch.randn(2, 3, height, width, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    pooled, expected = Pool()(ours), functional.max_pool2d(theirs, 2, ceil_mode=True)
+    assert torch.equal(pooled, expected)
+    weights = torch.randn_like(expected)
+    (pooled * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_poolings_in_a_row_are_traced_for_sizes_that_vary() -> None:
+    axes = {2: Dim("H", min=32, max=2**15), 3: Dim("W", min=32, max=2**15)}
+    pools = nn.Sequential(*(Pool() for _ in range(4)))
+    program = torch.export.export(pools, (torch.zeros(1, 2, 64, 96),), dynamic_shapes=(axes,))
+    assert program.module()(torch.zeros(1, 2, 33, 70)).shape == (1, 2, 3, 5)
 
 
 @settings(max_examples=60, deadline=None)
