@@ -24,7 +24,8 @@ class RegulationConfig(Settings):
     enabled: bool = True
     """False trains the baseline: no exits, the network's own loss alone."""
     taps: Literal["auto"] | tuple[str, ...] = "auto"
-    """Names of the modules that exits read, shallow to deep; "auto": the network's `stages`."""
+    """Names of the modules that exits read, shallow to deep; "auto": the network's `stages`, else
+    the levels of its encoder, found by tracing a forward (`srdeploy.train.encoder`)."""
     exits: Literal["lean", "authors"] = "lean"
     """"lean": pooled to `min_stride` and `width` channels wide, about 1 % of DeepLab-v2's work.
     "authors": two 3x3 convolutions to 256 channels at the tap's size, as the authors' demo has."""
