@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 # What each verb gets on top of README's words, so that the suite takes seconds instead of hours.
 SMALLER = {
     ("data", "synth"): "--train 6 --val 3 --test 3",
-    ("train",): "--steps 3 --batch 2 --crop 64x64 --set network.options.width_mult=0.25",
+    ("train",): "--steps 3 --batch 2 --crop 64x64",
     ("bench",): "--rounds 2",
 }
 
@@ -34,14 +34,68 @@ def smaller(command: str) -> list[str]:
     words = shlex.split(command, comments=True)[1:]
     for verb, more in SMALLER.items():
         if tuple(words[: len(verb)]) == verb:
-            return [*words, *shlex.split(more)]
+            words = [*words, *shlex.split(more)]
+    if words[0] == "train" and "--network" not in words:
+        words += ["--option", "width_mult=0.25"]
     return words
+
+
+def write_own_network(folder: Path) -> None:
+    """my_package/models.py as README shows it, with a network of a hundredth of the size."""
+    code = next(block for block in python_blocks() if block.startswith("# my_package/models.py"))
+    small = "num_labels=classes, depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 24]"
+    small += ", num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16"
+    assert "num_labels=classes" in code
+    (folder / "my_package").mkdir()
+    (folder / "my_package" / "models.py").write_text(code.replace("num_labels=classes", small))
+
+
+def write_foreign_file(path: Path) -> None:
+    """model.onnx as another tool would leave it: outputs out and aux, no word of srdeploy in it."""
+    from onnx import TensorProto, checker, helper, numpy_helper, save
+
+    rng = np.random.default_rng(0)
+    nodes = []
+    weights = []
+    for name, source, inputs, outputs, stride in (
+        ("stem", "input", 3, 8, 2),
+        ("out", "stem", 8, 8, 1),
+        ("aux", "stem", 8, 8, 1),
+    ):
+        kernel = rng.normal(size=(outputs, inputs, 3, 3)).astype(np.float32)
+        weights.append(numpy_helper.from_array(kernel, f"{name}.weight"))
+        nodes.append(
+            helper.make_node(
+                "Conv",
+                [source, f"{name}.weight"],
+                [name],
+                name=name,
+                strides=[stride, stride],
+                pads=[1] * 4,
+            )
+        )
+    graph = helper.make_graph(
+        nodes,
+        "two heads",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["b", 3, "h", "w"])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8, None, None])
+            for name in ("out", "aux")
+        ],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    checker.check_model(model)
+    save(model, path)
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all of README's commands ran, in their order."""
     folder = tmp_path_factory.mktemp("readme")
+    write_own_network(folder)
+    write_foreign_file(folder / "model.onnx")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in commands():
         result = subprocess.run(
@@ -59,7 +113,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readme_shows_every_verb_of_the_main_job() -> None:
     shown = {tuple(shlex.split(line)[1:3]) for line in commands()}
     verbs = {words[0] for words in shown}
-    assert {"train", "export", "certify", "evaluate", "predict", "bench", "data"} <= verbs
+    main_job = {"train", "export", "certify", "evaluate", "predict", "bench", "data"}
+    assert main_job | {"inspect", "strip", "models"} <= verbs
 
 
 @pytest.mark.timeout(900)
@@ -69,6 +124,12 @@ def test_the_commands_of_the_readme_leave_what_they_promise(workshop: Path) -> N
             assert (workshop / "deploy" / kind / name).is_file()
     photos = list((workshop / "scenes" / "images" / "test").iterdir())
     assert len(list((workshop / "masks").glob("scene_*.png"))) == len(photos) == 3
+    assert (
+        "<svg" in (workshop / "inspect.html").read_text()
+        or "<img" in (workshop / "inspect.html").read_text()
+    )
+    for name in ("deploy/mine/model.onnx", "deploy/theirs/model.onnx", "model.stripped.onnx"):
+        assert (workshop / name).is_file()
 
 
 @pytest.mark.timeout(900)
@@ -77,7 +138,7 @@ def test_the_python_of_the_readme_runs(workshop: Path, monkeypatch: pytest.Monke
 
     monkeypatch.chdir(workshop)
     batch = (torch.rand(2, 3, 64, 64), torch.randint(8, (2, 64, 64)))
-    own_loop, own_photos = python_blocks()
+    _, own_loop, own_photos = python_blocks()
     found: dict[str, object] = {"torch": torch, "batches": [batch] * 2}
     exec(own_loop, found)
     assert (workshop / "plain.pt").is_file()
