@@ -16,7 +16,7 @@ from srdeploy.imaging import Pixels
 from srdeploy.models import NETWORKS
 from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.models.imported import is_imported, require_alike
-from srdeploy.models.trace import PROBE_SIZE
+from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.models.weights import load_without_prefix
 from srdeploy.runs import (
     WEIGHTS,

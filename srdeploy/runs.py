@@ -145,7 +145,7 @@ def leave_out_auxiliary(
     """
     from srdeploy.models.auxiliary import find_auxiliary, remove_auxiliary
     from srdeploy.models.imported import is_imported
-    from srdeploy.models.trace import PROBE_SIZE
+    from srdeploy.models.tracing import PROBE_SIZE
 
     if not is_imported(config.name):
         return ()
@@ -222,7 +222,7 @@ def _remedy(size: tuple[int, int], policy: InputPolicy) -> str:
 def load_trained(run: Run) -> "nn.Module":
     """The run's network as it was trained, auxiliary heads included, with its best weights; in
     evaluation mode on the CPU. Raises UserError."""
-    from srdeploy.models.trace import PROBE_SIZE
+    from srdeploy.models.tracing import PROBE_SIZE
     from srdeploy.models.weights import load_exactly
 
     if not run.weights.exists():
@@ -237,7 +237,7 @@ def load_trained(run: Run) -> "nn.Module":
 def load_network(run: Run) -> "nn.Module":
     """The run's plain network as it is deployed: best weights, no auxiliary heads, in evaluation
     mode on the CPU. Raises UserError."""
-    from srdeploy.models.trace import PROBE_SIZE
+    from srdeploy.models.tracing import PROBE_SIZE
 
     network = load_trained(run)
     leave_out_auxiliary(network, run.network, run.spec.input.near(PROBE_SIZE))

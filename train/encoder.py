@@ -25,7 +25,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from srdeploy.models.trace import FeatureMap, Trace, Visit
+from srdeploy.models.tracing import FeatureMap, Trace, Visit
 
 T = TypeVar("T")
 

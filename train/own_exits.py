@@ -8,7 +8,7 @@ from torch import nn
 
 from srdeploy.errors import UserError
 from srdeploy.models.auxiliary import find_auxiliary
-from srdeploy.models.trace import Size, trace
+from srdeploy.models.tracing import Size, trace
 from srdeploy.train.taps import check_module
 
 AUXILIARY_WEIGHT = 0.4

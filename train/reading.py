@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srdeploy.models.auxiliary import AuxiliaryHead, find_auxiliary
 from srdeploy.models.cost import count_parameters
-from srdeploy.models.trace import PROBE_SIZE, blank, trace, undisturbed
+from srdeploy.models.tracing import PROBE_SIZE, blank, trace, undisturbed
 from srdeploy.outputs import main_logits
 from srdeploy.train.regulation import DEFAULTS, SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig

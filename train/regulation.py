@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.errors import UserError
-from srdeploy.models.trace import PROBE_SIZE
+from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.outputs import main_logits, resize_logits
 from srdeploy.train import losses
 from srdeploy.train.exits import Exits, make_exits

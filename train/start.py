@@ -14,7 +14,7 @@ from srdeploy.data.dataset import measured_policy
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, write_whole
 from srdeploy.models.pretrained import load_pretrained
-from srdeploy.models.trace import PROBE_SIZE
+from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.runs import (
     CONFIG,
     EXITS,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srdeploy.errors import UserError
 from srdeploy.models.auxiliary import find_auxiliary
-from srdeploy.models.trace import (
+from srdeploy.models.tracing import (
     PROBE_SIZE,
     FeatureMap,
     Size,

@@ -13,7 +13,7 @@ from srdeploy.console import track
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit, read_labels, read_photo, restore, scaled_size
 from srdeploy.metrics import Score, percent
-from srdeploy.models.trace import PROBE_SIZE
+from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.runs import Run, load_trained, open_run
 from srdeploy.spec import Spec
 from srdeploy.train.device import find_device

@@ -10,7 +10,7 @@ import torch
 from srdeploy.errors import UserError
 from srdeploy.models import INTERPRETATIONS, NETWORKS, make_network
 from srdeploy.models.cost import ShapesAlone, count_macs_by_module, count_parameters
-from srdeploy.models.trace import PROBE_SIZE, Size, trace_maps
+from srdeploy.models.tracing import PROBE_SIZE, Size, trace_maps
 from srdeploy.train.regulation import SelfRegulation
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from srdeploy.cli.options import parse_options
 from srdeploy.cli.with_exits import regulation_of
 from srdeploy.errors import UserError
 from srdeploy.models import NETWORKS, make_network
-from srdeploy.models.trace import PROBE_SIZE
+from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.runs import build_network, is_run, open_run
 from srdeploy.train.reading import NetworkReading, read_network
 from srdeploy.validation import closest, parse_size

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from srdeploy.deployable import Normalise, cut_logits, pad_images
 from srdeploy.errors import UserError
 from srdeploy.export.to_onnx import export_onnx
-from srdeploy.models.trace import PROBE_SIZE
+from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.models.weights import load_exactly
 from srdeploy.runs import Run, load_trained, open_run
 from srdeploy.spec import Spec

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.errors import UserError
-from srdeploy.models.trace import PROBE_SIZE, Size, blank, first_part, forward, trace, undisturbed
+from srdeploy.models.tracing import PROBE_SIZE, Size, blank, first_part, forward, trace, undisturbed
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from srdeploy.models.trace import Size, undisturbed
+from srdeploy.models.tracing import Size, undisturbed
 
 
 def count_parameters(module: nn.Module) -> int:

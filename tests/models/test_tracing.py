@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from srdeploy.errors import UserError
 from srdeploy.models import make_network
-from srdeploy.models.trace import PROBE_SIZE, FeatureMap, token_grid, trace, trace_maps
+from srdeploy.models.tracing import PROBE_SIZE, FeatureMap, token_grid, trace, trace_maps
 
 K = 5
 
