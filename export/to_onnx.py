@@ -16,6 +16,7 @@ from srdeploy import __version__
 from srdeploy.deployable import InputKind, OutputKind
 from srdeploy.errors import UserError
 from srdeploy.export.canonical import canonicalise
+from srdeploy.export.lowering import lowered_in_place
 from srdeploy.export.simplify import simplify
 from srdeploy.files import write_whole
 from srdeploy.serve.signature import INPUT_KEY, OUTPUT_KEY, VERSION_KEY
@@ -81,17 +82,19 @@ def _traced(
         width += 32  # equal sides would let the tracer take H for W
     if spec.input.fixed:
         height, width = least
-    shape = (2, height, width, 3) if input == "uint8" else (2, 3, height, width)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    images = torch.zeros(
-        shape, dtype=torch.uint8 if input == "uint8" else torch.float32, device=device
-    )
+    dtype = torch.uint8 if input == "uint8" else torch.float32
+    images = torch.zeros((2, 3, height, width), dtype=dtype, device=device)
+    if input == "uint8":
+        # Channels last to the eye alone: the tracer reasons about strides, and maps in the usual
+        # order of axes cost it half the time. The graph says nothing about strides.
+        images = images.permute(0, 2, 3, 1)
     first = 1 if input == "uint8" else 2
     axes = {0: torch.export.Dim("N", min=1, max=_LARGEST_SIDE)}
     if not spec.input.fixed:
         axes[first] = torch.export.Dim("H", min=least[0], max=_LARGEST_SIDE)
         axes[first + 1] = torch.export.Dim("W", min=least[1], max=_LARGEST_SIDE)
-    with _evaluation(module), _quiet_exporter():
+    with _evaluation(module), _quiet_exporter(), lowered_in_place():
         try:
             program = torch.onnx.export(
                 module,

@@ -1,0 +1,214 @@
+"""A traced program in the operators that have a translation to ONNX, without tracing it again.
+
+torch.onnx.export decomposes every program by running it once more with symbolic sizes, which takes
+as long as the trace itself. A segmentation network in evaluation mode needs only a handful of
+decompositions, each of which replaces one node by one or two others: here they are done in place. A
+program with any other operator is left to torch. So this changes how long an export takes, and not
+what it writes: a test compares the bytes.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+_aten = torch.ops.aten
+
+DIRECT: frozenset[Any] = frozenset(
+    {
+        _aten.add.Tensor,
+        _aten.argmax.default,
+        _aten.bitwise_not.default,
+        _aten.cat.default,
+        _aten.conv2d.default,
+        _aten.gt.Tensor,
+        _aten.hardtanh.default,
+        _aten.matmul.default,
+        _aten.max_pool2d.default,
+        _aten.mean.dim,
+        _aten.mul.Tensor,
+        _aten.new_zeros.default,
+        _aten.pad.default,
+        _aten.permute.default,
+        _aten.pixel_shuffle.default,
+        _aten.relu.default,
+        _aten.reshape.default,
+        _aten.sigmoid.default,
+        _aten.slice.Tensor,
+        _aten.softmax.int,
+        _aten.stack.default,
+        _aten.sub.Tensor,
+        _aten.sym_size.int,
+        _aten.transpose.int,
+        _aten.unsqueeze.default,
+        _aten.upsample_bilinear2d.vec,
+        _aten.upsample_nearest2d.vec,
+        _aten.where.self,
+        operator.add,
+        operator.floordiv,
+        operator.mul,
+        operator.sub,
+        torch.sym_max,
+        torch.sym_min,
+    }
+)
+"""Operators that torch's decomposition for ONNX leaves as they are."""
+
+_ASSERTIONS = frozenset({_aten._assert_scalar.default, _aten._assert_tensor_metadata.default})
+
+
+@contextmanager
+def lowered_in_place() -> Iterator[None]:
+    """While the block runs, programs that need few decompositions are decomposed by `lower`."""
+    with mock.patch.object(ExportedProgram, "run_decompositions", _lowered_or_decomposed):
+        yield
+
+
+def lower(program: ExportedProgram) -> bool:
+    """Rewrites the program's graph in place and returns True; or changes nothing: False.
+
+    False where a node is neither in DIRECT nor has a rewrite here that fits its arguments.
+    """
+    graph = program.graph
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    idle = _only_asserted(nodes)
+    for node in nodes:
+        fits = _REWRITES[node.target][0] if node.target in _REWRITES else _never
+        if not (node in idle or node.target in DIRECT or fits(node)):
+            return False
+    for node in reversed(nodes):
+        if node in idle:
+            graph.erase_node(node)
+        elif node.target in _REWRITES:
+            _REWRITES[node.target][1](node)
+    program.graph_module.recompile()
+    return True
+
+
+_decompose = ExportedProgram.run_decompositions
+
+
+def _lowered_or_decomposed(program: ExportedProgram, *args: Any, **options: Any) -> ExportedProgram:
+    return program if lower(program) else _decompose(program, *args, **options)
+
+
+def _only_asserted(nodes: list[Node]) -> set[Node]:
+    """Assertions about sizes, and the nodes whose results only they read: ONNX has no place for
+    them."""
+    idle: set[Node] = set()
+    for node in reversed(nodes):
+        if node.target in _ASSERTIONS or all(user in idle for user in node.users):
+            idle.add(node)
+    return idle
+
+
+def _always(_node: Node) -> bool:
+    return True
+
+
+def _never(_node: Node) -> bool:
+    return False
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    """An argument of a call, which may have been given by position, by name or not at all."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def _is_inner(node: Node) -> bool:
+    """Whether no output of the program is called as this node is: another may take its place."""
+    return all(user.op != "output" for user in node.users)
+
+
+def _normalises_with_statistics(node: Node) -> bool:
+    statistics = node.args[3:5]
+    return len(node.args) >= 8 and None not in statistics and not node.args[5] and _is_inner(node)
+
+
+def _lower_batch_norm(node: Node) -> None:
+    """(features, weight, bias, mean, variance, training, momentum, eps, cudnn): only the first of
+    the three results is used in evaluation."""
+    value = node.meta["val"]
+    node.target = _aten._native_batch_norm_legit_no_training.default
+    node.args = (*node.args[:5], *node.args[6:8])
+    with node.graph.inserting_after(node):
+        first = node.graph.call_function(operator.getitem, (node, 0))
+    first.meta = {**node.meta}
+    node.meta = {**node.meta, "val": (value, value.new_empty(0), value.new_empty(0))}
+    node.replace_all_uses_with(first, delete_user_cb=lambda user: user is not first)
+
+
+def _lower_transposed_convolution(node: Node) -> None:
+    features, weight = node.args[:2]
+    bias = _argument(node, 2, "bias", None)
+    stride = _pair(_argument(node, 3, "stride", 1))
+    padding = _pair(_argument(node, 4, "padding", 0))
+    extra = _pair(_argument(node, 5, "output_padding", 0))
+    groups = _argument(node, 6, "groups", 1)
+    dilation = _pair(_argument(node, 7, "dilation", 1))
+    node.target = _aten.convolution.default
+    node.args = (features, weight, bias, stride, padding, dilation, True, extra, groups)
+    node.kwargs = {}
+
+
+def _pair(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value, value]
+
+
+def _keep(_node: Node) -> None:
+    """The operator has a translation."""
+
+
+def _flattens_the_last_axes(node: Node) -> bool:
+    """Flattening other axes is left to torch, which writes all the sizes of the result out."""
+    return bool(_argument(node, 2, "end_dim", -1) == -1)
+
+
+def _lower_conversion(node: Node) -> None:
+    converted = node.all_input_nodes[0].meta["val"].dtype != node.args[1]
+    if not converted and _is_inner(node):
+        _leave_out(node)
+        return
+    node.target = _aten._to_copy.default
+    node.args, node.kwargs = node.args[:1], {"dtype": node.args[1]}
+
+
+def _converts(node: Node) -> bool:
+    return len(node.args) == 2 and not node.kwargs
+
+
+def _is_left_out(node: Node) -> bool:
+    return _argument(node, 2, "train", True) is False and _is_inner(node)
+
+
+def _leave_out(node: Node) -> None:
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    node.graph.erase_node(node)
+
+
+def _lower_and(node: Node) -> None:
+    node.target = _aten.bitwise_and.Tensor
+
+
+def _lower_or(node: Node) -> None:
+    node.target = _aten.bitwise_or.Tensor
+
+
+_REWRITES: dict[Any, tuple[Callable[[Node], bool], Callable[[Node], None]]] = {
+    _aten.__and__.Tensor: (_always, _lower_and),
+    _aten.__or__.Tensor: (_always, _lower_or),
+    _aten.batch_norm.default: (_normalises_with_statistics, _lower_batch_norm),
+    _aten.conv_transpose2d.input: (_always, _lower_transposed_convolution),
+    _aten.dropout.default: (_is_left_out, _leave_out),
+    _aten.feature_dropout.default: (_is_left_out, _leave_out),
+    _aten.flatten.using_ints: (_flattens_the_last_axes, _keep),
+    _aten.to.dtype: (_converts, _lower_conversion),
+}
+"""Operator -> whether the rewrite fits a call of it, and the rewrite, in place."""
