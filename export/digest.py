@@ -4,9 +4,11 @@ nodes.
 In: operators, domains, attributes, topology, dtypes and shapes of initialisers, inputs and outputs,
 operator sets, functions, and the values that steer the computation. Out: names, doc strings,
 metadata, weight values. A value steers where it is an integer or a boolean, a float of rank 0, or
-read by an operator that no weighted operator comes before (the normalisation's mean and deviation);
-operands of weighted operators are weights, whatever their type. A Constant node counts as an
-initialiser. The scales and the region that a resize reads steer too, wherever it stands.
+where the input meets it before any weighted operator (the normalisation's mean and deviation), as
+it stands or computed from constants alone. Operands of weighted operators are weights, whatever
+their type, and so is a class token, which the input meets after a convolution. A Constant node
+counts as an initialiser. The scales and the region that a resize reads steer too, wherever it
+stands.
 
 Method: colour refinement (Weisfeiler-Lehman) along topological order. Each vertex gets a colour
 from its ancestors, then one from its users; the digest is taken over the sorted colours.
@@ -30,6 +32,9 @@ WEIGHTED = frozenset(
     + ("QuantizeLinear", "DequantizeLinear")
 )
 """Operators whose operands after the first are learnt or calibrated."""
+
+MEASURING = frozenset(("Shape", "Size"))
+"""Operators that read a value's shape alone."""
 
 RESIZING = frozenset(("Resize", "Upsample"))
 """Operators whose operands after the first say where they sample, in floats."""
@@ -114,7 +119,7 @@ def _pass_down(
         values[value.name] = _Value(colour, weighted=False)
         origin[value.name] = (len(vertices), 0)
         vertices.append(_Vertex(colour))
-    steering = _steering(nodes, tensors, values)
+    steering = _steering(graph, nodes, tensors, values)
     for name, tensor in tensors.items():
         content = _content(tensor) if name in steering else b""
         colour = _hash(
@@ -188,22 +193,33 @@ def _position(
 
 
 def _steering(
-    nodes: list[NodeProto], tensors: Mapping[str, TensorProto], values: Mapping[str, _Value]
+    graph: GraphProto,
+    nodes: list[NodeProto],
+    tensors: Mapping[str, TensorProto],
+    values: Mapping[str, _Value],
 ) -> set[str]:
     """Names of the constants whose values count."""
     weighted = {name: value.weighted for name, value in values.items()}
-    weights: set[str] = set()
-    early: set[str] = set()
+    # Values that depend on what the graph is given, and not on its shape alone.
+    fed = set(values) - set(tensors)
     for node in nodes:
         after = _after_weighted(node, weighted)
+        weighted.update(dict.fromkeys(node.output, after))
+        if node.op_type not in MEASURING and (_free(node) or not fed.isdisjoint(node.input)):
+            fed.update(node.output)
+    weights: set[str] = set()
+    early = {value.name for value in graph.output}
+    # From the end: what is computed from constants alone steers where its result does.
+    for node in reversed(nodes):
+        after = _after_weighted(node, weighted)
+        joins = not fed.isdisjoint(node.output) or not early.isdisjoint(node.output)
         for position, name in enumerate(node.input):
             if node.op_type in WEIGHTED and (position > 0 or node.op_type == "DequantizeLinear"):
                 weights.add(name)
-            elif not after or (node.op_type in RESIZING and position > 0):
+            elif (joins and not after) or (node.op_type in RESIZING and position > 0):
                 early.add(name)
         # What a body reads is not followed into the body: count it rather than miss it.
         early.update(_free(node))
-        weighted.update(dict.fromkeys(node.output, after))
     return {
         name
         for name, tensor in tensors.items()

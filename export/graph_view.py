@@ -207,19 +207,40 @@ class GraphView:
                 late.update(name for name in made.node.output if name)
         return late
 
+    def _names_from_the_input(self) -> set[str]:
+        """Values in which the values of an input are; its shape alone makes none."""
+        found = set(self.inputs)
+        for made in self.nodes:
+            outer = any(name and name not in self._sources for name in made.node.input)
+            if made.node.op_type in ("Shape", "Size"):
+                continue
+            if outer or _read_by_bodies(made.node) or not found.isdisjoint(made.node.input):
+                found.update(name for name in made.node.output if name)
+        return found
+
     def _names_of_steering_constants(self) -> set[str]:
         learnt: set[str] = set()
         steering = {c.name for c in self.constants if c.tensor.dims == [] or _is_discrete(c.tensor)}
+        met = self._names_from_the_input()
+        chains: dict[str, set[str]] = {}  # by a value made of constants alone: what it is made of
         for made in self.nodes:
             node = made.node
             first = _LEARNT_OPERANDS.get(node.op_type)
             if first is not None:
                 learnt.update(node.input[first:])
             elif self.late.isdisjoint(node.input):
-                steering.update(node.input)
+                behind = set(node.input).union(*(chains.get(name, ()) for name in node.input))
+                if met.isdisjoint(node.output):
+                    chains.update(dict.fromkeys(node.output, behind))
+                else:
+                    steering.update(behind)
             elif node.op_type in _RESIZERS:
-                steering.update(node.input[1:])
-            steering.update(_read_by_bodies(node))
+                for name in node.input[1:]:
+                    steering.update({name}, chains.get(name, ()))
+            for name in _read_by_bodies(node):
+                steering.update({name}, chains.get(name, ()))
+        for name in self.outputs:
+            steering.update({name}, chains.get(name, ()))
         return steering - learnt
 
 

@@ -122,9 +122,9 @@ class GuidedLevel(nn.Module):
         self.from_decoder = unit(decoded, channels)
 
     def forward(self, features: Tensor, encoded: Tensor, decoded: Tensor) -> Tensor:
-        output: Tensor = self.layer(features)
-        output = output + self.from_encoder(encoded) + self.from_decoder(decoded)
-        return output
+        guided: Tensor = self.layer(features) + self.from_encoder(encoded)
+        guided += self.from_decoder(decoded)
+        return guided
 
 
 class SPGNet(nn.Module):

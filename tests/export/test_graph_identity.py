@@ -386,3 +386,50 @@ def test_what_an_exit_mixed_into_the_result_needs_is_named_in_topological_order(
         "node 'mix' (Add)",
         "initialiser 'exit.weight' (float [2, 4, 1, 1])",
     )
+
+
+def _with_token(token: float, scale: float, divided: bool = False) -> ModelProto:
+    """Images scaled, a convolution, and a learnt token repeated as often as there are images."""
+    tensors: dict[str, Array] = {
+        "scale": np.full((1, 3, 1, 1), scale, np.float32),
+        "kernel": np.ones((4, 3, 1, 1), np.float32),
+        "token": np.full((1, 4, 1, 1), token, np.float32),
+        "one": np.ones((1, 1, 1, 1), np.float32),
+        "tail": np.array([4, 1, 1], np.int64),
+    }
+    scaled = helper.make_node("Div", ["one", "scale"], ["factor"])
+    nodes = [
+        *([scaled] if divided else []),
+        helper.make_node("Mul", ["x", "factor" if divided else "scale"], ["normal"]),
+        helper.make_node("Conv", ["normal", "kernel"], ["maps"]),
+        helper.make_node("Shape", ["x"], ["batch"], end=1),
+        helper.make_node("Concat", ["batch", "tail"], ["shape"], axis=0),
+        helper.make_node("Expand", ["token", "shape"], ["tokens"]),
+        helper.make_node("Add", ["maps", "tokens"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", FLOAT, ["N", 3, "H", "W"])],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [
+            numpy_helper.from_array(value, name)
+            for name, value in tensors.items()
+            if divided or name != "one"
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_learnt_token_is_a_weight_though_no_weight_is_ahead_of_it(divided: bool) -> None:
+    one, other = _with_token(0.5, 2.0, divided), _with_token(0.7, 2.0, divided)
+    assert graph_digest(one) == graph_digest(other)
+    assert compare_graphs(one, other).equal
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_what_normalises_the_images_counts_also_where_it_is_computed(divided: bool) -> None:
+    one, other = _with_token(0.5, 2.0, divided), _with_token(0.5, 3.0, divided)
+    assert graph_digest(one) != graph_digest(other)
+    assert not compare_graphs(one, other).equal

@@ -43,9 +43,6 @@ class Foreign:
     dynamic: bool = True
     """Whether its graph takes other sizes than `size`."""
     auxiliary: str | None = None
-    values_steer: bool = False
-    """Whether it has parameters that are joined to the input before any layer: the digest takes
-    them for constants, so the fresh network needs the trained one's values."""
 
 
 @contextmanager
@@ -132,7 +129,6 @@ FOREIGN = {
         size=(64, 64),
         dynamic=False,
         auxiliary="auxiliary_head",
-        values_steer=True,
     ),
 }
 
@@ -213,13 +209,9 @@ def test_the_stripped_graph_is_that_of_one_built_without_exits_and_heads(
         plain = foreign.build(2, False).eval()
         remove_auxiliary(plain, foreign.size)  # layers of its own that nothing reads
         assert list(plain.state_dict()) == list(regulated.network.state_dict())
-        if foreign.values_steer:
-            plain.load_state_dict(regulated.network.state_dict())
         export_onnx(Deployable(plain, spec, output="both"), spec, path, output="both")
     lines = identity_lines(onnx.load(path), onnx.load(deployed))
     assert [line for line in lines if not line.passed] == []
-    if foreign.values_steer:
-        assert path.read_bytes() == deployed.read_bytes()
 
 
 def test_onnxruntime_gives_torchs_logits_at_sizes_and_batches_it_never_saw(
