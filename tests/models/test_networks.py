@@ -19,6 +19,8 @@ from srdeploy.models.mobilenet import MobileNetV2
 from srdeploy.models.resnet import ResNet
 from srdeploy.models.segnet import pool_2x2, unpool_2x2
 
+NAMES = tuple(NETWORKS)
+"""As built in: tests of other folders add networks of their own."""
 SMALL: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "small_networks.json").read_text()
 )
@@ -73,7 +75,7 @@ def randomise_statistics(module: nn.Module) -> None:
 
 
 def test_every_network_has_a_small_form_for_these_tests() -> None:
-    assert set(SMALL) == set(NETWORKS)
+    assert set(SMALL) == set(NAMES)
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: " ".join(row[:3]))
@@ -86,7 +88,7 @@ def test_parameters_and_work_equal_the_reference(row: list[str]) -> None:
         assert count_macs(network, (int(height), int(width))) / 1e9 == float(gmacs)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=6, deadline=None)
 @given(height=st.integers(32, 110), width=st.integers(32, 110), batch=st.integers(1, 2))
 def test_logits_have_the_images_size(name: str, height: int, width: int, batch: int) -> None:
@@ -98,7 +100,7 @@ def test_logits_have_the_images_size(name: str, height: int, width: int, batch: 
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_stage_emits_one_tensor_per_forward_pass_that_nothing_changes_later(
     name: str,
 ) -> None:
@@ -121,7 +123,7 @@ def test_every_stage_emits_one_tensor_per_forward_pass_that_nothing_changes_late
         assert len(set(heights)) >= 4
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     network = small_network(name).train()
     own: list[Tensor] = []
@@ -136,12 +138,12 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert without == []
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_exits_of_a_networks_own_are_the_expected_ones(name: str) -> None:
     assert small_network(name).own_exits == OWN_EXITS.get(name, {})
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_seed_alone_decides_the_weights(name: str) -> None:
     first, second = small_network(name).state_dict(), small_network(name).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -278,7 +280,7 @@ def test_a_class_count_below_two_or_no_count_at_all_is_refused(classes: Any) -> 
         make_network("unet", classes)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_options_are_keywords_with_defaults(name: str) -> None:
     first, *options = inspect.signature(NETWORKS[name]).parameters.values()
     assert first.name == "classes"
