@@ -3,8 +3,11 @@
 torch.onnx.export decomposes every program by running it once more with symbolic sizes, which takes
 as long as the trace itself. A segmentation network in evaluation mode needs only a handful of
 decompositions, each of which replaces one node by one or two others: here they are done in place. A
-program with any other operator is left to torch. So this changes how long an export takes, and not
-what it writes: a test compares the bytes.
+program with any other operator is left to torch.
+
+What is written is the same, byte for byte (a test compares them), but for flattened axes: torch
+computes the new size from the images' size, here it is read off the tensor. Either way, one
+architecture always goes one way, so that its graph stays a function of the architecture alone.
 """
 
 import operator
@@ -81,6 +84,7 @@ def lower(program: ExportedProgram) -> bool:
         fits = _REWRITES[node.target][0] if node.target in _REWRITES else _never
         if not (node in idle or node.target in DIRECT or fits(node)):
             return False
+    _hoist_asserted_sizes(nodes, idle)
     for node in reversed(nodes):
         if node in idle:
             graph.erase_node(node)
@@ -105,6 +109,23 @@ def _only_asserted(nodes: list[Node]) -> set[Node]:
         if node.target in _ASSERTIONS or all(user in idle for user in node.users):
             idle.add(node)
     return idle
+
+
+def _hoist_asserted_sizes(nodes: list[Node], idle: set[Node]) -> None:
+    """Sizes that torch asserts something about go where its decomposition has them: to the top,
+    into no module. In the trace they stand in whichever module came first."""
+    sizes = [node for node in nodes if node.target is _aten.sym_size.int]
+    rest = [node for node in nodes if node not in sizes]
+    top = set(sizes)
+    asserted = {node for node in rest if node.target is _aten._assert_scalar.default}
+    for node in reversed(rest):
+        if node in asserted:
+            asserted.update(node.all_input_nodes)
+    for node in rest:
+        if node in asserted and node not in idle and top.issuperset(node.all_input_nodes):
+            rest[0].prepend(node)
+            node.meta["nn_module_stack"] = sizes[0].meta["nn_module_stack"]
+            top.add(node)
 
 
 def _always(_node: Node) -> bool:
