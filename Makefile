@@ -32,7 +32,7 @@ lint: $(READY)
 
 # The tests' networks are tiny: one thread each, and as many workers as there are cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 check-wheel: $(READY)
 	rm -rf dist .venv-wheel

@@ -19,6 +19,9 @@ from srdeploy.models import NETWORKS
 
 def main(
     data: Annotated[Path, typer.Argument(help="A data set in any of the layouts.")],
+    networks: Annotated[
+        list[str] | None, typer.Argument(help="Names of networks; all by default.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Regulated training steps before the export.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("certificates.json"),
 ) -> None:
@@ -27,7 +30,7 @@ def main(
     certificates: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as name:
         folder = Path(name)
-        for network in NETWORKS:
+        for network in networks or NETWORKS:
             run = folder / "runs" / network
             journal.run(
                 *("train", str(data), "--network", network, "--out", str(run), "--batch", "2"),

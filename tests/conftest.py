@@ -10,9 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+LONGEST = ("test_readme.py", "test_every_network.py", "test_demo.py")
+"""Files that take minutes: with several workers they must not be the ones that come last."""
+
 TINY_SIZE = (40, 48)
 """(height, width) of the tiny set's photos."""
 TINY_PALETTE = [[40, 160, 60], [200, 60, 40], [40, 70, 200]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker for each file, since its tests share what they made, and for each network in the
+    file that takes all networks the whole way; the longest begin."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            call = getattr(item, "callspec", None)
+            network = call.params.get("journey") if call is not None else None
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {network or ''}".strip()))
 
 
 def write_tiny_data(root: Path, train: int = 6, val: int = 3, seed: int = 0) -> Path:
