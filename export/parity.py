@@ -18,7 +18,8 @@ from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line
 from srdeploy.imaging import Pixels
 from srdeploy.outputs import main_logits
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.serve.onnx_runtime import first_line
+from srdeploy.serve.runtime import ImageShapeError, open_runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
@@ -30,6 +31,13 @@ TOLERANCE = 1e-4
 
 DRAWN = "; on drawn pictures, not photos: give --images"
 """What the line ends with where no photos were given."""
+
+FROZEN = (
+    "the exporter freezes what a network computes from the image's size, such as the bins of "
+    "adaptive pooling: export it for one size, with --fixed-size --size HxW (a run: by its "
+    "network, --weights RUN/network.safetensors --classes RUN/spec.json)"
+)
+"""What to do about a graph that is right at some sizes alone."""
 
 _MOST_PIXELS = 768 * 768
 """Larger images take a CPU too long; the usual size is always measured."""
@@ -76,7 +84,8 @@ def parity_line(
     by no more than rounding explains, and labels differ only where the network's two best classes
     are nearly tied. A network that chooses by comparing its own features (max-unpooling) turns a
     rounding difference into a moved value now and then: there, what rounding explains is measured,
-    by nudging torch's own input.
+    by nudging torch's own input. Raises UserError where onnxruntime fails on a size that torch
+    takes.
     """
     compares = _compares_features(onnx.load(str(file)))
     counts = np.zeros((2, spec.class_count), np.int64)
@@ -88,7 +97,10 @@ def parity_line(
         with open_runtime(file) as deployed, open_runtime(exposed) as inside:
             for size, images in _batches(photos, spec):
                 expected = _in_torch(both, images)
-                found = deployed.run(images), inside.logits(images)
+                try:
+                    found = deployed.run(images), inside.logits(images)
+                except ImageShapeError as error:
+                    raise _fault(error, images, spec) from error
                 nudged = _nudged(both, images, expected) if compares else (0.0, 0.0)
                 cases.append(_compare(size, expected, found, nudged))
                 counts += _overlap(expected[0], found[0], spec.class_count)
@@ -115,6 +127,19 @@ def expose_logits(file: Path, target: Path) -> None:
         shape = ["N", None, "H", "W"]
         graph.output.append(onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
     onnx.save(model, str(target))
+
+
+def _fault(error: ImageShapeError, images: Pixels, spec: Spec) -> UserError:
+    """onnxruntime's failure on `images`, by size and node; the file is a temporary one."""
+    cause = error.__cause__
+    if cause is None:
+        return error
+    reason = first_line(cause)
+    size = f"{images.shape[1]}x{images.shape[2]}"
+    text = f"the exported graph fails on images of {size}, which torch takes ({reason})"
+    if spec.input.fixed or "allocate" in str(cause):  # memory is not the graph's fault
+        return UserError(text)
+    return UserError(f"{text}; {FROZEN}")
 
 
 def _batches(photos: Sequence[Pixels], spec: Spec) -> list[tuple[str, Pixels]]:
@@ -226,7 +251,15 @@ def _detail(cases: Sequence[Case], compares: bool) -> str:
     )
     if compares:
         text += " or what nudging the input does: the graph compares features"
+    wrong = sorted({case.shape[1:] for case in cases if not case.passed})
+    right = sorted({case.shape[1:] for case in cases} - set(wrong))
+    if wrong and right:
+        text += f"; right at {_sizes(right)}, wrong at {_sizes(wrong)}. Perhaps {FROZEN}"
     return text
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sizes)
 
 
 def _needed(cases: Sequence[Case]) -> float:

@@ -1,5 +1,6 @@
 """onnxruntime behind the runtime contract, on the CPU or CUDA."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,6 +17,10 @@ from srdeploy.spec import Spec
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+
+_NODE_FAILED = re.compile(
+    r".*while running (?P<kind>\S+) node\. Name:'(?P<name>.*?)' Status Message: (?P<why>.*)"
+)
 
 
 class OnnxRuntime(Runtime):
@@ -178,6 +183,8 @@ def ort_errors() -> tuple[type[Exception], ...]:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, from one of onnxruntime's errors."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].removeprefix("[ONNXRuntimeError] : ")[:300]
+    """What went wrong, from one of onnxruntime's errors; the node first, where it names one."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if failed := _NODE_FAILED.fullmatch(text):
+        text = f"{failed['kind']} node '{failed['name']}': {failed['why']}".rstrip(": ")
+    return text.removeprefix("[ONNXRuntimeError] : ")[:300]

@@ -115,6 +115,53 @@ def test_labels_may_differ_only_where_the_two_best_classes_are_nearly_tied(
     assert line.figures["cases"][0]["unexplained"] > 0.5
 
 
+class OtherAtTheSmallest(nn.Module):
+    """As if the exporter had frozen something that follows from the image's size."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits.flip(1) if images.shape[2] == 32 else logits
+
+
+def test_a_graph_that_is_wrong_at_some_sizes_alone_says_which_and_what_to_do(
+    spec: Spec, tiny: type[nn.Module], randomised: Randomise, tiny_file: Path, photos: list[Pixels]
+) -> None:
+    line = parity_line(OtherAtTheSmallest(randomised(tiny(), 1)), spec, tiny_file, photos)
+    assert line.passed is False
+    assert "right at 48x64, 64x80, wrong at 32x32" in line.detail
+    assert "--fixed-size --size HxW" in line.detail
+    line = parity_line(randomised(tiny(), 2), spec, tiny_file, photos)
+    assert line.passed is False
+    assert "--fixed-size" not in line.detail  # wrong at every size: another matter
+
+
+def test_a_graph_that_fails_at_a_size_names_size_node_and_remedy_but_no_temporary_file(
+    tmp_path: Path,
+    spec: Spec,
+    tiny: type[nn.Module],
+    randomised: Randomise,
+    tiny_file: Path,
+    photos: list[Pixels],
+) -> None:
+    model = onnx.load(str(tiny_file))
+    index, argmax = next((i, n) for i, n in enumerate(model.graph.node) if n.op_type == "ArgMax")
+    fixed = onnx.numpy_helper.from_array(np.zeros((1, 3, 48, 64), np.float32), "fixed")
+    model.graph.initializer.append(fixed)
+    add = onnx.helper.make_node("Add", [argmax.input[0], "fixed"], ["sum"], name="network/pool")
+    argmax.input[0] = "sum"
+    model.graph.node.insert(index, add)
+    broken = tmp_path / "broken.onnx"
+    onnx.save(model, str(broken))
+    with pytest.raises(UserError, match="on images of 32x32.*Add node 'network/pool'") as caught:
+        parity_line(randomised(tiny(), 1), spec, broken, photos)
+    assert "--fixed-size --size HxW" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
 class Choosing(nn.Module):
     """Takes one of two features per pixel, whichever is larger: nearly tied, rounding decides."""
 
