@@ -7,6 +7,7 @@ Recognition", CVPR 2016.
 
 from torch import Tensor, nn
 
+from srdeploy.errors import UserError
 from srdeploy.models.initialisation import check_width, initialise
 
 
@@ -111,6 +112,8 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         check_width(width)
+        if not isinstance(deep_stem, bool):
+            raise UserError(f"deep_stem is {deep_stem!r}: true or false is needed")
         self.architecture = _called(architecture, width, deep_stem)
         block, depths = RESNETS[architecture]
         inputs = 2 * width if deep_stem else width

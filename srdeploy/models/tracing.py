@@ -189,7 +189,7 @@ def forward(network: nn.Module, images: Tensor) -> Tensor:
         raise UserError(
             f"{type(network).__name__} can't take an image of {height}x{width}, on which it is "
             f"probed ({type(error).__name__}: {lines[0] if lines else 'no message'}): if it needs "
-            "another size, give it as probe_size=(H, W)"
+            "another size, give it as probe_size=(H, W) (inspect and models: --size HxW)"
         ) from error
     return main_logits(output)
 

@@ -198,3 +198,8 @@ def test_the_deep_stem_gives_layer1_twice_the_channels_on_the_same_grid() -> Non
 def test_a_middle_that_is_no_count_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="middle is 0: a whole number of channels"):
         tiny(name, middle=0)
+
+
+def test_a_deep_stem_that_is_no_truth_value_is_refused() -> None:
+    with pytest.raises(UserError, match="deep_stem is 'flase': true or false is needed"):
+        tiny("ocrnet-resnet101", deep_stem="flase")
