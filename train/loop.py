@@ -15,6 +15,7 @@ from torch import Tensor
 from srdeploy import console
 from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
+from srdeploy.models.imported import is_imported
 from srdeploy.runs import STATE
 from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_best, save_state
 from srdeploy.train.config import TrainConfig, learning_rate
@@ -165,6 +166,15 @@ def train(
                 )
             except torch.OutOfMemoryError as error:
                 raise _out_of_memory(config, device) from error
+            except RuntimeError as error:
+                name = config.network.name
+                if not is_imported(name):
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"network '{name}': a step of training failed ({reason}): see that its "
+                    "loss.backward() works in training mode at this --batch and --crop"
+                ) from error
             if device.type == "cpu":
                 # Free here; on a GPU it would wait for the device, and the log below looks at the
                 # sums.

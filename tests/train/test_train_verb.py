@@ -114,3 +114,31 @@ def test_without_data_the_usage_is_told(app: typer.Typer, tmp_path: Path) -> Non
     result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run")])
     assert isinstance(result.exception, UserError)
     assert str(result.exception) == "no data set given: srdeploy train DATA --out RUN"
+
+
+BROKEN = """
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU())
+        self.head = nn.Conv2d(4, classes, 1)
+
+    def forward(self, images):
+        features = self.stem(images)
+        features += 1  # the ReLU's backward needs what stood there
+        return self.head(features)
+"""
+
+
+def test_a_network_that_fails_in_its_backward_is_named_in_one_line(
+    app: typer.Typer, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_backward.py").write_text(BROKEN)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--network", "broken_backward:Network", "--out", "run", *QUICK[2:10]]
+    arguments += ["--no-sr", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["train", str(tiny_data), *arguments])
+    assert isinstance(result.exception, UserError), result.exception
+    assert "'broken_backward:Network': a step of training failed (one of" in str(result.exception)
