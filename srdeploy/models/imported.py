@@ -36,11 +36,11 @@ def is_imported(name: str) -> bool:
 def imported_network(name: str, classes: int, options: Mapping[str, Any]) -> nn.Module:
     """Calls the function or nn.Module class `name` ("package.module:function") for a network.
 
-    It gets the number of classes under one of CLASS_COUNT_NAMES, else as its first positional
-    parameter where that has no default and is not annotated as anything but an int, else not at
-    all. `options` go by keyword. Raises UserError of one line: the module or the function is not
-    there, importing or calling it raised, an option is unknown or missing, or what came back is no
-    nn.Module.
+    It gets the number of classes under one of CLASS_COUNT_NAMES (`classes` where it takes any
+    keyword and names none), else as its first positional parameter where that has no default and is
+    not annotated as anything but an int, else not at all. `options` go by keyword. Raises UserError
+    of one line: the module or the function is not there, importing or calling it raised, an option
+    is unknown or missing, or what came back is no nn.Module.
     """
     with working_folder_first():
         builder = _find(name)
@@ -188,6 +188,8 @@ def _class_count_parameter(
         ):
             return name
     first = next(iter(parameters.values()), None)
+    if first is not None and first.kind is first.VAR_KEYWORD:
+        return CLASS_COUNT_NAMES[0]
     if (
         first is not None
         and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)

@@ -152,7 +152,12 @@ def token_grid(cells: int, size: Size, stride: int | None = None) -> Size | None
 @contextmanager
 def undisturbed(network: nn.Module, training: bool = False) -> Iterator[None]:
     """Evaluation mode for the block; afterwards every module's mode, its buffers and the random
-    streams are as before. training: as for `trace`."""
+    streams are as before. training: as for `trace`. Raises UserError for TorchScript modules."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise UserError(
+            f"{type(network).__name__} is or holds a TorchScript module, which can't be looked "
+            "into: give the module as it was before scripting or tracing it"
+        )
     modes = [(module, module.training) for module in network.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -188,8 +193,9 @@ def forward(network: nn.Module, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         raise UserError(
             f"{type(network).__name__} can't take an image of {height}x{width}, on which it is "
-            f"probed ({type(error).__name__}: {lines[0] if lines else 'no message'}): if it needs "
-            "another size, give it as probe_size=(H, W) (inspect and models: --size HxW)"
+            f"probed ({type(error).__name__}: {lines[0] if lines else 'no message'}): it must run "
+            "on images alone; if it needs another size, give probe_size=(H, W) (inspect and "
+            "models: --size HxW)"
         ) from error
     return main_logits(output)
 

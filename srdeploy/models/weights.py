@@ -122,6 +122,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise explain_os_error(error, path) from error
     if start == _ZIP or start[:1] == _PICKLE:
         return _read_checkpoint(path)
+    if path.suffix.lower() == ".onnx":
+        raise UserError(
+            f"{path} is an ONNX graph: a .safetensors or .pth file of weights is needed"
+        )
     try:
         return dict(load_file(path))
     except SafetensorError as error:

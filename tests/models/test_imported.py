@@ -38,6 +38,8 @@ def by_int(k: int):
     return nn.Conv2d(3, k, 1)
 def by_nothing(*, width=4):
     return nn.Conv2d(3, width, 1)
+def taking_any(**options):
+    return nn.Conv2d(3, options["classes"], 1)
 def taking_all(classes, **options):
     net = nn.Conv2d(3, classes, 1)
     net.options = options
@@ -87,7 +89,9 @@ def make(function: str, classes: int = 5, **options: object) -> nn.Module:
     return make_network(f"imported_pkg.models:{function}", classes, **options)
 
 
-@pytest.mark.parametrize("function", ["by_name", "by_place", "by_int", "Net", "Net.wide", "bound"])
+@pytest.mark.parametrize(
+    "function", ["by_name", "by_place", "by_int", "taking_any", "Net", "Net.wide", "bound"]
+)
 def test_the_class_count_goes_where_the_signature_has_it(function: str) -> None:
     network = make(function)
     assert [one for one in network.modules() if isinstance(one, nn.Conv2d)][-1].out_channels == 5

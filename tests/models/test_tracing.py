@@ -182,6 +182,13 @@ def test_a_size_that_the_network_refuses_is_named_with_its_own_reason_and_the_re
     assert trace(Fixed(), (32, 48)).logits == (2, K, 32, 48)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_module_is_refused() -> None:
+    scripted = torch.jit.trace(nn.Conv2d(3, K, 1), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UserError, match="TorchScript"):
+        trace(nn.Sequential(scripted))
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(32, 600),

@@ -141,3 +141,10 @@ def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": 1}, protocol=2))
     with pytest.raises(UserError, match=r"w\.pth"):
         read_tensors(tmp_path / "w.pth")
+
+
+def test_an_onnx_file_is_told_from_a_broken_weight_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x08\x09\x12\x07pytorch")
+    with pytest.raises(UserError, match="is an ONNX graph: a .safetensors or .pth file"):
+        read_tensors(path)
