@@ -4,6 +4,8 @@ learn."""
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,23 @@ def _tiny_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     colours = np.array([*TINY_PALETTE, *[[128, 128, 128]] * 253], np.int64)[labels]
     noise = rng.integers(-30, 31, (height, width, 3))
     return np.clip(colours + noise, 0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture
+def srdeploy(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `srdeploy ARGUMENTS` in this process; returns the exit code, stdout and stderr."""
+    from srdeploy.cli.main import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["srdeploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capfd.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

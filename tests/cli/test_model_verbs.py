@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from srdeploy.cli.main import main
 from srdeploy.cli.network_cost import builder_options, network_cost
 from srdeploy.models import NETWORKS, make_network
 from srdeploy.models.cost import count_macs, count_parameters
@@ -23,20 +22,6 @@ GOLDEN = [
     if not line.startswith("#")
 ]
 Verb = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def srdeploy(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verb:
-    """Runs `srdeploy ARGUMENTS`; returns the exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["srdeploy", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capfd.readouterr()
-        return int(exit.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def only_json(out: str) -> dict[str, Any]:

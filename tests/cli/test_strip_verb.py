@@ -16,8 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from srdeploy.cli.main import main
-
 Verb = Callable[..., tuple[int, str, str]]
 
 
@@ -70,20 +68,6 @@ def classes(tmp_path: Path, tiny_data: Path) -> Path:
     path = tmp_path / "classes.json"
     path.write_text(json.dumps({**table, "mean": [0, 0, 0], "std": [1, 1, 1]}))
     return path
-
-
-@pytest.fixture
-def srdeploy(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verb:
-    """Runs `srdeploy ARGUMENTS`; returns the exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["srdeploy", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capfd.readouterr()
-        return int(exit.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def only_json(out: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from srdeploy.cli.main import main
 from srdeploy.runs import load_network, open_run
 
 MakeGraph = Callable[..., Path]
 Verb = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def srdeploy(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verb:
-    """Runs `srdeploy ARGUMENTS`; returns the exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["srdeploy", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capfd.readouterr()
-        return int(exit.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def only_json(out: str) -> dict[str, Any]:
