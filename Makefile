@@ -18,7 +18,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,interop]'
 	touch $@
 
 demo: $(READY)
@@ -40,7 +40,7 @@ check-wheel: $(READY)
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[cpu,dev]"
 	.venv-wheel/bin/python -P -c "import srdeploy; assert 'site-packages' in srdeploy.__file__, srdeploy.__file__"
-	PYTHONSAFEPATH=1 .venv-wheel/bin/pytest -o pythonpath= -m wheel
+	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 .venv-wheel/bin/pytest -o pythonpath= -m wheel -n auto --dist loadgroup
 
 # make bench CAMVID=folder MOBILENET=file.safetensors also repeats what needs data and weights.
 CAMVID ?=

@@ -26,7 +26,13 @@ from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.losses import pixel_cross_entropy
 from srdeploy.train.regulation import ExitOutputs, Losses, SelfRegulation
 
-NAMES = tuple(NETWORKS)
+SAME_WHEN_SMALL = {
+    "hrnet-w32": "hrnet-w18",
+    "hrnet-w48": "hrnet-w18",
+    "ocrnet-hrnet-w48": "ocrnet-hrnet-w18",
+}
+"""Networks that differ in width alone: at one width they are one network, which goes once."""
+NAMES = tuple(name for name in NETWORKS if name not in SAME_WHEN_SMALL)
 """As built in: conftest adds one for other tests."""
 SMALL: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "small_networks.json").read_text()
@@ -101,6 +107,20 @@ def journey(
         plain=folder / "plain.onnx",
         deployed=folder / "deployed.onnx",
     )
+
+
+@pytest.mark.parametrize("name", SAME_WHEN_SMALL)
+def test_networks_of_one_code_and_width_are_one_network(name: str) -> None:
+    twin = SAME_WHEN_SMALL[name]
+    assert SMALL[name] == SMALL[twin]
+    states = []
+    for one in (name, twin):
+        torch.manual_seed(0)
+        made = make_network(one, CLASSES, **SMALL[one])
+        states.append((str(made), copied(made)))
+    assert states[0][0] == states[1][0]
+    assert states[0][1].keys() == states[1][1].keys()
+    assert all(torch.equal(value, states[1][1][key]) for key, value in states[0][1].items())
 
 
 def move_statistics(network: nn.Module) -> None:
