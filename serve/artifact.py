@@ -17,21 +17,23 @@ from srdeploy.validation import validated
 
 MODEL = "model.onnx"
 """The graph's file in a deploy folder."""
+ENGINE_SUFFIX = ".engine"
+"""Of a TensorRT plan; its sidecar is NAME.engine.json."""
 
 
 @dataclass(frozen=True)
 class Artifact:
     """Something that can be run."""
 
-    kind: Literal["run", "deploy", "onnx"]
+    kind: Literal["run", "deploy", "onnx", "engine"]
     path: Path
     """As it was given."""
     file: Path
-    """The weights' or graph's file."""
+    """The weights', graph's or engine's file."""
     spec: Spec | None
     """None for an ONNX file that other tools wrote."""
     signature: Signature | None
-    """Of the ONNX file; None for a run."""
+    """Of the ONNX file, or the one that the engine was built from; None for a run."""
 
     def count_weights(self) -> int:
         """Weight values stored in the file. In an ONNX file, batch norms may be folded away."""
@@ -59,8 +61,13 @@ def open_artifact(path: Path) -> Artifact:
             )
         signature = read_signature(path / MODEL)
         return Artifact("deploy", path, path / MODEL, signature.spec, signature)
+    if path.suffix.lower() == ENGINE_SUFFIX:
+        from srdeploy.serve.engine_file import read_sidecar
+
+        sidecar = read_sidecar(path)
+        return Artifact("engine", path, path, sidecar.spec, sidecar.signature)
     if path.suffix.lower() != ".onnx":
-        raise UserError(f"{path}: give a run folder, a deploy folder or an .onnx file")
+        raise UserError(f"{path}: give a run folder, a deploy folder, an .onnx or an .engine file")
     signature = read_signature(path)
     return Artifact("onnx", path, path, signature.spec, signature)
 

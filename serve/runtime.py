@@ -23,7 +23,8 @@ from srdeploy.validation import closest
 
 Logits = npt.NDArray[np.float32]
 
-RUNTIMES = ("auto", "torch", "onnxruntime")
+RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "openvino", "tensorrt")
+"""auto: torch for a run, onnxruntime for a graph, tensorrt for an engine."""
 
 
 class ImageShapeError(UserError):
