@@ -9,13 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import ModelProto, NodeProto, TensorProto
-from PIL import Image
 from torch import nn
 
 from srdeploy.deployable import Deployable, cut_logits, pad_images
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line
+from srdeploy.export.comparison import (
+    DRAWN,
+    TOLERANCE,
+    Outputs,
+    batches,
+    compares_features,
+    expose_logits,
+    overlap,
+    unexplained,
+)
 from srdeploy.imaging import Pixels
 from srdeploy.outputs import main_logits
 from srdeploy.serve.onnx_runtime import first_line
@@ -23,24 +31,12 @@ from srdeploy.serve.runtime import ImageShapeError, open_runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
-Outputs = tuple[Pixels, npt.NDArray[np.float32]]
-"""Labels uint8 [N, H, W] and logits float32 [N, K, H, W]."""
-
-TOLERANCE = 1e-4
-"""Largest logit difference that rounding explains, as a share of the largest logit."""
-
-DRAWN = "; on drawn pictures, not photos: give --images"
-"""What the line ends with where no photos were given."""
-
 FROZEN = (
     "the exporter freezes what a network computes from the image's size, such as the bins of "
     "adaptive pooling: export it for one size, with --fixed-size --size HxW (a run: by its "
     "network, --weights RUN/network.safetensors --classes RUN/spec.json)"
 )
 """What to do about a graph that is right at some sizes alone."""
-
-_MOST_PIXELS = 768 * 768
-"""Larger images take a CPU too long; the usual size is always measured."""
 
 _NUDGE, _NUDGES = 1e-6, 8
 """Relative size of the changes of the input that stand for rounding, and how many are tried."""
@@ -87,7 +83,7 @@ def parity_line(
     by nudging torch's own input. Raises UserError where onnxruntime fails on a size that torch
     takes.
     """
-    compares = _compares_features(onnx.load(str(file)))
+    compares = compares_features(onnx.load(str(file)))
     counts = np.zeros((2, spec.class_count), np.int64)
     both = Deployable(network, spec, output="both").eval()
     cases = []
@@ -95,7 +91,7 @@ def parity_line(
         exposed = Path(folder) / "exposed.onnx"
         expose_logits(file, exposed)
         with open_runtime(file) as deployed, open_runtime(exposed) as inside:
-            for size, images in _batches(photos, spec):
+            for size, images in batches(photos, spec.input):
                 expected = _in_torch(both, images)
                 try:
                     found = deployed.run(images), inside.logits(images)
@@ -103,30 +99,13 @@ def parity_line(
                     raise _fault(error, images, spec) from error
                 nudged = _nudged(both, images, expected) if compares else (0.0, 0.0)
                 cases.append(_compare(size, expected, found, nudged))
-                counts += _overlap(expected[0], found[0], spec.class_count)
+                counts += overlap(expected[0], found[0], spec.class_count)
     return Line(
         name="parity",
         passed=all(case.passed for case in cases),
         detail=_detail(cases, compares) + (DRAWN if drawn else ""),
         figures=_figures(cases, counts, spec, compares) | ({"drawn": True} if drawn else {}),
     )
-
-
-def expose_logits(file: Path, target: Path) -> None:
-    """Copies a graph, with the tensor that its labels are taken from as an output named logits."""
-    model = onnx.load(str(file))
-    graph = model.graph
-    if all(value.name != "logits" for value in graph.output):
-        makers = {name: node for node in graph.node for name in node.output}
-        node = makers.get("labels")
-        while node is not None and node.op_type != "ArgMax":
-            node = makers.get(node.input[0])
-        if node is None:
-            raise UserError(f"{file}: its labels do not come from an ArgMax: nothing to compare")
-        graph.node.append(NodeProto(op_type="Identity", input=[node.input[0]], output=["logits"]))
-        shape = ["N", None, "H", "W"]
-        graph.output.append(onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
-    onnx.save(model, str(target))
 
 
 def _fault(error: ImageShapeError, images: Pixels, spec: Spec) -> UserError:
@@ -142,39 +121,6 @@ def _fault(error: ImageShapeError, images: Pixels, spec: Spec) -> UserError:
     return UserError(f"{text}; {FROZEN}")
 
 
-def _batches(photos: Sequence[Pixels], spec: Spec) -> list[tuple[str, Pixels]]:
-    """Every photo at the usual size, one at the smallest and the largest, and all in one batch; at
-    the one size where there is only that."""
-    usual = spec.input.usual
-    largest, name = _affordable(spec.input.largest, usual)
-    batch = [*photos, photos[0][:, ::-1]]  # at least two, also where there is one photo
-    cases = [("usual", _stack([photo], usual)) for photo in photos]
-    if spec.input.fixed:
-        return [*cases, ("usual, batch", _stack(batch[:2], usual))]
-    cases.append(("smallest", _stack(photos[:1], spec.input.smallest)))
-    cases.append((name, _stack(photos[:1], largest)))
-    cases.append(("smallest, batch", _stack(batch, spec.input.smallest)))
-    cases.append(("usual, batch", _stack(batch[:2], usual)))
-    return cases
-
-
-def _affordable(largest: tuple[int, int], usual: tuple[int, int]) -> tuple[tuple[int, int], str]:
-    pixels = max(_MOST_PIXELS, usual[0] * usual[1])
-    if largest[0] * largest[1] <= pixels:
-        return largest, "largest"
-    shrink = (pixels / (largest[0] * largest[1])) ** 0.5
-    height, width = (max(1, int(side * shrink)) for side in largest)
-    return (height, width), f"largest, cut from {largest[0]}x{largest[1]}"
-
-
-def _stack(photos: Sequence[Pixels], size: tuple[int, int]) -> Pixels:
-    height, width = size
-    resized = [
-        Image.fromarray(np.ascontiguousarray(photo)).resize((width, height)) for photo in photos
-    ]
-    return np.stack([np.array(image) for image in resized])
-
-
 def _in_torch(module: Deployable, images: Pixels) -> Outputs:
     with torch.inference_mode():
         labels, logits = module(torch.from_numpy(images))
@@ -187,7 +133,7 @@ def _nudged(module: Deployable, images: Pixels, expected: Outputs) -> tuple[floa
     Returns the largest logit difference and the largest share of labels that change without a tie.
     """
     generator = torch.Generator().manual_seed(0)
-    difference, unexplained = 0.0, 0.0
+    difference, moved = 0.0, 0.0
     with torch.inference_mode():
         values = module.normalise(torch.from_numpy(images))
         for _ in range(_NUDGES):
@@ -197,9 +143,9 @@ def _nudged(module: Deployable, images: Pixels, expected: Outputs) -> tuple[floa
             size = (images.shape[1], images.shape[2])
             found = cut_logits(logits, size, module.multiple).numpy()
             difference = max(difference, float(np.abs(found - expected[1]).max()))
-            wrong = _unexplained(expected, found.argmax(1))
-            unexplained = max(unexplained, float(wrong.mean()))
-    return difference, unexplained
+            wrong = unexplained(expected, found.argmax(1))
+            moved = max(moved, float(wrong.mean()))
+    return difference, moved
 
 
 def _compare(size: str, expected: Outputs, found: Outputs, nudged: tuple[float, float]) -> Case:
@@ -218,25 +164,10 @@ def _compare(size: str, expected: Outputs, found: Outputs, nudged: tuple[float, 
         largest_difference=float(difference.max()) if finite else 0.0,
         allowed_difference=allowed,
         beyond=float((difference > allowed).mean()),
-        unexplained=float(_unexplained(expected, found[0]).mean()),
+        unexplained=float(unexplained(expected, found[0]).mean()),
         allowed_unexplained=2 * nudged[1] if finite else 0.0,
         finite=finite,
     )
-
-
-def _unexplained(expected: Outputs, labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Where labels differ from torch's although torch's two best classes are not nearly tied."""
-    best = np.sort(expected[1], axis=1)[:, -2:]
-    tied = best[:, 1] - best[:, 0] <= 2 * TOLERANCE * np.abs(expected[1]).max()
-    unexplained: npt.NDArray[np.bool_] = (labels != expected[0]) & ~tied
-    return unexplained
-
-
-def _overlap(a: Pixels, b: Pixels, classes: int) -> npt.NDArray[np.int64]:
-    """Pixels per class that both have and that either has, int64 [2, K]."""
-    both = np.bincount(a[a == b].ravel(), minlength=256)[:classes]
-    of_a, of_b = (np.bincount(x.ravel(), minlength=256)[:classes] for x in (a, b))
-    return np.stack([both, of_a + of_b - both])
 
 
 def _detail(cases: Sequence[Case], compares: bool) -> str:
@@ -286,22 +217,3 @@ def _figures(
         "iou_of_the_two_predictions": overlap,
         "cases": [case.model_dump(mode="json") for case in cases],
     }
-
-
-def _compares_features(model: ModelProto) -> bool:
-    """Whether a choice inside the graph hangs on comparing float values (the final ArgMax
-    aside).
-    """
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    types = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*inferred.input, *inferred.value_info, *inferred.output)
-    }
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-    comparing = ("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "TopK")
-    for node in inferred.node:
-        if node.op_type in comparing and types.get(node.input[0]) in floats:
-            return True
-        if node.op_type == "MaxPool" and len(node.output) > 1:
-            return True
-    return [node.op_type for node in inferred.node].count("ArgMax") > 1

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
-from srdeploy.export.parity import TOLERANCE, expose_logits, parity_line
+from srdeploy.export.comparison import TOLERANCE, expose_logits
+from srdeploy.export.parity import parity_line
 from srdeploy.export.pictures import parity_images
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.imaging import Pixels

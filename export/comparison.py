@@ -1,0 +1,128 @@
+"""What parity and verification share: images at the promised sizes, exposed logits, label counts.
+
+N batch, K classes, H height, W width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto, TensorProto
+from PIL import Image
+
+from srdeploy.errors import UserError
+from srdeploy.imaging import Pixels
+from srdeploy.spec import InputPolicy
+
+Outputs = tuple[Pixels, npt.NDArray[np.float32]]
+"""Labels uint8 [N, H, W] and logits float32 [N, K, H, W]."""
+
+TOLERANCE = 1e-4
+"""Largest logit difference that rounding explains, as a share of the largest logit."""
+
+DRAWN = "; on drawn pictures, not photos: give --images"
+"""What the line ends with where no photos were given."""
+
+_MOST_PIXELS = 768 * 768
+"""Larger images take a CPU too long; the usual size is always measured."""
+
+
+def expose_logits(file: Path, target: Path) -> None:
+    """Copies a graph, with the tensor that its labels are taken from as an output named logits.
+
+    It is float32, whatever the graph computes in.
+    """
+    model = onnx.load(str(file))
+    graph = model.graph
+    if all(value.name != "logits" for value in graph.output):
+        makers = {name: node for node in graph.node for name in node.output}
+        node = makers.get("labels")
+        while node is not None and node.op_type != "ArgMax":
+            node = makers.get(node.input[0])
+        if node is None:
+            raise UserError(f"{file}: its labels do not come from an ArgMax: nothing to compare")
+        exposed = onnx.helper.make_node("Cast", [node.input[0]], ["logits"], to=TensorProto.FLOAT)
+        graph.node.append(exposed)
+        shape = ["N", None, "H", "W"]
+        graph.output.append(onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
+    onnx.save(model, str(target))
+
+
+def batches(
+    photos: Sequence[Pixels], policy: InputPolicy, most: int | None = None
+) -> list[tuple[str, Pixels]]:
+    """Every photo at the usual size, one at the smallest and the largest, and all in one batch; at
+    the one size where there is only that.
+
+    photos: uint8 [H, W, 3], any sizes. Returns (size's name, images uint8 [N, H, W, 3]); no batch
+    has more than `most` images [any number].
+    """
+    usual = policy.usual
+    largest, name = _affordable(policy.largest, usual)
+    batch = [*photos, photos[0][:, ::-1]][:most]  # at least two, also where there is one photo
+    cases = [("usual", _stack([photo], usual)) for photo in photos]
+    if not policy.fixed:
+        cases.append(("smallest", _stack(photos[:1], policy.smallest)))
+        cases.append((name, _stack(photos[:1], largest)))
+        if len(batch) > 1:
+            cases.append(("smallest, batch", _stack(batch, policy.smallest)))
+    if len(batch) > 1:
+        cases.append(("usual, batch", _stack(batch[:2], usual)))
+    return cases
+
+
+def _affordable(largest: tuple[int, int], usual: tuple[int, int]) -> tuple[tuple[int, int], str]:
+    pixels = max(_MOST_PIXELS, usual[0] * usual[1])
+    if largest[0] * largest[1] <= pixels:
+        return largest, "largest"
+    shrink = (pixels / (largest[0] * largest[1])) ** 0.5
+    height, width = (max(1, int(side * shrink)) for side in largest)
+    return (height, width), f"largest, cut from {largest[0]}x{largest[1]}"
+
+
+def _stack(photos: Sequence[Pixels], size: tuple[int, int]) -> Pixels:
+    height, width = size
+    resized = [
+        Image.fromarray(np.ascontiguousarray(photo)).resize((width, height)) for photo in photos
+    ]
+    return np.stack([np.array(image) for image in resized])
+
+
+def unexplained(expected: Outputs, labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Where labels differ from those expected although the two best classes are not nearly tied.
+
+    bool [N, H, W].
+    """
+    best = np.partition(expected[1], -2, axis=1)[:, -2:]
+    tied = best[:, 1] - best[:, 0] <= 2 * TOLERANCE * np.abs(expected[1]).max()
+    moved: npt.NDArray[np.bool_] = (labels != expected[0]) & ~tied
+    return moved
+
+
+def overlap(a: Pixels, b: Pixels, classes: int) -> npt.NDArray[np.int64]:
+    """Pixels per class that both have and that either has, int64 [2, K]."""
+    both = np.bincount(a[a == b].ravel(), minlength=256)[:classes]
+    of_a, of_b = (np.bincount(x.ravel(), minlength=256)[:classes] for x in (a, b))
+    return np.stack([both, of_a + of_b - both])
+
+
+def compares_features(model: ModelProto) -> bool:
+    """Whether a choice inside the graph hangs on comparing float values (the final ArgMax
+    aside).
+    """
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+    }
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+    comparing = ("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "TopK")
+    for node in inferred.node:
+        if node.op_type in comparing and types.get(node.input[0]) in floats:
+            return True
+        if node.op_type == "MaxPool" and len(node.output) > 1:
+            return True
+    return [node.op_type for node in inferred.node].count("ArgMax") > 1
