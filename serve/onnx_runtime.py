@@ -1,48 +1,64 @@
-"""onnxruntime behind the runtime contract, on the CPU or CUDA."""
+"""onnxruntime behind the runtime contract, on the CPU, CUDA, or TensorRT through its provider."""
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.imaging import Pixels, normalise
+from srdeploy.imaging import Pixels
 from srdeploy.serve.artifact import Artifact
-from srdeploy.serve.runtime import ImageShapeError, Logits, Runtime, parse_device
+from srdeploy.serve.graph_runtime import GraphRuntime, arithmetic
+from srdeploy.serve.optimised_graph import layer_types
+from srdeploy.serve.runtime import ImageShapeError, parse_device
 from srdeploy.spec import Spec
 
+_TENSORRT = "TensorrtExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_CALLED = {_TENSORRT: "TensorRT", _CUDA: "CUDA", _CPU: "the CPU"}
+
+_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+"""Layers that must lie on the provider that was asked for. Shape arithmetic may stay on the CPU,
+where onnxruntime puts it on purpose."""
 
 _NODE_FAILED = re.compile(
     r".*while running (?P<kind>\S+) node\. Name:'(?P<name>.*?)' Status Message: (?P<why>.*)"
 )
 
 
-class OnnxRuntime(Runtime):
+class OnnxRuntime(GraphRuntime):
     """An ONNX graph in onnxruntime.
 
     onnxruntime computes the whole graph whichever outputs are asked for: what is left in the graph
-    costs its time.
+    costs its time. tensorrt: through its TensorRT provider, which builds its engine at the first
+    run of each image size.
     """
 
-    backend = "onnxruntime"
-
-    def __init__(self, artifact: Artifact, spec: Spec, device: str, threads: int | None) -> None:
-        assert artifact.signature is not None
-        super().__init__(artifact, spec, device, artifact.signature.shape)
-        self.signature = artifact.signature
-        self.precision = artifact.signature.precision
+    def __init__(
+        self,
+        artifact: Artifact,
+        spec: Spec,
+        device: str,
+        threads: int | None,
+        tensorrt: bool = False,
+    ) -> None:
+        super().__init__(artifact, spec, device)
+        self.backend = "onnxruntime-tensorrt" if tensorrt else "onnxruntime"
+        self._provider = _CPU
+        if parse_device(device)[0] == "cuda":
+            self._provider = _TENSORRT if tensorrt else _CUDA
         self._threads = threads
         self._session: Any = None
 
     def _open(self) -> None:
         ort = import_onnxruntime()
-        kind, index = parse_device(self.device)
+        self._require_offered(ort)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # faults arrive as exceptions; the log would repeat them
         options.inter_op_num_threads = 1
@@ -50,83 +66,74 @@ class OnnxRuntime(Runtime):
             options.intra_op_num_threads = self._threads
         # Idle workers must not burn the cores that decoding, encoding or another session needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        providers: list[Any] = [_CPU]
-        if kind == "cuda":
-            self._require_cuda(ort)
-            # TF32 would be a silent loss of precision.
-            providers.insert(0, (_CUDA, {"device_id": str(index), "use_tf32": "0"}))
-        file = str(self.artifact.file)
+        if self._provider != _CPU:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        stored = self.signature.precision
+        if stored == "float32" or self._provider == _TENSORRT:
+            session = self._load(ort, options)
+            computed = stored
+            if stored == "float32" and self._provider == _TENSORRT:
+                computed = _float32_of_tensorrt()
+        else:
+            # Casts and quantisation are often computed away, or as float32: the graph that
+            # onnxruntime made of this one tells.
+            with TemporaryDirectory(prefix="srdeploy-") as folder:
+                optimised = Path(folder) / "optimised.onnx"
+                options.optimized_model_filepath = str(optimised)
+                session = self._load(ort, options)
+                computed = arithmetic(layer_types(optimised), stored)
+        if self._provider != _CPU:
+            require_provider(session, self._provider, self.device)
+        session.disable_fallback()
+        self.precision = computed
+        self._session = session
+
+    def _load(self, ort: Any, options: Any) -> Any:
+        file = self.artifact.file
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # its fall-back notes: checked below
-                session = ort.InferenceSession(file, sess_options=options, providers=providers)
+                warnings.simplefilter("ignore", UserWarning)  # its fall-back notes: checked later
+                return ort.InferenceSession(
+                    str(file), sess_options=options, providers=self._providers()
+                )
         except ort_errors() as error:
+            if self._provider == _CPU and "bfloat16" in self.signature.precision:
+                raise UserError(
+                    f"{file}: onnxruntime has no bfloat16 layers for CPUs ({first_line(error)}): "
+                    "use --runtime openvino, or export with --precision fp16"
+                ) from error
             raise UserError(f"{file}: onnxruntime can't load it ({first_line(error)})") from error
-        if kind == "cuda" and _CUDA not in session.get_providers():
-            raise UserError(
-                f"device {self.device} was asked for, but onnxruntime could not start CUDA and "
-                f"offers {', '.join(session.get_providers())}: check the driver and the CUDA "
-                "libraries, or use --device cpu"
-            )
-        session.disable_fallback()
-        self._session = session
+
+    def _providers(self) -> list[Any]:
+        """In the order of preference. What TensorRT leaves, such as casts of the input, is CUDA's;
+        layers with weights are not, see require_provider."""
+        _, index = parse_device(self.device)
+        # TF32 would be a silent loss of precision.
+        cuda = (_CUDA, {"device_id": str(index), "use_tf32": "0"})
+        # No flag for fp16 or int8: without them the graph's own types bind the builder. Engines
+        # kept from other sessions could be another graph's.
+        tensorrt = (_TENSORRT, {"device_id": str(index), "trt_engine_cache_enable": "0"})
+        wanted: dict[str, list[Any]] = {_CPU: [], _CUDA: [cuda], _TENSORRT: [tensorrt, cuda]}
+        return [*wanted[self._provider], _CPU]
 
     def _close(self) -> None:
         self._session = None
 
-    def _labels(self, images: Pixels) -> Pixels:
-        if self.signature.labels is None:
-            return cast(Pixels, self._logits(images).argmax(1).astype(np.uint8))
-        (labels,) = self._infer(images, [self.signature.labels])
-        if labels.shape != images.shape[:3]:
-            raise UserError(
-                f"{self.path} gives labels {list(labels.shape)} for images {list(images.shape)}: "
-                "labels of the images' own size are needed"
-            )
-        self._check_ids(labels)
-        return cast(Pixels, labels.astype(np.uint8, copy=False))
-
-    def _logits(self, images: Pixels) -> Logits:
-        if self.signature.logits is None:
-            raise UserError(
-                f"{self.path} gives labels alone: export with --output logits or both to get logits"
-            )
-        (logits,) = self._infer(images, [self.signature.logits])
-        if logits.ndim != 4 or logits.shape[1] != self.spec.class_count:
-            raise UserError(
-                f"{self.path} gives logits {list(logits.shape)}: its class list needs "
-                f"[N, {self.spec.class_count}, H, W]"
-            )
-        return _upsample(logits.astype(np.float32, copy=False), images.shape[1], images.shape[2])
-
-    def _infer(self, images: Pixels, outputs: list[str]) -> Sequence[Any]:
-        feed = images if self.signature.input == "uint8" else normalise(images, self.spec)
+    def _infer(
+        self, images: Pixels, feed: npt.NDArray[Any], outputs: list[str]
+    ) -> Sequence[npt.NDArray[Any]]:
         try:
-            result = self._session.run(
-                outputs, {self.signature.input_name: np.ascontiguousarray(feed)}
-            )
+            result = self._session.run(outputs, {self.signature.input_name: feed})
         except ort_errors() as error:
             raise ImageShapeError(
                 f"{self.path}: onnxruntime failed on images {list(images.shape)} "
                 f"({first_line(error)})"
             ) from error
-        return cast(Sequence[Any], result)
+        return cast(Sequence[npt.NDArray[Any]], result)
 
-    def _check_ids(self, labels: npt.NDArray[np.integer[Any]]) -> None:
-        """A cast to uint8 would turn a foreign graph's 256 into class 0."""
-        count = self.spec.class_count
-        if labels.min() >= 0 and labels.max() < count:
-            return
-        stray = labels[((labels < 0) | (labels >= count)) & (labels != self.spec.ignore_index)]
-        if stray.size:
-            raise UserError(
-                f"{self.path} gives label {stray[0]}, but its class list has the ids "
-                f"0..{count - 1}: give the list of the classes that it was trained with"
-            )
-
-    def _require_cuda(self, ort: Any) -> None:
+    def _require_offered(self, ort: Any) -> None:
         offered = ort.get_available_providers()
-        if _CUDA not in offered:
+        if self._provider not in offered:
             raise UserError(
                 f"device {self.device} was asked for, but the installed onnxruntime offers only "
                 f"{', '.join(offered)}: pip install 'srdeploy[gpu]' in an environment without the "
@@ -134,26 +141,50 @@ class OnnxRuntime(Runtime):
             )
 
 
-def _upsample(logits: Logits, height: int, width: int) -> Logits:
-    """Logits [N, K, h, w] at [N, K, height, width], bilinear with half-pixel centres.
+def require_provider(session: Any, provider: str, device: str) -> None:
+    """Raises UserError unless `provider` has started and computes every layer with weights.
 
-    For foreign graphs: our own exports resize in the graph. Pillow's bilinear filter equals torch's
-    half-pixel one where it enlarges, and only that is allowed.
+    session: opened with session.record_ep_graph_assignment_info, on `device`. onnxruntime itself
+    goes on with another provider and says so in its log at most.
     """
-    count, classes, low_height, low_width = logits.shape
-    if (low_height, low_width) == (height, width):
-        return logits
-    if low_height > height or low_width > width:
+    called = _CALLED[provider]
+    started = session.get_providers()
+    if provider not in started:
+        needs = "the driver and the CUDA libraries"
+        if provider == _TENSORRT:
+            needs = "the driver, the CUDA libraries and TensorRT 10 (pip install 'tensorrt<11')"
         raise UserError(
-            f"the graph's logits are {low_height} x {low_width} for images of {height} x {width}: "
-            "logits larger than the image are not understood"
+            f"device {device} was asked for, but onnxruntime could not start {called} and "
+            f"offers {', '.join(started)}: check {needs}, or use another --runtime or --device"
         )
-    enlarged = np.empty((count, classes, height, width), np.float32)
-    for n in range(count):
-        for k in range(classes):
-            plane = Image.fromarray(np.ascontiguousarray(logits[n, k]))
-            enlarged[n, k] = np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR))
-    return enlarged
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise UserError(
+            "this onnxruntime does not tell which device computes what, so that a fall-back to "
+            "the CPU would stay unseen: pip install -U 'onnxruntime-gpu>=1.24.1'"
+        )
+    placed = [
+        (part.ep_name, node.op_type, node.name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    stray = [one for one in placed if one[0] != provider and one[1] in _WEIGHTED]
+    if stray:
+        elsewhere, kind, name = stray[0]
+        raise UserError(
+            f"device {device} was asked for, but {called} does not take {len(stray)} layers of "
+            f"this graph, such as {kind} '{name}' (left to {elsewhere}): use another --runtime"
+        )
+    if all(one[0] != provider for one in placed):
+        raise UserError(
+            f"device {device} was asked for, but {called} takes no node of this graph: use "
+            "another --runtime"
+        )
+
+
+def _float32_of_tensorrt() -> str:
+    """onnxruntime's TensorRT provider offers no way to forbid TF32 but this variable."""
+    forbidden = os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
+    return "float32" if forbidden else "float32 (TF32 allowed)"
 
 
 def import_onnxruntime() -> Any:

@@ -35,9 +35,11 @@ class Runtime(ABC):
     """One network, ready to run on one device. A context manager: open it before use."""
 
     backend: str
-    """Which library runs it: torch or onnxruntime."""
+    """Which library runs it: one of RUNTIMES but auto."""
     precision: str
-    """Of the arithmetic, as it really is."""
+    """Of the arithmetic, as it really is once the runtime is open; until then, of what is stored.
+    Several are joined with +, and stored types that differ are added: "float32 (stored as
+    float16)"."""
 
     def __init__(self, artifact: Artifact, spec: Spec, device: str, input_shape: Shape) -> None:
         self.artifact = artifact
@@ -124,33 +126,85 @@ def open_runtime(
     runtime: str = "auto",
     spec: Spec | None = None,
     threads: int | None = None,
+    precision: str | None = None,
 ) -> Runtime:
-    """The runtime for a run folder (torch), a deploy folder or an .onnx file (onnxruntime).
+    """The runtime for a run folder, a deploy folder, an .onnx or an .engine file.
 
-    It is not open yet. device: cpu, cuda or cuda:N. spec: for ONNX files that carry none. threads:
-    CPU threads [all cores]. Raises UserError where artifact, device or their combination can't
-    be used; nothing falls back to something else.
+    It is not open yet. device: cpu, cuda or cuda:N. runtime: one of RUNTIMES. spec: for ONNX files
+    that carry none. threads: CPU threads [all cores]. precision: of OpenVINO's arithmetic, fp32
+    [default], bf16 or fp16; elsewhere the artifact's types decide. Raises UserError where artifact,
+    runtime, device or their combination can't be used; nothing falls back to something else.
     """
     artifact = open_artifact(Path(path))
-    if runtime not in RUNTIMES:
-        raise UserError(f"unknown runtime '{runtime}': {closest(runtime, RUNTIMES)}")
-    parse_device(device)
-    if artifact.kind == "run":
-        if runtime == "onnxruntime":
-            raise UserError(
-                f"{path} is a run folder, which torch runs: for onnxruntime, export it first "
-                f"(srdeploy export {path})"
-            )
+    name = choose_runtime(artifact, runtime)
+    _require_device(name, device, threads)
+    if precision is not None and name != "openvino":
+        raise UserError(
+            f"--precision {precision}: {name} computes what the types in {path} say; OpenVINO "
+            "alone has a choice (--runtime openvino), elsewhere export with --precision"
+        )
+    if name == "tensorrt":
+        from srdeploy.serve.engine_choice import engine_for
+        from srdeploy.serve.tensorrt_runtime import TensorRTRuntime
+
+        artifact = engine_for(artifact, parse_device(device)[1])
+        return TensorRTRuntime(artifact, _resolve_spec(artifact, spec), device)
+    own = _resolve_spec(artifact, spec)
+    if name == "torch":
         from srdeploy.serve.torch_runtime import TorchRuntime
 
-        return TorchRuntime(artifact, _resolve_spec(artifact, spec), device, threads)
-    if runtime == "torch":
+        return TorchRuntime(artifact, own, device, threads)
+    if name == "openvino":
+        from srdeploy.serve.openvino_runtime import OpenVINORuntime
+
+        return OpenVINORuntime(artifact, own, device, threads, precision)
+    from srdeploy.serve.onnx_runtime import OnnxRuntime
+
+    return OnnxRuntime(artifact, own, device, threads, tensorrt=name == "onnxruntime-tensorrt")
+
+
+def choose_runtime(artifact: Artifact, runtime: str) -> str:
+    """The runtime, auto resolved. Raises UserError where it can't run such an artifact."""
+    if runtime not in RUNTIMES:
+        raise UserError(f"unknown runtime '{runtime}': {closest(runtime, RUNTIMES)}")
+    path, kind = artifact.path, artifact.kind
+    if runtime == "auto":
+        return {"run": "torch", "engine": "tensorrt"}.get(kind, "onnxruntime")
+    if kind == "run" and runtime != "torch":
+        engine = " --trt" if runtime == "tensorrt" else ""
+        raise UserError(
+            f"{path} is a run folder, which torch runs: for {runtime}, export it first "
+            f"(srdeploy export {path}{engine})"
+        )
+    if kind == "engine" and runtime != "tensorrt":
+        raise UserError(
+            f"{path} is a TensorRT engine, which tensorrt runs: for {runtime}, give the "
+            f"{'run folder' if runtime == 'torch' else 'graph that it was built from'}"
+        )
+    if kind in ("deploy", "onnx") and runtime == "torch":
         raise UserError(
             f"{path} holds an ONNX graph, which onnxruntime runs: for torch, give the run folder"
         )
-    from srdeploy.serve.onnx_runtime import OnnxRuntime
+    if kind == "onnx" and runtime == "tensorrt":
+        raise UserError(
+            f"{path} is a graph and not an engine: build one (srdeploy export RUN --trt), or use "
+            "--runtime onnxruntime-tensorrt"
+        )
+    return runtime
 
-    return OnnxRuntime(artifact, _resolve_spec(artifact, spec), device, threads)
+
+def _require_device(runtime: str, device: str, threads: int | None) -> None:
+    """Raises UserError where `runtime` does not run on `device`."""
+    kind, _ = parse_device(device)
+    if kind == "cpu" and runtime in ("tensorrt", "onnxruntime-tensorrt"):
+        raise UserError(f"{runtime} runs on an NVIDIA GPU: use --device cuda")
+    if kind == "cuda" and runtime == "openvino":
+        raise UserError(
+            f"openvino runs on the CPU here, not on {device}: use --device cpu, or --runtime "
+            "onnxruntime or tensorrt for the GPU"
+        )
+    if threads is not None and runtime == "tensorrt":
+        raise UserError("--threads sets threads of the CPU, and a TensorRT engine uses none")
 
 
 def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int]:
