@@ -190,26 +190,34 @@ def bench(
     device: str = "cpu",
     runtime: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     spec: Spec | None = None,
     limit: int | None = None,
 ) -> LatencyReport:
     """Opens the artifacts, compares their latency, and their accuracy where `dataset` is given.
 
     extra: (name, path) of further graphs that are timed but not scored. size: (height, width); by
-    default the fixed or usual one of the first artifact. limit: photos to score. spec: for those
-    artifacts that carry none, where there are such. Raises UserError.
+    default the fixed or usual one of the first artifact. limit: photos to score. runtime,
+    precision: as open_runtime takes them, the same for all. spec: for those artifacts that carry
+    none, where there are such. Raises UserError.
     """
     foreign = [open_artifact(path).spec is None for path in paths]
     specs = [spec if one or not any(foreign) else None for one in foreign]
+    for_graphs = "auto" if runtime == "torch" else runtime
     with ExitStack() as stack:
         scored = [
-            stack.enter_context(open_runtime(path, device, runtime, own, threads))
+            stack.enter_context(open_runtime(path, device, runtime, own, threads, precision))
             for path, own in zip(paths, specs, strict=True)
         ]
         others = [
-            stack.enter_context(open_runtime(path, device, threads=threads)) for _, path in extra
+            stack.enter_context(
+                open_runtime(path, device, for_graphs, threads=threads, precision=precision)
+            )
+            for _, path in extra
         ]
-        twin = stack.enter_context(open_runtime(paths[0], device, runtime, specs[0], threads))
+        twin = stack.enter_context(
+            open_runtime(paths[0], device, runtime, specs[0], threads, precision)
+        )
         if dataset is not None:
             for one in scored:
                 check_same_classes(one, dataset)

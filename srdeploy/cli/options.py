@@ -13,7 +13,20 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no p
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. Never falls back in silence.")]
 Split = Annotated[str, typer.Option(help="Split of the data set, e.g. train, val or test.")]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="auto, torch or onnxruntime; auto goes by the artifact.")
+    str,
+    typer.Option(
+        "--runtime",
+        help="auto, torch, onnxruntime, onnxruntime-tensorrt, openvino or tensorrt; auto goes by "
+        "the artifact: torch for a run, onnxruntime for a graph, tensorrt for an engine.",
+    ),
+]
+Arithmetic = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="Arithmetic of OpenVINO: fp32 (default), bf16 or fp16; other runtimes compute what "
+        "the artifact's types say.",
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads of the runtime; all cores by default.", min=1)

@@ -5,13 +5,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srdeploy.cli.options import Classes, Device, Json, Quiet, RuntimeName, Split, Threads
+from srdeploy.cli.options import (
+    Arithmetic,
+    Classes,
+    Device,
+    Json,
+    Quiet,
+    RuntimeName,
+    Split,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from srdeploy.serve.runtime import Runtime
 
 Artifact = Annotated[
-    Path, typer.Argument(help="A run folder, a deploy folder or an .onnx file.", show_default=False)
+    Path,
+    typer.Argument(
+        help="A run folder, a deploy folder, an .onnx or an .engine file.", show_default=False
+    ),
 ]
 
 
@@ -22,6 +34,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score the first N photos.", min=1)] = None,
     device: Device = "cpu",
     runtime: RuntimeName = "auto",
+    precision: Arithmetic = None,
     threads: Threads = None,
     classes: Classes = None,
     quiet: Quiet = False,
@@ -39,7 +52,7 @@ def evaluate(
 
     console.set_quiet(quiet or as_json)
     dataset = open_dataset(data, split)
-    with _opened(artifact, device, runtime, threads, classes) as opened:
+    with _opened(artifact, device, runtime, threads, classes, precision) as opened:
         scores = score(opened, dataset, limit)
         description = str(opened)
     if as_json:
@@ -71,6 +84,7 @@ def predict(
     ] = False,
     device: Device = "cpu",
     runtime: RuntimeName = "auto",
+    precision: Arithmetic = None,
     threads: Threads = None,
     classes: Classes = None,
     quiet: Quiet = False,
@@ -88,7 +102,7 @@ def predict(
     from srdeploy.serve.predict import predict_folder
 
     console.set_quiet(quiet or as_json)
-    with _opened(artifact, device, runtime, threads, classes) as opened:
+    with _opened(artifact, device, runtime, threads, classes, precision) as opened:
         summary = predict_folder(opened, photos, out, overlay)
     if as_json:
         console.print_json(summary.model_dump(mode="json"))
@@ -127,6 +141,7 @@ def bench(
     ] = 30,
     device: Device = "cpu",
     runtime: RuntimeName = "auto",
+    precision: Arithmetic = None,
     threads: Threads = None,
     classes: Classes = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON report here.")] = None,
@@ -172,6 +187,7 @@ def bench(
             device=device,
             runtime=runtime,
             threads=threads,
+            precision=precision,
             spec=spec_from_classes(classes) if classes is not None else None,
             limit=limit,
         )
@@ -184,13 +200,18 @@ def bench(
 
 
 def _opened(
-    artifact: Path, device: str, runtime: str, threads: int | None, classes: Path | None
+    artifact: Path,
+    device: str,
+    runtime: str,
+    threads: int | None,
+    classes: Path | None,
+    precision: str | None,
 ) -> "Runtime":
     from srdeploy.serve.artifact import spec_from_classes
     from srdeploy.serve.runtime import open_runtime
 
     spec = spec_from_classes(classes) if classes is not None else None
-    return open_runtime(artifact, device, runtime, spec, threads)
+    return open_runtime(artifact, device, runtime, spec, threads, precision)
 
 
 def register(app: typer.Typer) -> None:
