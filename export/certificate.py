@@ -88,7 +88,7 @@ def identity_lines(plain: ModelProto, deployed: ModelProto) -> tuple[Line, ...]:
             "walk_equal": walk.equal,
             "first_difference": walk.first_difference,
             "nodes": len(deployed.graph.node),
-            "opset": max((o.version for o in deployed.opset_import if not o.domain), default=0),
+            "opset": opset_of(deployed),
         },
     )
     agree = same_digest == walk.equal
@@ -153,6 +153,11 @@ def read_model(path: Path) -> ModelProto:
     except OSError as error:
         raise explain_os_error(error, path) from error
     return model
+
+
+def opset_of(model: ModelProto) -> int:
+    """Version of ONNX's own operators that the model is written in; 0 where it names none."""
+    return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
 
 
 def _verdict(equal: bool) -> str:

@@ -23,16 +23,20 @@ from srdeploy.export.certificate import (
     Certificate,
     Line,
     identity_lines,
+    opset_of,
     provenance_line,
     read_model,
     text_digest,
 )
 from srdeploy.export.parity import parity_line
 from srdeploy.export.source import Source, source_of_run
-from srdeploy.export.to_onnx import NETWORK_KEY, OPSET, export_onnx
+from srdeploy.export.to_onnx import NETWORK_KEY, export_onnx
+from srdeploy.export.typed import TypeOptions, write_typed
 from srdeploy.files import sha256_of, whole_folder, write_json
 from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.serve.artifact import MODEL
+
+FLOAT32 = TypeOptions()
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def export_run(
     input: InputKind = "uint8",
     output: OutputKind = "labels",
     images: Path | None = None,
+    types: TypeOptions = FLOAT32,
     force: bool = False,
 ) -> ExportResult:
     """export_source of a run, compared on the photos in `images`, else on the run's samples.
@@ -68,7 +73,7 @@ def export_run(
     Raises UserError also for a run without weights, and for absent photos.
     """
     source = source_of_run(run_folder, images)
-    return export_source(source, out, input=input, output=output, force=force)
+    return export_source(source, out, input=input, output=output, types=types, force=force)
 
 
 def export_source(
@@ -77,26 +82,46 @@ def export_source(
     *,
     input: InputKind = "uint8",
     output: OutputKind = "labels",
+    types: TypeOptions = FLOAT32,
     force: bool = False,
 ) -> ExportResult:
     """Exports a plain network to `out` (deploy/NAME): model.onnx, manifest and certificate.
 
-    The graph is compared with that of a network built fresh from its name, which no training code
-    has touched, and run against torch on the source's pictures. The folder is written whole, also
-    where a line of the certificate fails. Raises UserError for weights or a network that can't be
-    used, and where `out` exists (force replaces a deploy folder).
+    The float32 graph is compared with that of a network built fresh from its name, which no
+    training code has touched, and run against torch on the source's pictures. Where `types` asks
+    for another precision, that graph is then converted, and the result held against it. The folder
+    is written whole, also where a line of the certificate fails. Raises UserError for weights or a
+    network that can't be used, for types that it can't have, and where `out` exists (force
+    replaces a deploy folder).
     """
-    out = out if out is not None else Path("deploy") / source.name
+    types = types.calibrated_on(source.training_data)
+    out = out if out is not None else Path("deploy") / f"{source.name}{types.suffix}"
     _check_target(out, force)
     network, heads = source.build()
-    with console.progress() as bar, whole_folder(out) as folder:
-        task = bar.add_task("exporting", total=4)
-        _export(network, source, folder / MODEL, input, output)
+    with (
+        console.progress() as bar,
+        whole_folder(out) as folder,
+        tempfile.TemporaryDirectory(prefix="srdeploy-") as aside,
+    ):
+        task = bar.add_task("exporting", total=5 if types.converts else 4)
+        certified = (Path(aside) if types.converts else folder) / MODEL
+        _export(network, source, certified, input, output)
         bar.update(task, advance=1, description="exporting the plain network, built fresh")
-        identity = _identity(network, source, folder / MODEL, input, output)
+        identity = _identity(network, source, certified, input, output)
         bar.update(task, advance=2, description="comparing with torch on photos")
-        parity = parity_line(network, source.spec, folder / MODEL, source.pictures, source.drawn)
-        bar.update(task, advance=1)
+        parity = parity_line(network, source.spec, certified, source.pictures, source.drawn)
+        bar.update(task, advance=1, description=f"converting to {types.precision}")
+        typed: tuple[Line, ...] = ()
+        if types.converts:
+            typed = write_typed(
+                certified,
+                folder / MODEL,
+                source.spec,
+                source.pictures,
+                types,
+                drawn=source.drawn,
+            )
+            bar.update(task, advance=1)
         weights = {} if source.weights is None else {source.weights.name: source.weights}
         provenance = provenance_line(
             {MODEL: folder / MODEL, **weights},
@@ -104,10 +129,10 @@ def export_source(
             device="cpu",
             photos=0 if source.drawn else len(source.pictures),
         )
-        certificate = Certificate(lines=(*identity, parity, provenance))
+        certificate = Certificate(lines=(*identity, parity, *typed, provenance))
         certificate.write(folder / CERTIFICATE)
         digest = str(identity[0].figures["digest_deployed"])
-        manifest = _manifest(source, heads, folder, out, digest, input, output)
+        manifest = _manifest(source, heads, folder, out, digest, input, output, types)
         write_json(folder / MANIFEST, manifest)
     return ExportResult(folder=out, certificate=certificate, manifest=manifest)
 
@@ -149,10 +174,11 @@ def _manifest(
     digest: str,
     input: InputKind,
     output: OutputKind,
+    types: TypeOptions,
 ) -> dict[str, Any]:
     """What is in the folder and how to make it again; only `made` changes from export to export."""
     command = ["srdeploy", "export", *source.arguments, "--out", str(out)]
-    command += ["--input", input, "--output", output]
+    command += ["--input", input, "--output", output, *types.flags()]
     files = {
         name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
         for name in (MODEL, CERTIFICATE)
@@ -167,7 +193,9 @@ def _manifest(
         ],
         "input": input,
         "output": output,
-        "opset": OPSET,
+        "precision": types.precision,
+        "target": types.target,
+        "opset": opset_of(read_model(folder / MODEL)),
         "graph_digest": digest,
         "weights_sha256": None if source.weights is None else sha256_of(source.weights),
         "files": files,

@@ -48,6 +48,8 @@ class Source:
     """Whether these were made up, for want of photos."""
     arguments: tuple[str, ...]
     """Of `srdeploy export`: what names this source."""
+    training_data: Path | None = None
+    """The folder that it was trained on, where that is known and there."""
 
     def build(self) -> tuple[nn.Module, tuple[AuxiliaryHead, ...]]:
         """The network as it is deployed: weights in, auxiliary heads out (and which these were),
@@ -154,7 +156,12 @@ def source_of_run(folder: Path, images: Path | None = None) -> Source:
         pictures=parity_images(run, images),
         drawn=False,
         arguments=(str(folder), *_flags({"--images": images})),
+        training_data=_folder(run.config.get("data")),
     )
+
+
+def _folder(text: object) -> Path | None:
+    return Path(text) if isinstance(text, str) and Path(text).is_dir() else None
 
 
 def _require_run(target: str) -> None:

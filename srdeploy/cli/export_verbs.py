@@ -8,6 +8,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from srdeploy.cli.deployment_options import (
+    BuilderName,
+    BuilderOption,
+    CalibrationCountOption,
+    CalibrationOption,
+    EndsOption,
+    KeepOption,
+    MaxBatchOption,
+    PrecisionName,
+    PrecisionOption,
+    ProfileOption,
+    RefittableOption,
+    SizesOption,
+    SmOption,
+    TargetOption,
+    TimingCacheOption,
+    TritonOption,
+    TrtOption,
+    WorkspaceOption,
+)
 from srdeploy.cli.options import Force, Json, NetworkOptions, Quiet, parse_options
 
 if TYPE_CHECKING:
@@ -30,9 +50,10 @@ class Output(StrEnum):
 
 
 def export(
-    target: Annotated[
+    run: Annotated[
         str,
         typer.Argument(
+            metavar="RUN",
             help="Run folder, or a network: PACKAGE.MODULE:FUNCTION, or a built-in one's name.",
             show_default=False,
         ),
@@ -73,32 +94,84 @@ def export(
             help="Photos to compare torch and ONNX on (default: the run's samples, or drawn ones)."
         ),
     ] = None,
+    precision: PrecisionOption = PrecisionName.FP32,
+    target: TargetOption = None,
+    keep: KeepOption = None,
+    quantise_ends: EndsOption = False,
+    calibration: CalibrationOption = None,
+    calibration_images: CalibrationCountOption = 64,
+    trt: TrtOption = False,
+    builder: BuilderOption = BuilderName.TENSORRT,
+    sm: SmOption = None,
+    profile: ProfileOption = None,
+    sizes_of: SizesOption = None,
+    max_batch: MaxBatchOption = 4,
+    workspace: WorkspaceOption = None,
+    timing_cache: TimingCacheOption = None,
+    refittable: RefittableOption = False,
+    triton: TritonOption = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Export a plain network to ONNX, and certify that nothing of the training is in it.
+    """Export a plain network to ONNX and TensorRT, and certify that nothing of the training is in
+    it.
 
     Writes model.onnx, manifest.json and certificate.json. The certificate
     compares the graph with that of a network built fresh from its name, and
-    torch with onnxruntime on photos. Auxiliary heads, which the main output
-    does not need, are left out and named. Exit code 1 where a line of the
-    certificate fails; the files are written all the same.
+    torch with onnxruntime on photos. Other precisions are converted from that
+    graph and verified against it on photos (differences.html). Auxiliary
+    heads, which the main output does not need, are left out and named. Exit
+    code 1 where a line of the certificate fails; the files are written all the
+    same. --trt adds an engine and its sidecar.
 
     A network of your own is imported from the working folder, and its code runs.
 
     Example: srdeploy export runs/night --out deploy/night
 
+    Example: srdeploy export runs/night --precision fp16 --trt
+
+    Example: srdeploy export runs/night --precision int8 --trt --builder rtx --sm 8.9
+
     Example: srdeploy export my_package.models:make_network --weights w.pth --classes classes.json
     """
     from srdeploy import console
+    from srdeploy.export.engine_stage import EngineRequest, add_engine
     from srdeploy.export.pipeline import export_source
     from srdeploy.export.source import open_source
-    from srdeploy.validation import parse_size
+    from srdeploy.export.triton import write_repository
+    from srdeploy.export.typed import TypeOptions
+    from srdeploy.precision import require_fitting
+    from srdeploy.validation import parse_size, validated
 
     console.set_quiet(quiet or as_json)
+    types = validated(
+        TypeOptions,
+        {
+            "precision": precision.value,
+            "target": require_fitting(
+                precision.value, None if target is None else target.value, engine=trt
+            ),
+            "keep": tuple(keep or ()),
+            "ends": quantise_ends,
+            "calibration": calibration,
+            "calibration_count": calibration_images,
+        },
+        "srdeploy export",
+    )
+    request = EngineRequest.of_flags(
+        trt,
+        builder=builder.value,
+        sm=tuple(sm or ()),
+        profiles=tuple(profile or ()),
+        sizes_of=sizes_of,
+        max_batch=max_batch,
+        workspace_gib=workspace,
+        timing_cache=timing_cache,
+        refittable=refittable,
+    )
     source = open_source(
-        target,
+        run,
         weights=weights,
         classes=classes,
         options=parse_options(option or []),
@@ -107,7 +180,16 @@ def export(
         fixed_size=fixed_size,
         images=images,
     )
-    result = export_source(source, out, input=input.value, output=output.value, force=force)
+    if request is not None:
+        request.require_ready(source.spec, types)
+    result = export_source(
+        source, out, input=input.value, output=output.value, types=types, force=force
+    )
+    if request is not None:
+        result = add_engine(result, source, types, request)
+    if triton is not None:
+        repository = write_repository(result.folder, triton)
+        console.done(f"Triton model repository: {repository}")
     if as_json:
         summary = {"folder": str(result.folder), "manifest": result.manifest}
         console.print_json({**summary, "certificate": result.certificate.summary()})

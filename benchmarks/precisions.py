@@ -1,0 +1,207 @@
+"""What each precision costs and saves: size, agreement, mIoU and CPU latency, network by network.
+
+    python benchmarks/precisions.py runs/* --data ../data/camvid --limit 20 --out precisions.json
+
+Each run is exported and certified in float32, then converted to fp16, bf16 and both kinds of int8.
+Labels are compared, and scored against the masks, on the first photos of val, in onnxruntime; what
+it can't run (bf16) in float32 with every 16-bit tensor rounded. Latency is a ratio to the float32
+graph in the same runtime: all variants run in turn, in one process.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx
+import typer
+from journal import Journal
+
+from srdeploy import console
+from srdeploy.data import DataSet, open_dataset
+from srdeploy.environment import PACKAGES, describe_environment
+from srdeploy.export.precision.rounding import emulate
+from srdeploy.export.typed import TypeOptions, write_typed
+from srdeploy.files import read_json, write_json
+from srdeploy.imaging import fit, read_photo, restore
+from srdeploy.metrics import Score
+from srdeploy.runs import open_run
+from srdeploy.serve.bench import bench_images, compare_latency
+from srdeploy.serve.runtime import open_runtime
+
+TYPES = {
+    "fp16": TypeOptions(precision="fp16"),
+    "bf16": TypeOptions(precision="bf16"),
+    "int8, cpu": TypeOptions(precision="int8", target="cpu"),
+    "int8, tensorrt": TypeOptions(precision="int8", target="tensorrt"),
+}
+NOT_IN_ONNXRUNTIME = ("bf16",)
+"""It has no kernels for these types on a CPU."""
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, one for each network.")],
+    data: Annotated[Path, typer.Option(help="The data set that they were trained on.")],
+    limit: Annotated[int, typer.Option(help="Photos of val to compare on.", min=1)] = 101,
+    rounds: Annotated[int, typer.Option(help="Blocks of each latency comparison.", min=2)] = 10,
+    calibration: Annotated[int, typer.Option(help="Photos that int8 is calibrated on.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("precisions.json"),
+) -> None:
+    """Convert every run to every precision; compare, score and time the results."""
+    if not data.is_dir():
+        raise SystemExit(f"no such data set: {data}: nothing was measured")
+    journal = Journal()
+    dataset = open_dataset(data, "val")
+    networks: dict[str, Any] = read_json(out)["networks"] if out.exists() else {}
+    for run in runs:
+        name = open_run(run).network.name
+        if name in networks:
+            continue  # measured before: the file grows network by network
+        with tempfile.TemporaryDirectory(prefix="srdeploy-") as text:
+            folder = Path(text)
+            journal.run("export", run, "--out", folder / "fp32")
+            files = convert(folder, run, calibration)
+            rows = compare(files, dataset, limit, threads)
+            for runtime in ("onnxruntime", "openvino"):
+                for variant, ratio in latency(files, runtime, dataset, rounds, threads).items():
+                    rows[variant][runtime] = ratio
+        networks[name] = rows
+        write_json(
+            out,
+            {
+                "environment": describe_environment([*PACKAGES, "openvino"]),
+                "photos": min(limit, len(dataset)),
+                "rounds": rounds,
+                "calibration": calibration,
+                "threads": threads,
+                "networks": networks,
+            },
+        )
+    print(table(networks))
+
+
+def convert(folder: Path, run: Path, calibration: int) -> dict[str, Path]:
+    """Variant -> its file; the float32 one first."""
+    certified = folder / "fp32" / "model.onnx"
+    opened = open_run(run)
+    pictures = [read_photo(sample) for sample in opened.samples[:2]]
+    files = {"fp32": certified}
+    for variant, chosen in TYPES.items():
+        types = chosen.model_copy(
+            update={
+                "calibration": Path(opened.config["data"]) if chosen.precision == "int8" else None,
+                "calibration_count": calibration,
+            }
+        )
+        files[variant] = folder / variant.replace(", ", "-") / "model.onnx"
+        lines = write_typed(certified, files[variant], opened.spec, pictures, types)
+        for line in lines:
+            console.say(f"{run.name}, {variant}: {line.name}: {line.passed}, {line.detail}")
+    return files
+
+
+def compare(
+    files: dict[str, Path], dataset: DataSet, limit: int, threads: int | None
+) -> dict[str, dict[str, Any]]:
+    """Size, agreement with float32 and mIoU of each variant."""
+    rows: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        runtimes, scores = {}, {}
+        for variant, file in files.items():
+            runnable = file
+            if variant in NOT_IN_ONNXRUNTIME:
+                runnable = file.with_name("emulated.onnx")
+                onnx.save(emulate(onnx.load(str(file))), str(runnable))
+            runtimes[variant] = stack.enter_context(open_runtime(runnable, threads=threads))
+            scores[variant] = Score(runtimes[variant].spec)
+        equal = dict.fromkeys(files, 0)
+        pixels = 0
+        count = min(limit, len(dataset))
+        for index in console.track(range(count), "compare", count):
+            photo, labels = dataset.read(index)
+            images = fit(photo, runtimes["fp32"].spec)[None]
+            found = {variant: one.run(images)[0] for variant, one in runtimes.items()}
+            pixels += found["fp32"].size
+            for variant, predicted in found.items():
+                equal[variant] += int(np.count_nonzero(predicted == found["fp32"]))
+                scores[variant].update(labels, restore(predicted, *labels.shape))
+        baseline = scores["fp32"].result().miou
+        for variant, file in files.items():
+            miou = scores[variant].result().miou
+            rows[variant] = {
+                "bytes": file.stat().st_size,
+                "agreement": equal[variant] / pixels,
+                "miou": miou,
+                "miou_difference_points": 100 * (miou - baseline),
+                "computed_by": runtimes[variant].precision,
+            }
+    return rows
+
+
+def latency(
+    files: dict[str, Path], runtime: str, dataset: DataSet, rounds: int, threads: int | None
+) -> dict[str, dict[str, Any]]:
+    """Ratio to float32 of each variant that the runtime takes; for OpenVINO also of bf16
+    arithmetic on the float32 file."""
+    chosen: dict[str, tuple[Path, str | None]] = {
+        variant: (file, None)
+        for variant, file in files.items()
+        if runtime != "onnxruntime" or variant not in NOT_IN_ONNXRUNTIME
+    }
+    if runtime == "openvino":
+        chosen["bf16"] = (files["fp32"], "bf16")
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(
+                open_runtime(file, runtime=runtime, threads=threads, precision=precision)
+            )
+            for file, precision in chosen.values()
+        ]
+        twin = stack.enter_context(open_runtime(files["fp32"], runtime=runtime, threads=threads))
+        images = bench_images(opened[0], dataset, None, 1)
+        report = compare_latency(opened, images, rounds, names=list(chosen), twin=twin)
+    assert report.floor is not None
+    return {
+        entry.name: {
+            "median_ms": entry.median_ms,
+            "ratio": [1.0, 1.0, 1.0]
+            if entry.ratio is None
+            else [entry.ratio.value, entry.ratio.low, entry.ratio.high],
+            "floor": [report.floor.value, report.floor.low, report.floor.high],
+        }
+        for entry in report.entries
+    }
+
+
+def table(networks: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        "| network | precision | MB | agreement % | mIoU, points | onnxruntime | OpenVINO |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in networks.items():
+        for variant, row in rows.items():
+            difference = (
+                f"{100 * row['miou']:.2f} %"
+                if variant == "fp32"
+                else f"{row['miou_difference_points']:+.2f}"
+            )
+            cells = [name, variant, f"{row['bytes'] / 1e6:.1f}", f"{100 * row['agreement']:.2f}"]
+            cells += [difference, *(_ratio(row.get(one)) for one in ("onnxruntime", "openvino"))]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return "no kernels"
+    value, low, high = figures["ratio"]
+    if value == low == high == 1:
+        return f"1 ({figures['median_ms']:.0f} ms)"
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
