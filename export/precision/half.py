@@ -13,7 +13,13 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from srdeploy.errors import UserError
 from srdeploy.export.precision.conversion import Conversion
 from srdeploy.export.precision.inlining import inlined
-from srdeploy.export.precision.tensor_types import FLOAT, HALF_TYPES, element_types, label_of
+from srdeploy.export.precision.tensor_types import (
+    FLOAT,
+    HALF_TYPES,
+    element_types,
+    label_of,
+    opset_of,
+)
 from srdeploy.export.precision.zones import LEARNT, holds_learnt, is_named, nodes_in_16_bits
 from srdeploy.export.subgraph import real_inputs
 from srdeploy.precision import PRECISION_KEY, HalfPrecision
@@ -34,7 +40,7 @@ def to_half(model: ModelProto, precision: HalfPrecision, keep: Collection[str] =
     half = HALF_TYPES[precision]
     typed = _prepared(model, precision)
     graph = typed.graph
-    opset = _opset_of(typed)
+    opset = opset_of(typed)
     types = element_types(typed)
     chosen = nodes_in_16_bits(graph, types, opset, half, keep)
     if not any(graph.node[index].op_type in LEARNT for index in chosen):
@@ -54,7 +60,7 @@ def _prepared(model: ModelProto, precision: HalfPrecision) -> ModelProto:
     """A copy in an operator set that fits, with functions inlined and constants stored."""
     described = {value.name for value in model.graph.value_info}
     typed = inlined(model)
-    if precision == "bf16" and _opset_of(typed) < BFLOAT16_OPSET:
+    if precision == "bf16" and opset_of(typed) < BFLOAT16_OPSET:
         typed = onnx.version_converter.convert_version(typed, BFLOAT16_OPSET)
     inputs = real_inputs(typed)
     del typed.graph.input[:]
@@ -65,10 +71,6 @@ def _prepared(model: ModelProto, precision: HalfPrecision) -> ModelProto:
     del typed.graph.value_info[:]
     typed.graph.value_info.extend(values)
     return typed
-
-
-def _opset_of(model: ModelProto) -> int:
-    return max(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
 
 def _store_constants(graph: GraphProto) -> None:

@@ -43,15 +43,31 @@ def element_types(model: ModelProto) -> dict[str, int]:
             types.setdefault(value.name, int(value.type.tensor_type.elem_type))
         elif value.type.WhichOneof("value"):
             types.setdefault(value.name, _NO_TENSOR)
+    opset = opset_of(model)
     for node in model.graph.node:
-        for name in node.output:
-            if name and name not in types:
+        formals = formals_of(node, opset)
+        for position, name in enumerate(node.output):
+            if not name or name in types:
+                continue
+            same = [
+                types[read]
+                for read, formal in zip(node.input, formals[0] if formals else [], strict=False)
+                if read and formals and formal.text == formals[1][position].text
+            ]
+            if same:  # inference knows no shape for it, but its definition says the type
+                types[name] = same[0]
+            else:
                 raise UserError(
                     f"node '{label_of(node)}' ({node.domain}.{node.op_type}): the type of its "
                     f"result '{name}' is unknown, so no precision can be chosen after it: state it "
                     "in the graph's value_info, or deploy the graph in fp32"
                 )
     return types
+
+
+def opset_of(model: ModelProto) -> int:
+    """The version of ONNX's own operators."""
+    return max(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
 
 def label_of(node: NodeProto) -> str:
@@ -90,6 +106,8 @@ def reads_of(node: NodeProto) -> list[str]:
 class Formal:
     """What an operator's definition says about one operand or result."""
 
+    text: str
+    """The type as the definition writes it: T, T1, tensor(float)."""
     variable: bool
     """Whether the type may vary (T) or is fixed, such as the scales of a Resize."""
     allowed: frozenset[str]
@@ -119,7 +137,7 @@ def _formal(
     allowed: dict[str, frozenset[str]],
 ) -> Formal:
     text = formals[min(index, len(formals) - 1)].type_str  # the last one may be variadic
-    return Formal(text in allowed, allowed.get(text, frozenset((text,))))
+    return Formal(text, text in allowed, allowed.get(text, frozenset((text,))))
 
 
 def in_16_bits(tensor: TensorProto, precision: HalfPrecision) -> TensorProto:

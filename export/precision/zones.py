@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, NodeProto, TensorProto
 from onnx.helper import get_attribute_value
 
 from srdeploy.errors import UserError
@@ -46,6 +46,9 @@ FLOAT32_OPERATORS = frozenset(
 )
 """Softmax is not among them: it subtracts the maximum first, its terms are at most 1, and the
 operators around it store 16 bits either way."""
+
+_NOT_BUILT = {int(TensorProto.BFLOAT16): frozenset(("ConvTranspose", "HardSwish", "Mish"))}
+"""Operators that ONNX defines for the type, but TensorRT for RTX 1.7 does not parse or build."""
 
 _FLOAT32_ALWAYS = {
     **{(operator, "input"): 1 for operator in RESIZING},
@@ -155,9 +158,11 @@ def _kept(graph: GraphProto, keep: Collection[str]) -> set[int]:
 
 
 def _can(node: NodeProto, types: Mapping[str, int], opset: int, half: int) -> bool:
-    """Whether ONNX defines the operator, as a whole, for 16-bit operands and results."""
+    """Whether the operator, as a whole, is there for 16-bit operands and results."""
     formals = formals_of(node, opset)
     if formals is None or any(True for _ in bodies_of(node)):
+        return False
+    if node.op_type in _NOT_BUILT.get(half, ()):
         return False
     follows = []
     for side, names, expected in zip(
