@@ -80,6 +80,38 @@ def distributions(samples: Mapping[str, npt.NDArray[np.float64]], x: str) -> str
     return _render(draw, x, "share of runs")
 
 
+def levels(values: Sequence[float | None], marked: tuple[int, str] | None, x: str, y: str) -> str:
+    """One point per value on a logarithmic scale, in order; None (no finite value) stands as a
+    cross at the top. marked: the position and name of one that matters. Returns SVG text."""
+
+    def draw(axes: Axes) -> None:
+        known = [value for value in values if value]
+        low, high = (min(known), max(known)) if known else (1e-7, 1.0)
+        heights = np.array([high if value is None else max(value, low) for value in values])
+        places = np.arange(len(values))
+        lost = np.array([value is None for value in values], np.bool_)
+        axes.set_yscale("log")
+        axes.plot(places[~lost], heights[~lost], ".-", color=COLOURS[0], linewidth=1, markersize=5)
+        axes.plot(places[lost], heights[lost], "x", color=COLOURS[4], label="NaN or infinity")
+        if lost.any():
+            axes.legend()
+        if marked is not None:
+            place, name = marked
+            right = place > len(values) / 2
+            axes.plot(place, heights[place], "o", color=COLOURS[4], markersize=8)
+            axes.annotate(
+                name,
+                (place, heights[place]),
+                xytext=(-9 if right else 9, 9),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                annotation_clip=False,
+            )
+            axes.margins(y=0.15)
+
+    return _render(draw, x, y)
+
+
 def _render(draw: Callable[[Axes], None], x: str, y: str) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")

@@ -1,0 +1,199 @@
+"""The converted graph, or the engine built from it, against the certified float32 graph, on photos.
+
+The reference runs in onnxruntime on the CPU: parity has tied it to torch before.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from srdeploy.errors import UserError
+from srdeploy.export.certificate import Line, model_file, read_model
+from srdeploy.export.comparison import DRAWN, batches, compares_features
+from srdeploy.export.differences import Difference, part_text, share_text
+from srdeploy.export.layer_errors import LayerError, explain_jump, layer_errors
+from srdeploy.export.limits import COMPARING_FP32, LIMITS, Limits
+from srdeploy.export.precision.rounding import emulate
+from srdeploy.export.sides import HALVES, UNTYPED, open_reference, open_sides
+from srdeploy.imaging import Pixels
+from srdeploy.precision import Precision
+from srdeploy.serve.artifact import Artifact, open_artifact
+from srdeploy.serve.engine_file import read_sidecar
+from srdeploy.spec import InputPolicy, Spec
+
+
+def verification_line(
+    reference: Path,
+    candidate: Path,
+    spec: Spec,
+    pictures: Sequence[Pixels],
+    precision: Precision,
+    page: Path | None = None,
+    runtime: str = "auto",
+    *,
+    masks: Sequence[Pixels] | None = None,
+    drawn: bool = False,
+    device: str | None = None,
+) -> Line:
+    """The line `verification`: `candidate`, at `precision`, against `reference` in float32.
+
+    reference: the certified .onnx file or its deploy folder; candidate: an .onnx file, a deploy
+    folder or an .engine file. pictures: uint8 [H, W, 3], any sizes; masks: their true labels, uint8
+    [H, W]. `drawn`: the pictures are made up, which the line then says. Compared are labels and,
+    where they can be had, logits, at the smallest, usual and largest size and at batch > 1, with
+    `LIMITS`; an engine at the sizes of its profile. 16-bit graphs are judged with every rounding
+    emulated and, for fp16, also as onnxruntime runs the file. Where it fails, the detail ends with
+    the layers where the difference begins. page: where to write the difference page. device: cpu,
+    cuda or cuda:N [cuda for engines, else cpu]. Raises UserError where something can't be run, or
+    does not belong together.
+    """
+    artifact = open_artifact(candidate)
+    _check(artifact, spec, pictures, masks)
+    file = model_file(reference)
+    plain = read_model(file)
+    limits = LIMITS[precision]
+    if precision == "fp32" and compares_features(plain):
+        limits = COMPARING_FP32
+    policy, most = _promised(artifact, spec)
+    with tempfile.TemporaryDirectory(prefix="srdeploy-") as name, ExitStack() as stack:
+        folder = Path(name)
+        inside = open_reference(file, spec, folder, stack)
+        sides = open_sides(artifact, spec, precision, runtime, device, folder, stack)
+        ties = precision == "fp32"
+        found = [Difference(side.computed_by, spec, limits, ties_count=ties) for side in sides]
+        for index, (size, images) in enumerate(batches(pictures, policy, most)):
+            labels, logits = inside.run(images)
+            assert logits is not None
+            # Single photos of the usual size come first, in the pictures' order.
+            truth = masks[index] if masks is not None and index < len(masks) else None
+            for side, one in zip(sides, found, strict=True):
+                one.add(size, images, (labels, logits), *side.run(images), truth)
+    passed = all(one.passed for one in found)
+    worst = min(found, key=lambda one: (one.passed, one.finite is not False, one.counted))
+    layers: list[LayerError] = []
+    where = ""
+    if not passed or page is not None:
+        layers, where = _layers(artifact, plain, precision, limits, worst, mend=not passed)
+    line = Line(
+        name="verification",
+        passed=passed,
+        detail=_detail(found, precision, limits) + ("" if passed else f"; {where}") + DRAWN * drawn,
+        figures=_figures(artifact, precision, limits, found, layers, drawn),
+    )
+    if page is not None:
+        from srdeploy.export.difference_page import Findings, write_difference_page
+
+        files = (file.stat().st_size, artifact.file.stat().st_size)
+        write_difference_page(
+            Findings(line, precision, limits, spec, tuple(found), worst, layers, where, files), page
+        )
+    return line
+
+
+def _check(
+    artifact: Artifact, spec: Spec, pictures: Sequence[Pixels], masks: Sequence[Pixels] | None
+) -> None:
+    if artifact.kind == "run":
+        raise UserError(f"{artifact.path} is a run folder: verify what was exported from it")
+    if artifact.spec is not None and artifact.spec != spec:
+        raise UserError(
+            f"{artifact.path} has other classes or pre-processing than its reference: export both "
+            "from one run"
+        )
+    if not pictures:
+        raise UserError(f"no pictures to verify {artifact.path} on: give a folder with --images")
+    if masks is None:
+        return
+    if len(masks) != len(pictures):
+        raise UserError(f"{len(masks)} masks for {len(pictures)} pictures: give one for each")
+    for picture, mask in zip(pictures, masks, strict=True):
+        if mask.shape != picture.shape[:2]:
+            sizes = [f"{shape[0]}x{shape[1]}" for shape in (mask.shape, picture.shape)]
+            raise UserError(f"a mask of {sizes[0]} for a picture of {sizes[1]}: give its own mask")
+
+
+def _promised(artifact: Artifact, spec: Spec) -> tuple[InputPolicy, int | None]:
+    """The sizes to compare at, and the most images in a batch: an engine takes its profile's."""
+    profiles = read_sidecar(artifact.file).profiles if artifact.kind == "engine" else ()
+    if not profiles:
+        return spec.input, None
+    profile = profiles[0]
+    sizes = {"smallest": profile.smallest, "usual": profile.usual, "largest": profile.largest}
+    policy = spec.input.model_copy(update={name: shape[1:] for name, shape in sizes.items()})
+    return policy, profile.largest[0]
+
+
+def _layers(
+    artifact: Artifact,
+    plain: ModelProto,
+    precision: Precision,
+    limits: Limits,
+    worst: Difference,
+    mend: bool,
+) -> tuple[list[LayerError], str]:
+    """The error of every layer, on the photo and at the size that differ most among the smallest
+    that fail; and what they say, with flags where there is something to `mend`. For an engine, of
+    the graph that it was built from."""
+    file = artifact.file
+    if artifact.kind == "engine":
+        file = file.with_name(read_sidecar(file).onnx)
+        if not file.is_file():
+            return [], (
+                f"an engine's layers can't be looked into, and {file.name}, which it was built "
+                "from, is not beside it"
+            )
+    graph = read_model(file)
+    if precision in HALVES:
+        graph = emulate(graph)
+    errors = layer_errors(plain, graph, worst.telling_photo())
+    return errors, explain_jump(errors, limits.rounding, mend and precision not in UNTYPED)
+
+
+def _detail(found: Sequence[Difference], precision: Precision, limits: Limits) -> str:
+    """The least favourable figure of all ways of running."""
+    cases = [case for one in found for case in one.cases]
+    if sizes := sorted({case.size for case in cases if case.finite is False}):
+        return f"NaN or infinity in the logits of {precision} at {'; '.join(sizes)}"
+    counted, least = min(one.counted for one in found), min(one.least for one in found)
+    text = (
+        f"{precision} labels agree on {share_text(counted)} of pixels (needed "
+        f"{share_text(limits.agreement)}), on {share_text(least)} in the worst of "
+        f"{len(cases)} batches (needed {share_text(limits.least)})"
+    )
+    differences = [d for one in found if (d := one.relative_difference) is not None]
+    if differences:
+        allowed = "" if limits.logits is None else f" (allowed {part_text(limits.logits)})"
+        text += f"; logits differ by {part_text(max(differences))} of the largest at most{allowed}"
+    else:
+        text += "; it gives labels alone, so logits and NaN were not looked at"
+    truths = [truth for one in found if (truth := one.truth) is not None]
+    if truths:
+        truth = min(truths, key=lambda one: one.gain)
+        error = "" if truth.error is None else f" ± {100 * truth.error:.2f}"
+        text += (
+            f"; mIoU {100 * truth.candidate:.2f} %, of float32 {100 * truth.reference:.2f} % "
+            f"({100 * truth.gain:+.2f}{error}, {100 * limits.miou_loss:.2f} lower is allowed)"
+        )
+    return text
+
+
+def _figures(
+    artifact: Artifact,
+    precision: Precision,
+    limits: Limits,
+    found: Sequence[Difference],
+    layers: Sequence[LayerError],
+    drawn: bool,
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "precision": precision,
+        "candidate": artifact.file.name,
+        "limits": limits.model_dump(mode="json"),
+        "runs": [one.figures() for one in found],
+        "layers": [one.model_dump(mode="json") for one in layers],
+    }
+    return figures | ({"drawn": True} if drawn else {})
