@@ -145,9 +145,10 @@ def open_runtime(
         )
     if name == "tensorrt":
         from srdeploy.serve.engine_choice import engine_for
-        from srdeploy.serve.tensorrt_runtime import TensorRTRuntime
 
         artifact = engine_for(artifact, parse_device(device)[1])
+        from srdeploy.serve.tensorrt_runtime import TensorRTRuntime
+
         return TensorRTRuntime(artifact, _resolve_spec(artifact, spec), device)
     own = _resolve_spec(artifact, spec)
     if name == "torch":

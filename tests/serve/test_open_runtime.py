@@ -154,7 +154,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(
     """The GPU package offers CUDA even where no driver is, and then starts on the CPU."""
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
-    with pytest.raises(UserError, match="could not start CUDA and offers CPUExecutionProvider"):
+    with pytest.raises(UserError, match=r"could not start CUDA \(.*cuda\.so: cannot open shared"):
         open_runtime(make_graph(), device="cuda").__enter__()
 
 
@@ -167,10 +167,19 @@ def test_cuda_asked_but_absent_is_refused_by_torch(run_folder: Path) -> None:
 def test_a_runtime_that_can_not_run_the_artifact_is_refused(
     run_folder: Path, make_graph: MakeGraph
 ) -> None:
-    with pytest.raises(UserError, match="export it first"):
-        open_runtime(run_folder, runtime="onnxruntime")
+    for runtime in ("onnxruntime", "onnxruntime-tensorrt", "openvino"):
+        with pytest.raises(UserError, match=rf"for {runtime}, export it first \(.*narrow\)"):
+            open_runtime(run_folder, runtime=runtime)
+    with pytest.raises(UserError, match=r"for tensorrt, export it first \(.*narrow --trt\)"):
+        open_runtime(run_folder, runtime="tensorrt")
     with pytest.raises(UserError, match="for torch, give the run folder"):
         open_runtime(make_graph(), runtime="torch")
+    with pytest.raises(UserError, match="is a graph and not an engine: .*onnxruntime-tensorrt"):
+        open_runtime(make_graph(), runtime="tensorrt")
+    with pytest.raises(UserError, match="onnxruntime-tensorrt runs on an NVIDIA GPU: use --device"):
+        open_runtime(make_graph(), runtime="onnxruntime-tensorrt")
+    with pytest.raises(UserError, match="--precision bf16: torch computes what the types in"):
+        open_runtime(run_folder, precision="bf16")
     with pytest.raises(UserError, match="unknown runtime 'tourch': did you mean 'torch'"):
         open_runtime(make_graph(), runtime="tourch")
 
