@@ -1,0 +1,96 @@
+"""What TensorRT says while it parses and builds, and what that means."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from srdeploy.errors import UserError
+
+_MEMORY = (
+    "could not find any implementation",
+    "out of memory",
+    "outofmemory",
+    "cudaerrormemoryallocation",
+    "insufficient memory",
+    "insufficient workspace",
+    "no space left",
+)
+_NO_GPU = (
+    "cuda initialization failure",
+    "cudaerrornodevice",
+    "no cuda-capable device",
+    "cudaerrorinsufficientdriver",
+    "cuda_error_no_device",
+    "unable to determine gpu",
+)
+"""Parts of TensorRT's own messages, in lower case."""
+_LONGEST = 300
+"""Characters of a message that are shown."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One line of TensorRT's log."""
+
+    error: bool
+    warning: bool
+    text: str
+
+
+def collecting_logger(trt: Any) -> Any:
+    """A logger for TensorRT with a list `messages` of the errors and warnings; prints nothing."""
+
+    class Collector(trt.ILogger):  # type: ignore[misc]  # the base is known at run time alone
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[Message] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity <= trt.ILogger.WARNING:
+                error = severity <= trt.ILogger.ERROR
+                self.messages.append(Message(error=error, warning=not error, text=msg))
+
+    return Collector()
+
+
+def warnings_of(logger: Any) -> list[str]:
+    """The warnings so far, each once."""
+    return list(dict.fromkeys(message.text for message in logger.messages if message.warning))
+
+
+def explain_failure(logger: Any, what: str) -> UserError:
+    """One line for a build of `what` that TensorRT gave up, from what it logged."""
+    errors = [message.text for message in logger.messages if message.error]
+    said = " ".join(errors).lower()
+    first = _short(errors[0]) if errors else "it gives no reason"
+    if any(part in said for part in _NO_GPU):
+        return UserError(
+            f"{what}: TensorRT finds no usable NVIDIA GPU or driver ({first}): build on the "
+            "machine that will run it, or ahead of time with --builder rtx --sm 8.9"
+        )
+    if any(part in said for part in _MEMORY):
+        return UserError(
+            f"{what}: TensorRT found no kernel that fits, which is probably a matter of memory "
+            f"({first}): raise --workspace, free the GPU, or give a smaller --profile"
+        )
+    return UserError(f"{what}: TensorRT can't build it ({first})")
+
+
+def explain_parser(parser: Any, what: str) -> UserError:
+    """One line for a graph that TensorRT's parser refused: node, operator and reason."""
+    faults = [_fault(parser.get_error(index)) for index in range(parser.num_errors)]
+    if not faults:
+        return UserError(f"{what}: TensorRT does not parse it, and gives no reason")
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return UserError(f"{what}: TensorRT does not take {faults[0]}{more}")
+
+
+def _fault(error: Any) -> str:
+    node = error.node_name() or f"number {error.node()}"
+    operator = error.node_operator()
+    where = f"node {node} ({operator})" if operator else "the graph"
+    return f"{where}: {_short(error.desc())}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
