@@ -10,11 +10,14 @@ from typing import Any
 from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import CERTIFICATE, MANIFEST, Certificate, Line
-from srdeploy.export.pipeline import ExportResult
+from srdeploy.export.engines.build import BuildOptions, build_engine, target_name
+from srdeploy.export.engines.profiles import parse_profile, profiles_of
+from srdeploy.export.pipeline import ExportResult, describe_files
 from srdeploy.export.source import Source
 from srdeploy.export.typed import TypeOptions
-from srdeploy.files import sha256_of, write_json
-from srdeploy.serve.engine_file import Builder, EngineSidecar, Profile, sidecar_path
+from srdeploy.export.verify import verification_line
+from srdeploy.files import write_json
+from srdeploy.serve.engine_file import Builder, EngineSidecar, sidecar_path
 from srdeploy.spec import Spec
 from srdeploy.validation import validated
 
@@ -77,11 +80,8 @@ class EngineRequest:
         """Raises UserError for options that can't be used, before a long export begins."""
         self.options(spec, types, "")
 
-    def options(self, spec: Spec, types: TypeOptions, command: str) -> "BuildOptions":
+    def options(self, spec: Spec, types: TypeOptions, command: str) -> BuildOptions:
         """For the builder. Raises UserError."""
-        from srdeploy.export.engines.build import BuildOptions
-        from srdeploy.export.engines.profiles import parse_profile, profiles_of
-
         if self.profiles:
             profiles = tuple(parse_profile(text) for text in self.profiles)
         else:
@@ -96,11 +96,84 @@ class EngineRequest:
             "refittable": self.refittable,
             "command": command,
         }
-        return validated(BuildOptions, values, "srdeploy export --trt")
+        return validated(BuildOptions, values, "--trt")
 
 
 def add_engine(
-    result: ExportResult, source: Source, types: TypeOptions, request: EngineRequest
+    result: ExportResult,
+    source: Source,
+    types: TypeOptions,
+    request: EngineRequest,
+    certified: Path,
 ) -> ExportResult:
-    """Builds an engine into the deploy folder, and adds it to certificate and manifest."""
-    raise UserError("engines are not there yet")
+    """Builds an engine into the deploy folder, and adds it to certificate and manifest.
+
+    certified: the float32 graph that the folder's was converted from, or the folder's own: on a
+    GPU the engine is held against it. Raises UserError where no engine can be built; the folder
+    stays as the export left it.
+    """
+    command = " ".join([result.manifest["command"], shlex.join([*request.flags(), "--force"])])
+    options = request.options(source.spec, types, command)
+    try:
+        engine = result.folder / target_name(options)
+        console.say(f"building {engine.name}")
+        sidecar = build_engine(result.model, engine, options)
+    except UserError as error:
+        raise UserError(f"{error} (the graph was written all the same: {result.model})") from error
+    page = result.folder / f"{engine.stem}-differences.html"
+    lines = (_engine_line(engine, sidecar), _verified(engine, sidecar, source, certified, page))
+    certificate = Certificate(lines=(*result.certificate.lines, *lines))
+    certificate.write(result.folder / CERTIFICATE)
+    names = [*result.manifest["files"], engine.name, sidecar_path(engine).name]
+    names += [page.name] if page.exists() else []
+    manifest = {
+        **result.manifest,
+        "command": command,
+        "engine": engine.name,
+        "files": describe_files(result.folder, names),
+    }
+    write_json(result.folder / MANIFEST, manifest)
+    return ExportResult(folder=result.folder, certificate=certificate, manifest=manifest)
+
+
+def _engine_line(engine: Path, sidecar: EngineSidecar) -> Line:
+    """What was built. The builder has refused what does not agree with what was asked."""
+    kinds = ", ".join(f"{count} {name}" for name, count in sidecar.layer_types.items())
+    where = sidecar.gpu or "compute capability " + ", ".join(sidecar.compute_capabilities)
+    read = "the engine's layers" if sidecar.read_from == "engine" else "the typed network"
+    return Line(
+        name="engine",
+        passed=True,
+        detail=(
+            f"{engine.name} for {where} ({sidecar.engine_bytes / 1e6:.1f} MB, "
+            f"{sidecar.builder} {sidecar.builder_version}); weighted layers, read from {read}: "
+            f"{kinds}"
+        ),
+        figures=sidecar.model_dump(mode="json", exclude={"spec", "signature"}),
+    )
+
+
+def _verified(
+    engine: Path, sidecar: EngineSidecar, source: Source, certified: Path, page: Path
+) -> Line:
+    """The engine against the certified graph, where it can run."""
+    if sidecar.gpu is None:
+        capabilities = ", ".join(sidecar.compute_capabilities)
+        return Line(
+            name="engine verification",
+            passed=None,
+            detail=(
+                f"NOT run: built ahead of time for compute capability {capabilities}, it runs on "
+                "such a GPU alone; there, srdeploy evaluate and bench take it"
+            ),
+        )
+    line = verification_line(
+        certified,
+        engine,
+        source.spec,
+        source.pictures,
+        sidecar.precision,
+        page=page,
+        drawn=source.drawn,
+    )
+    return line.model_copy(update={"name": "engine verification"})

@@ -4,6 +4,7 @@ manifest.
 
 import json
 import shlex
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from srdeploy.export.certificate import (
 from srdeploy.export.parity import parity_line
 from srdeploy.export.source import Source, source_of_run
 from srdeploy.export.to_onnx import NETWORK_KEY, export_onnx
-from srdeploy.export.typed import TypeOptions, write_typed
+from srdeploy.export.typed import DIFFERENCES, TypeOptions, write_typed
 from srdeploy.files import sha256_of, whole_folder, write_json
 from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.serve.artifact import MODEL
@@ -84,6 +85,7 @@ def export_source(
     output: OutputKind = "labels",
     types: TypeOptions = FLOAT32,
     force: bool = False,
+    certified: Path | None = None,
 ) -> ExportResult:
     """Exports a plain network to `out` (deploy/NAME): model.onnx, manifest and certificate.
 
@@ -92,7 +94,8 @@ def export_source(
     for another precision, that graph is then converted, and the result held against it. The folder
     is written whole, also where a line of the certificate fails. Raises UserError for weights or a
     network that can't be used, for types that it can't have, and where `out` exists (force
-    replaces a deploy folder).
+    replaces a deploy folder). certified: where to keep the float32 graph, for what compares with
+    it later.
     """
     types = types.calibrated_on(source.training_data)
     out = out if out is not None else Path("deploy") / f"{source.name}{types.suffix}"
@@ -104,17 +107,17 @@ def export_source(
         tempfile.TemporaryDirectory(prefix="srdeploy-") as aside,
     ):
         task = bar.add_task("exporting", total=5 if types.converts else 4)
-        certified = (Path(aside) if types.converts else folder) / MODEL
-        _export(network, source, certified, input, output)
+        plain = (Path(aside) if types.converts else folder) / MODEL
+        _export(network, source, plain, input, output)
         bar.update(task, advance=1, description="exporting the plain network, built fresh")
-        identity = _identity(network, source, certified, input, output)
+        identity = _identity(network, source, plain, input, output)
         bar.update(task, advance=2, description="comparing with torch on photos")
-        parity = parity_line(network, source.spec, certified, source.pictures, source.drawn)
+        parity = parity_line(network, source.spec, plain, source.pictures, source.drawn)
         bar.update(task, advance=1, description=f"converting to {types.precision}")
         typed: tuple[Line, ...] = ()
         if types.converts:
             typed = write_typed(
-                certified,
+                plain,
                 folder / MODEL,
                 source.spec,
                 source.pictures,
@@ -122,6 +125,8 @@ def export_source(
                 drawn=source.drawn,
             )
             bar.update(task, advance=1)
+        if certified is not None:
+            shutil.copyfile(plain, certified)
         weights = {} if source.weights is None else {source.weights.name: source.weights}
         provenance = provenance_line(
             {MODEL: folder / MODEL, **weights},
@@ -135,6 +140,14 @@ def export_source(
         manifest = _manifest(source, heads, folder, out, digest, input, output, types)
         write_json(folder / MANIFEST, manifest)
     return ExportResult(folder=out, certificate=certificate, manifest=manifest)
+
+
+def describe_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Name -> SHA-256 and size of files in a deploy folder."""
+    return {
+        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in names
+    }
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -179,10 +192,7 @@ def _manifest(
     """What is in the folder and how to make it again; only `made` changes from export to export."""
     command = ["srdeploy", "export", *source.arguments, "--out", str(out)]
     command += ["--input", input, "--output", output, *types.flags()]
-    files = {
-        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in (MODEL, CERTIFICATE)
-    }
+    names = [name for name in (MODEL, CERTIFICATE, DIFFERENCES) if (folder / name).exists()]
     return {
         "srdeploy": __version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,7 +208,7 @@ def _manifest(
         "opset": opset_of(read_model(folder / MODEL)),
         "graph_digest": digest,
         "weights_sha256": None if source.weights is None else sha256_of(source.weights),
-        "files": files,
+        "files": describe_files(folder, names),
         "versions": versions(),
         "spec": source.spec.model_dump(mode="json"),
     }

@@ -9,7 +9,11 @@ from pydantic import Field
 
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line, identity_lines, opset_of, read_model
+from srdeploy.export.precision.calibration import calibration_pictures
+from srdeploy.export.precision.half import to_half
+from srdeploy.export.precision.int8 import to_int8
 from srdeploy.export.precision.untyped import untyped
+from srdeploy.export.verify import verification_line
 from srdeploy.files import write_whole
 from srdeploy.imaging import Pixels
 from srdeploy.precision import Precision, Target
@@ -88,8 +92,6 @@ def write_typed(
     (what it computes on `pictures`, against the certified file). Raises UserError where the graph
     can't be converted.
     """
-    from srdeploy.export.verify import verification_line
-
     model = read_model(certified)
     typed = _converted(model, spec, options)
     write_whole(out, typed.SerializeToString(deterministic=True))
@@ -130,10 +132,6 @@ def types_line(certified: ModelProto, typed: ModelProto) -> Line:
 
 
 def _converted(model: ModelProto, spec: Spec, options: TypeOptions) -> ModelProto:
-    from srdeploy.export.precision.calibration import calibration_pictures
-    from srdeploy.export.precision.half import to_half
-    from srdeploy.export.precision.int8 import to_int8
-
     if options.precision in ("fp16", "bf16"):
         return to_half(model, options.precision, options.keep)
     assert options.precision == "int8"

@@ -2,6 +2,7 @@
 one.
 """
 
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -182,11 +183,19 @@ def export(
     )
     if request is not None:
         request.require_ready(source.spec, types)
-    result = export_source(
-        source, out, input=input.value, output=output.value, types=types, force=force
-    )
-    if request is not None:
-        result = add_engine(result, source, types, request)
+    with tempfile.TemporaryDirectory(prefix="srdeploy-") as aside:
+        certified = Path(aside) / "certified.onnx" if request is not None else None
+        result = export_source(
+            source,
+            out,
+            input=input.value,
+            output=output.value,
+            types=types,
+            force=force,
+            certified=certified,
+        )
+        if request is not None and certified is not None:
+            result = add_engine(result, source, types, request, certified)
     if triton is not None:
         repository = write_repository(result.folder, triton)
         console.done(f"Triton model repository: {repository}")

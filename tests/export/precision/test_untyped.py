@@ -24,7 +24,9 @@ def same(a: ModelProto, b: ModelProto) -> bool:
 
 
 def node_of(model: ModelProto, kind: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if node.op_type == kind)
+    (first, *_) = [node for node in model.graph.node if node.op_type == kind]
+    assert isinstance(first, onnx.NodeProto)
+    return first
 
 
 def quantised_by_hand() -> tuple[ModelProto, ModelProto]:
@@ -52,8 +54,8 @@ def quantised_by_hand() -> tuple[ModelProto, ModelProto]:
         [images],
         [logits],
         [
-            numpy_helper.from_array(np.float32(0.1), "s"),
-            numpy_helper.from_array(np.uint8(128), "z"),
+            numpy_helper.from_array(np.array(0.1, np.float32), "s"),
+            numpy_helper.from_array(np.array(128, np.uint8), "z"),
             numpy_helper.from_array(values, "w"),
             numpy_helper.from_array(scale, "ws"),
             numpy_helper.from_array(np.zeros(2, np.int8), "wz"),
