@@ -14,6 +14,7 @@ from srdeploy import __version__, console
 from srdeploy.cli import (
     data_verbs,
     demo_verb,
+    doctor_verb,
     export_verbs,
     inspect_verb,
     model_verbs,
@@ -60,6 +61,7 @@ inspect_verb.register(app)
 model_verbs.register(app)
 demo_verb.register(app)
 data_verbs.register(app)
+doctor_verb.register(app)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from srdeploy.errors import MissingPackageError, UserError
 VERBS = [
     ["train"], ["export"], ["certify"], ["strip"], ["evaluate"], ["predict"], ["bench"],
     ["inspect"], ["demo"], ["models"], ["data", "synth"], ["data", "check"],
+    ["doctor"],
 ]  # fmt: skip
 
 
