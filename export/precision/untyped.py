@@ -37,7 +37,8 @@ def untyped(model: ModelProto, opset: int) -> ModelProto:
             floats[node.output[0]] = _dequantised(node, stored)
             dropped.append(node)
         elif node.op_type == "DequantizeLinear" and _is_quantised(node, makers):
-            passed[node.output[0]] = makers[node.input[0]].input[0]
+            # A node that asks for the shape alone may read what is quantised as it is.
+            passed[node.output[0]] = passed[node.input[0]] = makers[node.input[0]].input[0]
             dropped += [node, makers[node.input[0]]]
         elif node.op_type == "Cast" and kinds.get(node.input[0]) in FLOATS:
             if node.attribute[0].i in FLOATS:

@@ -72,7 +72,7 @@ def nodes_in_16_bits(
     types: as `element_types` gives them. keep: names of nodes, or shell patterns, that stay in
     float32; one that matches no node raises UserError.
     """
-    kept = _kept(graph, keep)
+    kept = kept_nodes(graph, keep)
     able = {
         index
         for index, node in enumerate(graph.node)
@@ -144,7 +144,9 @@ def is_named(node: NodeProto, pattern: str) -> bool:
     return label_of(node) == pattern or fnmatchcase(label_of(node), pattern)
 
 
-def _kept(graph: GraphProto, keep: Collection[str]) -> set[int]:
+def kept_nodes(graph: GraphProto, keep: Collection[str]) -> set[int]:
+    """Positions of the nodes that `keep` names or matches. Raises UserError for a pattern that
+    matches none, with the closest name."""
     kept: set[int] = set()
     for pattern in keep:
         found = {index for index, node in enumerate(graph.node) if is_named(node, pattern)}
