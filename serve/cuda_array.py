@@ -6,7 +6,6 @@ https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html
 
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +207,5 @@ class DeviceArray:
 
 
 def _free(cuda: Cuda, address: int) -> None:
-    # Runs wherever the last reference goes: nobody could handle an error there.
-    with suppress(UserError), cuda.on_device():
+    with cuda.on_device(freeing=True):
         cuda.free(address)

@@ -72,21 +72,25 @@ class Cuda:
             )
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
+    def on_device(self, freeing: bool = False) -> Iterator[None]:
         """Makes this GPU the calling thread's; the caller's own is his again afterwards.
 
         Where it is the thread's already, nothing is touched, so that a context that other
-        libraries made for it (pycuda's) stays current.
+        libraries made for it (pycuda's) stays current. freeing: go on where CUDA refuses.
         """
-        before = self._checked(self.api.cudaGetDevice(), "asking for the current GPU")
-        if before == self.index:
-            yield
-            return
-        self._checked(self.api.cudaSetDevice(self.index), f"choosing {self.device}")
+        before = self.index
+        try:
+            before = self._checked(self.api.cudaGetDevice(), "asking for the current GPU")
+            if before != self.index:
+                self._checked(self.api.cudaSetDevice(self.index), f"choosing {self.device}")
+        except UserError:
+            if not freeing:
+                raise
         try:
             yield
         finally:
-            self.api.cudaSetDevice(before)
+            if before != self.index:
+                self.api.cudaSetDevice(before)
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes on the GPU."""

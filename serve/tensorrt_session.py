@@ -108,7 +108,7 @@ class Session:
 
     def close(self) -> None:
         """Waits for the stream, and frees everything but arrays that were returned."""
-        with self._lock, self._cuda.on_device():
+        with self._lock, self._cuda.on_device(freeing=True):
             self._cuda.drain(self.stream)
             self._stream.is_open = False
             if self._graphs is not None:
