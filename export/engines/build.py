@@ -18,6 +18,7 @@ from srdeploy.export.engines.read_back import (
     network_types,
     require_agreement,
 )
+from srdeploy.export.engines.rtx_targets import require_target, set_targets
 from srdeploy.export.engines.timing_cache import attach_timing_cache, save_timing_cache
 from srdeploy.files import sha256_of, write_whole
 from srdeploy.precision import Precision
@@ -31,11 +32,6 @@ from srdeploy.serve.engine_file import (
 from srdeploy.serve.gpus import Gpu, cuda_driver_version, list_gpus
 from srdeploy.serve.signature import Signature, read_signature
 from srdeploy.validation import Settings
-
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities that TensorRT for RTX builds for."""
-_WITHOUT_TF32 = ("7.0", "7.2", "7.5")
-"""Older than the units for tf32 and bf16."""
 
 
 class BuildOptions(Settings):
@@ -64,14 +60,16 @@ class BuildOptions(Settings):
         if self.builder == "tensorrt":
             if self.sm:
                 raise ValueError(
-                    "TensorRT builds on the GPU that the engine is for: leave out --sm, or build "
-                    "ahead of time with --builder rtx"
+                    "--sm goes with --builder rtx alone: TensorRT proper builds on the GPU that "
+                    "the engine is for"
                 )
             return self
         if self.timing_cache is not None:
-            raise ValueError("TensorRT for RTX measures no kernels: leave out --timing-cache")
+            raise ValueError(
+                "--timing-cache goes with TensorRT proper alone: TensorRT for RTX measures nothing"
+            )
         for capability in self.sm:
-            _require_target(capability, self.precision)
+            require_target(capability, self.precision)
         if len(set(self.sm)) != len(self.sm):
             raise ValueError(f"a compute capability stands twice among {', '.join(self.sm)}")
         return self
@@ -162,7 +160,7 @@ def target_gpu(options: BuildOptions) -> Gpu | None:
         )
     if options.builder == "rtx":
         try:
-            _require_target(gpus[0].compute_capability, options.precision)
+            require_target(gpus[0].compute_capability, options.precision)
         except ValueError as error:
             raise UserError(f"{gpus[0].name}: {error}") from error
     return gpus[0]
@@ -236,21 +234,8 @@ def _configured(parsed: Parsed, options: BuildOptions, gpu: Gpu | None) -> Any:
         # Else the engine holds its layers' names alone, and no types to read back.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     else:
-        _set_targets(parsed, config, capabilities(options, gpu))
+        set_targets(trt, config, capabilities(options, gpu))
     return config
-
-
-def _set_targets(parsed: Parsed, config: Any, targets: tuple[str, ...]) -> None:
-    trt = parsed.trt
-    config.num_compute_capabilities = len(targets)
-    known = trt.ComputeCapability.__members__
-    for index, target in enumerate(targets):
-        member = known.get(f"SM{target.replace('.', '')}")
-        if member is None or not config.set_compute_capability(member, index):
-            raise UserError(
-                f"TensorRT for RTX {trt.__version__} can't build for compute capability {target}: "
-                "install a newer tensorrt-rtx"
-            )
 
 
 def _add_profile(parsed: Parsed, config: Any, profile: Profile, signature: Signature) -> None:
@@ -284,14 +269,3 @@ def _inspect(parsed: Parsed, plan: Plan) -> tuple[dict[str, str], dict[str, Any]
         "device_memory_bytes": engine.device_memory_size_v2,
         "weighted_layers_in_the_graph": len(plan.types),
     }
-
-
-def _require_target(capability: str, precision: Precision) -> None:
-    """Raises ValueError where TensorRT for RTX does not build for it, or not in that precision."""
-    if capability not in RTX_CAPABILITIES:
-        raise ValueError(
-            f"compute capability {capability} is no target of TensorRT for RTX, which builds for "
-            + ", ".join(RTX_CAPABILITIES)
-        )
-    if capability in _WITHOUT_TF32 and precision in ("tf32", "bf16"):
-        raise ValueError(f"GPUs of compute capability {capability} do not compute in {precision}")
