@@ -46,28 +46,27 @@ def emulate(model: ModelProto) -> ModelProto:
     for node in graph.node:
         _refuse_half_bodies(node, types)
     names = Names(graph)
-    nodes: list[NodeProto] = []
-    renamed: dict[str, str] = {}
-    for value in graph.input:
-        if types[value.name] in _HALVES:
-            renamed[value.name] = names.fresh(f"{value.name}/fp32")
-            nodes.append(_cast(value.name, renamed[value.name], FLOAT, f"{value.name}/Cast"))
+    starts: list[NodeProto] = []
     ends: list[NodeProto] = []
+    renamed: dict[str, str] = {}
+    for value in (*graph.input, *graph.output):
+        if types[value.name] in _HALVES and value.name not in renamed:
+            renamed[value.name] = names.fresh(f"{value.name}/fp32")
+    for value in graph.input:
+        if value.name in renamed:
+            label = names.fresh(f"{value.name}/Cast")
+            starts.append(_cast(value.name, renamed[value.name], FLOAT, label))
     for value in graph.output:
-        if types[value.name] in _HALVES:
-            if value.name not in renamed:
-                renamed[value.name] = names.fresh(f"{value.name}/fp32")
-            ends.append(
-                _cast(renamed[value.name], value.name, types[value.name], f"{value.name}/Cast")
-            )
+        if value.name in renamed:
+            label = names.fresh(f"{value.name}/Cast")
+            ends.append(_cast(renamed[value.name], value.name, types[value.name], label))
     for tensor in graph.initializer:
         if int(tensor.data_type) in _HALVES:
             tensor.CopyFrom(in_32_bits(tensor))
             tensor.name = renamed.get(tensor.name, tensor.name)
-    for node in graph.node:
-        nodes += _rounded(node, types, renamed, names)
+    middle = [one for node in graph.node for one in _rounded(node, types, renamed, names)]
     del graph.node[:]
-    graph.node.extend([*nodes, *ends])
+    graph.node.extend([*starts, *middle, *ends])
     for value in graph.value_info:
         _retype(value)
     onnx.checker.check_model(float_model, full_check=True)
