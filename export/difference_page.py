@@ -10,7 +10,7 @@ import numpy as np
 from srdeploy.environment import describe_environment
 from srdeploy.export.certificate import Line
 from srdeploy.export.differences import Difference, Pair, Truth, part_text, share_text
-from srdeploy.export.layer_errors import LayerError, first_jump, nodes_to_keep
+from srdeploy.export.layer_errors import LayerError, explain_jump, first_jump, nodes_to_keep
 from srdeploy.export.limits import Limits
 from srdeploy.export.sides import UNTYPED
 from srdeploy.files import write_whole
@@ -35,6 +35,8 @@ class Findings:
     """What verification found."""
 
     line: Line
+    summary: str
+    """The line's detail, without what its end says of layers."""
     precision: Precision
     limits: Limits
     spec: Spec
@@ -43,7 +45,7 @@ class Findings:
     """The way of running that differs most: its photos and classes are shown."""
     layers: Sequence[LayerError]
     where: str
-    """In words, where the difference begins."""
+    """What is said of layers where there are none to look at."""
     files: tuple[int, int]
     """Bytes of the reference's file and of the candidate's."""
 
@@ -119,16 +121,16 @@ def _page(findings: Findings) -> Page:
     spec, worst = findings.spec, findings.worst
     before, after = (size / 1e6 for size in findings.files)
     name = findings.line.figures["candidate"]
-    keep: list[str] = []
-    if not findings.line.passed and findings.precision not in UNTYPED and findings.layers:
-        keep = nodes_to_keep(findings.layers, findings.limits.rounding)
+    layers, keep = findings.layers, []
+    if not findings.line.passed and findings.precision not in UNTYPED and layers:
+        keep = nodes_to_keep(layers, findings.limits.rounding)
     return Page(
         title=f"{findings.precision} against float32",
         lead=(
             f"{name}, {after:.2f} MB, compared with the certified float32 graph, {before:.2f} MB. "
             f"Shown below: {worst.computed_by}."
         ),
-        detail=findings.line.detail,
+        detail=findings.summary,
         verdicts=tuple(_verdicts(findings)),
         needed=_needed(findings),
         reason=f"Why these limits: {findings.limits.reason}.",
@@ -139,7 +141,7 @@ def _page(findings: Findings) -> Page:
         legend=tuple(
             (one, _css(colour)) for one, colour in zip(spec.classes, spec.palette, strict=True)
         ),
-        where=findings.where,
+        where=explain_jump(layers, findings.limits.rounding, False) if layers else findings.where,
         layers=_layer_chart(findings),
         flags=" ".join(f"--keep '{one}'" for one in keep),
         different=_css(DIFFERENT),
@@ -180,7 +182,7 @@ def _needed(findings: Findings) -> Table:
             (
                 "largest logit difference, of the largest logit",
                 part_text(difference),
-                "-" if limit is None else f"{part_text(limit)} at most",
+                "-" if limit is None else f"≤ {part_text(limit)}",
                 _MARKS[judged],
             )
         )
@@ -190,11 +192,11 @@ def _needed(findings: Findings) -> Table:
             (
                 f"mIoU lost, points{_error(worst.truth)}",
                 f"{max(0.0, -100 * gain):.2f}",
-                f"{100 * limits.miou_loss:.2f} at most",
+                f"≤ {100 * limits.miou_loss:.2f}",
                 _MARKS[None if exceeds is None else not exceeds],
             )
         )
-    return Table("Tolerance that would have passed", ("", "would have passed", "limit", ""), rows)
+    return Table("Tolerance that would have passed", ("", "would pass", "limit", ""), rows)
 
 
 def _error(truth: Truth) -> str:
@@ -202,7 +204,7 @@ def _error(truth: Truth) -> str:
 
 
 def _share_row(name: str, share: float, limit: float) -> tuple[str, str, str, str]:
-    return name, share_text(share), f"{share_text(limit)} at least", _MARKS[share >= limit]
+    return name, share_text(share), f"≥ {share_text(limit)}", _MARKS[share >= limit]
 
 
 def _cases(findings: Findings) -> Table:

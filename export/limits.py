@@ -70,14 +70,15 @@ LIMITS: dict[Precision, Limits] = {
         ),
     ),
     "int8": Limits(
-        agreement=0.97,
+        agreement=0.95,
         least=0.85,
         logits=None,
         miou_loss=0.005,
         rounding=3e-2,
         reason=(
-            "256 steps for a tensor's whole range: differences lie on borders between classes; "
-            "below 97 % a layer's range is ill calibrated, or its values need more steps"
+            "256 steps for a tensor's whole range: trained networks agree on 96 to 99 % of pixels "
+            "and keep their mIoU, since differences lie on borders between classes; below 95 % a "
+            "layer's range is ill calibrated, or its values need more steps"
         ),
     ),
 }

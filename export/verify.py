@@ -78,19 +78,30 @@ def verification_line(
     where = ""
     if not passed or page is not None:
         layers, where = _layers(artifact, plain, precision, limits, worst, mend=not passed)
+    summary = _detail(found, precision, limits)
     line = Line(
         name="verification",
         passed=passed,
-        detail=_detail(found, precision, limits) + ("" if passed else f"; {where}") + DRAWN * drawn,
+        detail=summary + ("" if passed else f"; {where}") + DRAWN * drawn,
         figures=_figures(artifact, precision, limits, found, layers, drawn),
     )
     if page is not None:
         from srdeploy.export.difference_page import Findings, write_difference_page
 
         files = (file.stat().st_size, artifact.file.stat().st_size)
-        write_difference_page(
-            Findings(line, precision, limits, spec, tuple(found), worst, layers, where, files), page
+        findings = Findings(
+            line,
+            summary + DRAWN * drawn,
+            precision,
+            limits,
+            spec,
+            tuple(found),
+            worst,
+            layers,
+            where,
+            files,
         )
+        write_difference_page(findings, page)
     return line
 
 

@@ -81,16 +81,17 @@ def distributions(samples: Mapping[str, npt.NDArray[np.float64]], x: str) -> str
 
 
 def levels(values: Sequence[float | None], marked: tuple[int, str] | None, x: str, y: str) -> str:
-    """One point per value on a logarithmic scale, in order; None (no finite value) stands as a
-    cross at the top. marked: the position and name of one that matters. Returns SVG text."""
+    """One point per value on a logarithmic scale, in order. 0 is left out; None (no finite value)
+    stands as a cross at the top. marked: the position and name of one that matters. Returns SVG
+    text."""
 
     def draw(axes: Axes) -> None:
-        known = [value for value in values if value]
-        low, high = (min(known), max(known)) if known else (1e-7, 1.0)
-        heights = np.array([high if value is None else max(value, low) for value in values])
+        high = max((value for value in values if value), default=1.0)
+        heights = np.array([high if value is None else value or np.nan for value in values])
         places = np.arange(len(values))
         lost = np.array([value is None for value in values], np.bool_)
         axes.set_yscale("log")
+        axes.set_xlim(-1, len(values))
         axes.plot(places[~lost], heights[~lost], ".-", color=COLOURS[0], linewidth=1, markersize=5)
         axes.plot(places[lost], heights[lost], "x", color=COLOURS[4], label="NaN or infinity")
         if lost.any():

@@ -87,7 +87,7 @@ def test_the_page_of_a_failure_says_what_where_and_what_to_do(page: Path, spec: 
     assert "not verified" in text
     assert "Tolerance that would have passed" in text
     assert f"begins at node &#39;{BODY}&#39;" in text
-    assert f"<pre>--keep &#39;{BODY}&#39;</pre>" in text
+    assert f'<pre class="flags">--keep &#39;{BODY}&#39;</pre>' in text
     assert all(name in text for name in spec.classes)
     (largest,) = [row for row in contents.rows if row[:1] == ["largest"]]
     assert largest[1] == "1 × 64 × 80"
@@ -172,7 +172,7 @@ def test_a_browser_shows_the_page_and_enlarges_its_pictures(
             " return all.filter(i => !i.naturalWidth).length; }"
         )
         overflow = tab.evaluate("document.documentElement.scrollWidth > window.innerWidth")
-        needed = tab.locator(".needed td:nth-child(2)").first.bounding_box()
+        needed = tab.locator(".needed td:nth-child(4)").first.bounding_box()
         button = tab.locator(".photos button").nth(3)
         small = button.bounding_box()
         button.focus()

@@ -200,6 +200,17 @@ def test_16_bit_graphs_are_judged_with_every_rounding_emulated_and_fp16_also_as_
     assert 1e-5 < needed[0] < needed[1] / 3 < 1e-2  # fp16 has three bits of mantissa more
 
 
+def test_another_runtime_is_judged_in_its_own_arithmetic(
+    spec: Spec, tiny_file: Path, photos: list[Pixels]
+) -> None:
+    pytest.importorskip("openvino")
+    line = verification_line(tiny_file, tiny_file, spec, photos, "fp32", runtime="openvino")
+    assert line.passed, line.detail
+    (run,) = line.figures["runs"]
+    assert run["computed_by"] == "openvino, cpu, float32"
+    assert 0 < run["tolerance_that_would_have_passed"] < 1e-4
+
+
 def test_a_layer_beyond_fp16s_range_is_found_and_the_flags_given_mend_it(
     tmp_path: Path, spec: Spec, tiny_file: Path, photos: list[Pixels]
 ) -> None:
