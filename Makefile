@@ -19,7 +19,14 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,interop]'
+	-$(call bindings,10,10.16.1.11)
+	-$(call bindings,11,11.4.0.106)
 	touch $@
+
+# Bindings of TensorRT (1 MB each) without its libraries, beside the environment's packages: a test
+# holds our code against their names. Where they can't be fetched, it is skipped and says so.
+bindings = $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tensorrt$(1) \
+	tensorrt_cu13_bindings==$(2)
 
 demo: $(READY)
 	$(BIN)/srdeploy demo --out demo

@@ -100,9 +100,9 @@ def _convolution(
         quantised = np.clip(np.round(kernel / 0.03), -127, 127).astype(np.int8)
         stored += [
             numpy_helper.from_array(quantised, f"{name}.weight"),
-            numpy_helper.from_array(np.float32(0.03), f"{name}.scale"),
-            numpy_helper.from_array(np.float32(2.0), f"{name}.input_scale"),
-            numpy_helper.from_array(np.int8(0), f"{name}.zero"),
+            numpy_helper.from_array(np.array(0.03, np.float32), f"{name}.scale"),
+            numpy_helper.from_array(np.array(2, np.float32), f"{name}.input_scale"),
+            numpy_helper.from_array(np.array(0, np.int8), f"{name}.zero"),
         ]
         ends = [f"{name}.input_scale", f"{name}.zero"]
         nodes += [

@@ -14,6 +14,7 @@ from srdeploy.export.engines import build
 from srdeploy.export.engines.build import BuildOptions, build_engine, target_name
 from srdeploy.export.engines.messages import collecting_logger, explain_failure
 from srdeploy.export.engines.profiles import parse_profile
+from srdeploy.export.engines.timing_cache import attach_timing_cache, save_timing_cache
 from srdeploy.files import sha256_of
 from srdeploy.precision import Precision
 from srdeploy.serve.artifact import open_artifact
@@ -276,13 +277,13 @@ class FakeConfig:
 def test_a_timing_cache_is_read_extended_and_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "timing.cache"
     for expected in (b"+measured", b"+measured+measured"):
-        cache = build.attach_timing_cache(FakeConfig(), path)
-        build.save_timing_cache(cache, path)
+        cache = attach_timing_cache(FakeConfig(), path)
+        save_timing_cache(cache, path)
         assert path.read_bytes() == expected
-    assert build.attach_timing_cache(FakeConfig(), None) is None
+    assert attach_timing_cache(FakeConfig(), None) is None
     path.write_bytes(b"of another GPU")
     with pytest.raises(UserError, match="is no timing cache of this TensorRT on this GPU"):
-        build.attach_timing_cache(FakeConfig(), path)
+        attach_timing_cache(FakeConfig(), path)
 
 
 def test_one_file_builds_to_one_engine_where_sizes_are_fixed(
