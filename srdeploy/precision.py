@@ -1,5 +1,6 @@
 """The precisions that a graph can be deployed in, and what goes with what."""
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from srdeploy.errors import UserError
@@ -16,6 +17,12 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 PRECISION_KEY = "srdeploy.precision"
 TARGET_KEY = "srdeploy.target"
 """Keys of the metadata: the precision that was asked for, and for int8 the target."""
+
+
+def precision_of(metadata: Mapping[str, str]) -> Precision:
+    """The precision that a graph's metadata name; float32 where they name none."""
+    named = metadata.get(PRECISION_KEY)
+    return next((one for one in PRECISIONS if one == named), "fp32")
 
 
 def require_fitting(precision: Precision, target: Target | None, *, engine: bool) -> Target | None:

@@ -1,14 +1,13 @@
-"""`srdeploy export` and `srdeploy certify`: the deployed graph, and the proof that it is the plain
-one.
-"""
+"""`srdeploy export`: the deployed graph, its engine, and the proof that it is the plain one."""
 
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from srdeploy.cli.certify_verb import report_lines
 from srdeploy.cli.deployment_options import (
     BuilderName,
     BuilderOption,
@@ -30,9 +29,6 @@ from srdeploy.cli.deployment_options import (
     WorkspaceOption,
 )
 from srdeploy.cli.options import Force, Json, NetworkOptions, Quiet, parse_options
-
-if TYPE_CHECKING:
-    from srdeploy.export.certificate import Certificate
 
 
 class Input(StrEnum):
@@ -219,50 +215,6 @@ def export(
         raise typer.Exit(1)
 
 
-def certify(
-    a: Annotated[Path, typer.Argument(help="The plain network's .onnx file or deploy folder.")],
-    b: Annotated[Path, typer.Argument(help="The .onnx file or deploy folder to certify.")],
-    out: Annotated[Path | None, typer.Option(help="Also write the certificate here.")] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Certify that two ONNX files hold the same graph, whatever their weights and names.
-
-    Two independent checks must agree. The first differing node is named, and
-    so is the first node that only B has. Exit code 1 where a line fails.
-
-    Example: srdeploy certify deploy/baseline deploy/regulated
-    """
-    from srdeploy import console
-    from srdeploy.export.certificate import certify_files
-
-    console.set_quiet(quiet or as_json)
-    certificate = certify_files(a, b)
-    if out is not None:
-        certificate.write(out)
-    if as_json:
-        console.print_json(certificate.summary())
-    else:
-        report_lines(certificate)
-    if not certificate.passed:
-        raise typer.Exit(1)
-
-
-def report_lines(certificate: "Certificate") -> None:
-    """Shows a certificate, one line for each of its own."""
-    from srdeploy import console
-
-    for line in certificate.lines:
-        text = f"{line.name}: {line.detail}"
-        if line.passed is None:
-            console.say(f"  {text}")
-        elif line.passed:
-            console.done(text)
-        else:
-            console.failed(text)
-
-
 def register(app: typer.Typer) -> None:
-    """Adds `export` and `certify` to the command line."""
+    """Adds `export` to the command line."""
     app.command("export")(export)
-    app.command("certify")(certify)

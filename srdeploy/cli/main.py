@@ -12,6 +12,7 @@ import typer
 
 from srdeploy import __version__, console
 from srdeploy.cli import (
+    certify_verb,
     data_verbs,
     demo_verb,
     doctor_verb,
@@ -55,6 +56,7 @@ def _root(
 
 train_verbs.register(app)
 export_verbs.register(app)
+certify_verb.register(app)
 strip_verb.register(app)
 serve_verbs.register(app)
 inspect_verb.register(app)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srdeploy.cli.export_verbs import report_lines
+from srdeploy.cli.certify_verb import report_lines
 from srdeploy.cli.options import Json, Quiet
 
 if TYPE_CHECKING:

@@ -174,3 +174,26 @@ def test_without_a_gpu_the_graph_is_written_and_the_error_says_so(
     assert "--builder rtx --sm 8.9" in told
     assert str(out / "model.onnx") in told
     assert certificate_of(out)["identity"]["passed"] is True
+
+
+def test_certify_refit_compares_engines_of_both(
+    half: Path,
+    tiny_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = onnx.load(str(tiny_file))
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("weight"):
+            values = onnx.numpy_helper.to_array(tensor) * np.float32(1.25)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    other = tmp_path / "other.onnx"
+    onnx.save(model, str(other))
+    words = ["--refit", "--builder", "rtx", "--sm", "8.9", "--json"]
+    assert call(monkeypatch, "certify", tiny_file, other, *words) == 0
+    lines = {line["name"]: line for line in json.loads(capsys.readouterr().out)["lines"]}
+    assert lines["refit"]["passed"] is True
+    assert "no refit was run" in lines["refit"]["detail"]
+    assert call(monkeypatch, "certify", tiny_file, other, "--sm", "8.9") == 2
+    assert "--refit" in capsys.readouterr().err
