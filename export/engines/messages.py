@@ -20,6 +20,7 @@ _NO_GPU = (
     "no cuda-capable device",
     "cudaerrorinsufficientdriver",
     "cuda_error_no_device",
+    "driver version is insufficient",
     "unable to determine gpu",
 )
 """Parts of TensorRT's own messages, in lower case."""

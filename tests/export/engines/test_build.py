@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.export.engines import build
+from srdeploy.export.engines import build, parsed
 from srdeploy.export.engines.build import BuildOptions, build_engine, target_name
 from srdeploy.export.engines.messages import collecting_logger, explain_failure
 from srdeploy.export.engines.profiles import parse_profile
@@ -238,6 +238,11 @@ def test_a_refittable_engine_for_rtx_needs_a_gpu(
         ),
         ("Error Code 2: OutOfMemory (Requested size was 9663676416 bytes.)", "raise --workspace"),
         ("CUDA initialization failure with error: 35", "no usable NVIDIA GPU or driver"),
+        (
+            "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient for "
+            "CUDA runtime version)",
+            "build on the machine that will run it, or ahead of time with --builder rtx",
+        ),
         ("Error Code 4: Shape error", "can't build it (Error Code 4: Shape error)"),
     ],
 )
@@ -296,3 +301,44 @@ def test_one_file_builds_to_one_engine_where_sizes_are_fixed(
         build_engine(onnx, tmp_path / name, options)
         digests.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
     assert len(digests) == 1
+
+
+@pytest.fixture
+def as_if_proper(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Lets TensorRT for RTX stand for TensorRT proper on a machine with an H100, whose engine's
+    layers turn out as told: everything but loading the engine is real."""
+
+    def patch(layers: dict[str, str]) -> None:
+        monkeypatch.setattr(build, "list_gpus", lambda: (H100,))
+        monkeypatch.setattr(build, "cuda_driver_version", lambda: "13.0")
+        monkeypatch.setattr(parsed, "import_tensorrt", lambda kind: rtx)
+        monkeypatch.setattr(build, "_inspect", lambda parsed, plan: (layers, {"layers": 7}))
+
+    return patch
+
+
+def test_an_engine_for_this_gpu_says_what_its_own_layers_compute_in(
+    as_if_proper: Callable[[dict[str, str]], None], typed_graph: MakeTyped, tmp_path: Path
+) -> None:
+    as_if_proper({"stem/Conv": "float16", "head/Conv": "float32"})
+    options = BuildOptions(precision="fp16", profiles=SMALL, workspace_gib=1)
+    engine = tmp_path / target_name(options)
+    sidecar = build_engine(typed_graph("fp16", "fp16"), engine, options)
+    assert engine.name == "model.nvidia-h100.engine"
+    assert sidecar.layer_types == {"float16": 1, "float32": 1}
+    assert (sidecar.read_from, sidecar.builder) == ("engine", "tensorrt")
+    assert (sidecar.gpu, sidecar.compute_capabilities) == ("NVIDIA H100", ("9.0",))
+    assert (sidecar.cuda_driver, sidecar.figures["layers"]) == ("13.0", 7)
+
+
+def test_an_engine_whose_layers_turn_out_otherwise_is_not_written(
+    as_if_proper: Callable[[dict[str, str]], None], typed_graph: MakeTyped, tmp_path: Path
+) -> None:
+    as_if_proper({"stem/Conv": "float32", "head/Conv": "float32"})
+    options = BuildOptions(precision="fp16", profiles=SMALL)
+    with pytest.raises(UserError, match=r"fp16 was asked for, .*\(2 in float32"):
+        build_engine(typed_graph("fp16", "fp16"), tmp_path / "a.engine", options)
+    as_if_proper({"stem/Conv": "tf32", "head/Conv": "float32"})
+    with pytest.raises(UserError, match="fp32 was asked for, but 1 layers .* multiply in tf32"):
+        build_engine(typed_graph(), tmp_path / "a.engine", BuildOptions(profiles=SMALL))
+    assert list(tmp_path.glob("*.engine*")) == []
