@@ -27,7 +27,8 @@ DIFFERENT: Colour = (225, 0, 152)
 
 _GREY_STEP = 17
 """Between the grey photo's levels: sixteen of them make small files."""
-_MARKS = {True: "✓", False: "✗", None: "recorded"}
+_MARKS = {True: "✓", False: "✗", None: "-"}
+"""The last: recorded, not judged."""
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,12 @@ class Truth:
         return self.candidate - self.reference
 
     def exceeds(self, allowed: float) -> bool | None:
-        """Whether the loss is more than allowed, by more than two standard errors; None where
-        that can't be said."""
-        return None if self.error is None else -self.gain - 2 * self.error > allowed
+        """Whether more is lost than allowed, by two standard errors; None where the photos are too
+        few to say."""
+        if -self.gain <= allowed:
+            return False
+        certain = self.error is not None and -self.gain - 2 * self.error > allowed
+        return True if certain else None
 
 
 class Difference:

@@ -17,6 +17,7 @@ from PIL import Image
 from srdeploy.errors import UserError
 from srdeploy.export import sides, verify
 from srdeploy.export.certificate import Line
+from srdeploy.export.differences import Truth
 from srdeploy.export.limits import COMPARING_FP32, LIMITS
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.sides import EMULATED
@@ -293,6 +294,22 @@ def test_the_standard_error_leaves_each_photo_out_in_turn(
     assert line.figures["runs"][0]["against_masks"]["standard_error"] == pytest.approx(error)
     single = verification_line(tiny_file, nearly, spec, three[:1], "int8", masks=masks[:1])
     assert single.figures["runs"][0]["against_masks"]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "exceeds"),
+    [
+        (-0.004, 0.0, False),
+        (0.1, None, False),
+        (-0.02, 0.005, True),
+        (-0.02, 0.01, None),  # within two standard errors: too few photos to say
+        (-0.02, None, None),
+    ],
+)
+def test_a_loss_counts_beyond_two_standard_errors(
+    gain: float, error: float | None, exceeds: bool | None
+) -> None:
+    assert Truth(0.5, 0.5 + gain, {}, error).exceeds(0.005) is exceeds
 
 
 @pytest.fixture
