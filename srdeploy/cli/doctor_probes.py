@@ -6,22 +6,20 @@ A probe answers with name -> None where the thing works, or the reason why it do
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+from srdeploy.cli.doctor_graph import SIZE, tiny_file, tiny_model, tiny_photo, tiny_spec
 from srdeploy.errors import MissingPackageError, UserError
 
 if TYPE_CHECKING:
     from srdeploy.precision import HalfPrecision
-    from srdeploy.spec import Spec
 
 Answers = dict[str, Any]
-SIZE = (32, 32)
-"""(height, width) of the photo that everything is tried on."""
 
 
 def torch_probe() -> Answers:
@@ -147,9 +145,9 @@ def _run_torch(device: str) -> None:
         run = Path(name)
         save_weights(make_network("unet", 3, width=4), run / "network.safetensors")
         write_whole(run / "config.yaml", "network:\n  name: unet\n  options: {width: 4}\n")
-        write_json(run / "spec.json", _tiny_spec().model_dump(mode="json"))
+        write_json(run / "spec.json", tiny_spec().model_dump(mode="json"))
         with open_runtime(run, device) as runtime:
-            runtime.run(_photo())
+            runtime.run(tiny_photo())
 
 
 def _export() -> None:
@@ -158,7 +156,7 @@ def _export() -> None:
     from srdeploy.deployable import Deployable
     from srdeploy.export.to_onnx import export_onnx
 
-    spec = _tiny_spec()
+    spec = tiny_spec()
     with TemporaryDirectory(prefix="srdeploy-") as name:
         network = nn.Conv2d(3, 3, 3, padding=1).eval()
         export_onnx(Deployable(network, spec), spec, Path(name) / "model.onnx")
@@ -167,20 +165,20 @@ def _export() -> None:
 def _to_half(precision: "HalfPrecision") -> None:
     from srdeploy.export.precision.half import to_half
 
-    to_half(_tiny_model(), precision)
+    to_half(tiny_model(), precision)
 
 
 def _to_int8() -> None:
     from srdeploy.export.precision.int8 import to_int8
 
-    to_int8(_tiny_model(), [_photo()[0]], "cpu", ends=True)
+    to_int8(tiny_model(), [tiny_photo()[0]], "cpu", ends=True)
 
 
 def _run_graph(device: str = "cpu", runtime: str = "onnxruntime", **options: Any) -> None:
     from srdeploy.serve.runtime import open_runtime
 
-    with _tiny_file() as graph, open_runtime(graph, device, runtime, **options) as opened:
-        opened.run(_photo())
+    with tiny_file() as graph, open_runtime(graph, device, runtime, **options) as opened:
+        opened.run(tiny_photo())
 
 
 def _offered_providers() -> list[str]:
@@ -211,14 +209,14 @@ def _tensorrt(builder: Literal["tensorrt", "rtx"]) -> Answers:
     def build_and_run() -> None:
         import_tensorrt(builder)
         gpu = find_gpu(0)
-        with _tiny_file() as graph:
+        with tiny_file() as graph:
             engine = graph.with_suffix(".engine")
             build(engine, graph, gpu.compute_capability if builder == "rtx" else None)
             with open_runtime(engine, "cuda") as runtime:
-                runtime.run(_photo())
+                runtime.run(tiny_photo())
 
     def build_ahead() -> None:
-        with _tiny_file() as graph:
+        with tiny_file() as graph:
             build(graph.with_suffix(".engine"), graph, "8.9" if builder == "rtx" else None)
 
     return {
@@ -271,64 +269,6 @@ def _import(extra: str, *modules: str) -> None:
             import_module(module)
         except ModuleNotFoundError as error:
             raise MissingPackageError(module, extra, "this") from error
-
-
-def _tiny_spec() -> "Spec":
-    from srdeploy.spec import InputPolicy, Spec
-
-    return Spec(
-        classes=("a", "b", "c"),
-        palette=((0, 0, 0), (90, 0, 0), (0, 90, 0)),
-        input=InputPolicy(smallest=SIZE, usual=SIZE, largest=SIZE),
-    )
-
-
-def _photo() -> Any:
-    """uint8 [1, 32, 32, 3]"""
-    import numpy as np
-
-    return np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), dtype=np.uint8)
-
-
-def _tiny_model() -> Any:
-    """A graph of two convolutions, as our exports are: photos in, labels out."""
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
-
-    from srdeploy.spec import ONNX_KEY
-
-    rng = np.random.default_rng(0)
-    kernels = [
-        numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
-        for name, shape in (("stem.weight", (8, 3, 3, 3)), ("head.weight", (3, 8, 1, 1)))
-    ]
-    nodes = [
-        helper.make_node("Cast", ["images"], ["floats"], name="Cast", to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["floats"], ["planes"], name="Transpose", perm=[0, 3, 1, 2]),
-        helper.make_node("Conv", ["planes", "stem.weight"], ["x"], name="stem/Conv", pads=[1] * 4),
-        helper.make_node("Relu", ["x"], ["features"], name="stem/Relu"),
-        helper.make_node("Conv", ["features", "head.weight"], ["scores"], name="head/Conv"),
-        helper.make_node("ArgMax", ["scores"], ["best"], name="ArgMax", axis=1, keepdims=0),
-        helper.make_node("Cast", ["best"], ["labels"], name="labels", to=TensorProto.UINT8),
-    ]
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", "H", "W", 3])
-    labels = helper.make_tensor_value_info("labels", TensorProto.UINT8, ["N", "H", "W"])
-    graph = helper.make_graph(nodes, "doctor", [images], [labels], kernels)
-    opset = [helper.make_opsetid("", 20)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=9)
-    helper.set_model_props(model, {ONNX_KEY: _tiny_spec().to_json()})
-    return model
-
-
-@contextmanager
-def _tiny_file() -> Iterator[Path]:
-    """The graph as a file, for as long as it is needed."""
-    import onnx
-
-    with TemporaryDirectory(prefix="srdeploy-") as name:
-        path = Path(name) / "model.onnx"
-        onnx.save(_tiny_model(), str(path))
-        yield path
 
 
 def main() -> None:
