@@ -7,7 +7,6 @@ saturate in the cpu form: look at the verification there.
 """
 
 from collections.abc import Collection, Sequence
-from typing import get_args
 
 import numpy as np
 import onnx
@@ -21,7 +20,6 @@ from srdeploy.export.precision.tensor_types import opset_of
 from srdeploy.export.precision.zones import kept_nodes
 from srdeploy.imaging import Pixels
 from srdeploy.precision import PRECISION_KEY, TARGET_KEY, Target
-from srdeploy.validation import closest
 
 LEAST_OPSET = 13
 """The first operator set in which DequantizeLinear takes a scale per channel."""
@@ -42,8 +40,6 @@ def to_int8(
     same pictures give the same bytes. Raises UserError where nothing is there to be quantised, for
     a graph that is not float32, a pattern that matches nothing, and pictures that can't be used.
     """
-    if target not in get_args(Target):
-        raise UserError(f"unknown target '{target}': {closest(target, get_args(Target))}")
     _check_pictures(pictures)
     _check_graph(model)
     kept = kept_nodes(model.graph, keep)
@@ -54,7 +50,7 @@ def to_int8(
             "and last ones, kept in float32, or of kinds that have no int8 form; quantise the "
             "first and last too (--quantise-ends), keep fewer, or deploy it in fp16"
         )
-    ranges = measure_ranges(model, _measured(placement), pictures, target)
+    ranges = measure_ranges(model, _measured(placement), pictures)
     typed = ModelProto()
     typed.CopyFrom(model)
     write_rounding(typed, placement, ranges, target)
