@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+from torch.onnx._internal.exporter import _fx_passes
 
 _aten = torch.ops.aten
 
@@ -62,13 +63,33 @@ DIRECT: frozenset[Any] = frozenset(
 )
 """Operators that torch's decomposition for ONNX leaves as they are."""
 
+_PROMOTING: dict[Any, slice] = {
+    _aten.add.Tensor: slice(2),
+    _aten.bitwise_and.Tensor: slice(2),
+    _aten.bitwise_not.default: slice(1),
+    _aten.bitwise_or.Tensor: slice(2),
+    _aten.cat.default: slice(1),
+    _aten.gt.Tensor: slice(2),
+    _aten.hardtanh.default: slice(1),
+    _aten.mul.Tensor: slice(2),
+    _aten.relu.default: slice(1),
+    _aten.sigmoid.default: slice(1),
+    _aten.sub.Tensor: slice(2),
+    _aten.where.self: slice(1, 3),
+}
+"""Those among the operators written here that bring operands to one type, and which operands."""
+
 _ASSERTIONS = frozenset({_aten._assert_scalar.default, _aten._assert_tensor_metadata.default})
 
 
 @contextmanager
 def lowered_in_place() -> Iterator[None]:
-    """While the block runs, programs that need few decompositions are decomposed by `lower`."""
-    with mock.patch.object(ExportedProgram, "run_decompositions", _lowered_or_decomposed):
+    """While the block runs, programs that need few decompositions are decomposed by `lower`, and
+    those that mix no types are not interpreted once more to bring operands to one type."""
+    with (
+        mock.patch.object(ExportedProgram, "run_decompositions", _lowered_or_decomposed),
+        mock.patch.object(_fx_passes, "insert_type_promotion_nodes", _promote_where_mixed),
+    ):
         yield
 
 
@@ -95,10 +116,38 @@ def lower(program: ExportedProgram) -> bool:
 
 
 _decompose = ExportedProgram.run_decompositions
+_promote = _fx_passes.insert_type_promotion_nodes
+_ONE_TYPE = "srdeploy.one_type"
+"""Marks a graph that was lowered here and whose operators meet operands of one type alone."""
 
 
 def _lowered_or_decomposed(program: ExportedProgram, *args: Any, **options: Any) -> ExportedProgram:
-    return program if lower(program) else _decompose(program, *args, **options)
+    if not lower(program):
+        decomposed: ExportedProgram = _decompose(program, *args, **options)
+        return decomposed
+    module = program.graph_module
+    module.meta[_ONE_TYPE] = all(map(_meets_one_type, module.graph.nodes))
+    return program
+
+
+def _promote_where_mixed(module: GraphModule) -> None:
+    if not module.meta.get(_ONE_TYPE, False):
+        _promote(module)
+
+
+def _meets_one_type(node: Node) -> bool:
+    """Whether torch's type promotion leaves the node alone, however it goes about it."""
+    operands: list[Any] = []
+    for argument in node.args[_PROMOTING.get(node.target, slice(0))]:
+        operands += argument if isinstance(argument, list | tuple) else [argument]
+    types = {_dtype(operand) for operand in operands}
+    return types <= {torch.float32} or types == {torch.bool}
+
+
+def _dtype(operand: Any) -> torch.dtype | None:
+    """None for sizes and numbers, which promotion may turn into tensors."""
+    value = operand.meta["val"] if isinstance(operand, Node) else operand
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _only_asserted(nodes: list[Node]) -> set[Node]:

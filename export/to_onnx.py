@@ -68,8 +68,9 @@ def export_onnx(
         **(description or {}),
     }
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
-    onnx.checker.check_model(model, full_check=False)
-    write_whole(path, model.SerializeToString(deterministic=True))
+    content = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(content, full_check=False)  # of the model, it would serialise it again
+    write_whole(path, content)
 
 
 def _traced(

@@ -91,3 +91,30 @@ def test_the_last_node_keeps_the_name_that_the_program_promises() -> None:
     assert lower(program)
     last = program.graph.find_nodes(op="output")[0].args[0][0]
     assert program.graph_signature.user_outputs == (last.name,)
+
+
+class MixesTypes(nn.Module):
+    """Compares with a whole number and adds a size: torch makes tensors of one type of them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.where(images > 1, images, images + images.shape[2])
+
+
+@pytest.mark.parametrize("module", [EveryRewrite(), MixesTypes()], ids=["one type", "mixed"])
+def test_types_are_brought_together_where_they_differ_and_only_there(
+    tmp_path: Path, spec: Spec, module: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted: list[object] = []
+    promote = lowering._promote
+
+    def record(graph: torch.fx.GraphModule) -> None:
+        promoted.append(graph)
+        promote(graph)
+
+    monkeypatch.setattr(lowering, "_promote", record)
+    deployable = Deployable(module, spec, output="logits")
+    export_onnx(deployable, spec, tmp_path / "quick.onnx", output="logits")
+    assert bool(promoted) == isinstance(module, MixesTypes)
+    monkeypatch.setattr(exporter, "lowered_in_place", nullcontext)
+    export_onnx(deployable, spec, tmp_path / "slow.onnx", output="logits")
+    assert (tmp_path / "quick.onnx").read_bytes() == (tmp_path / "slow.onnx").read_bytes()
