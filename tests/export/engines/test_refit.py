@@ -38,6 +38,13 @@ def test_networks_that_differ_in_weights_alone_have_one_plan(
     assert 0 < line.figures["bytes_that_differ"] <= line.figures["span"]
 
 
+def test_plans_in_int8_that_differ_are_not_judged(rtx: Any, typed_graph: MakeTyped) -> None:
+    files = [typed_graph("int8", "int8", f"{odd}.onnx", odd=odd) for odd in (None, "Relu")]
+    line = refit_line(files[0], files[1], AHEAD.model_copy(update={"precision": "int8"}))
+    assert line.passed is None
+    assert "not judged: in int8 the measured ranges can be part of the code" in line.detail
+
+
 def test_the_regulated_weights_are_in_the_plan(rtx: Any, typed_graph: MakeTyped) -> None:
     files = [typed_graph(name=f"{seed}.onnx", seed=seed, channels=32) for seed in (1, 2)]
     assert refit_line(files[0], files[1], AHEAD).figures["weights_found"] == 1.0
