@@ -16,5 +16,5 @@ def import_tensorrt(builder: Builder) -> Any:
         import tensorrt
     except ImportError as error:
         name = "tensorrt_rtx" if builder == "rtx" else "tensorrt"
-        raise MissingPackageError(name, builder, "TensorRT engines") from error
+        raise MissingPackageError(name, builder, "building and running TensorRT engines") from error
     return tensorrt
