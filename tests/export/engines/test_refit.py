@@ -180,7 +180,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
     fake = FakeTrt()
 
     def build(onnx: Path, engine: Path, options: BuildOptions) -> EngineSidecar:
-        assert options.refittable
+        assert options.refittable == (onnx.name == "baseline.onnx")
         engine.write_bytes(b"plan of " + onnx.read_bytes())
         signature = read_signature(onnx)
         assert signature.spec is not None
