@@ -26,7 +26,7 @@ class Execution:
         self._cuda = cuda
         self._stream = stream
         self._context: Any = engine.new_context(cuda_graph)
-        self._shape: Shape | None = None
+        self._prepared: tuple[int, Shape] | None = None
         self._addresses: dict[str, int] = {}
 
     def set_shape(self, profile: int, shape: Shape) -> dict[str, Shape]:
@@ -37,16 +37,16 @@ class Execution:
         """
         self._engine.log.errors.clear()  # what earlier work left there explains nothing here
         context, name = self._context, self._engine.input.name
-        if context.active_optimization_profile != profile:
-            if not context.set_optimization_profile_async(profile, self._stream):
-                raise self._engine.failure(f"TensorRT does not take profile {profile}")
-            self._shape = None  # a profile's shapes are forgotten with it
-        if shape != self._shape:
+        is_active = context.active_optimization_profile == profile
+        if not is_active and not context.set_optimization_profile_async(profile, self._stream):
+            raise self._engine.failure(f"TensorRT does not take profile {profile}")
+        if (profile, shape) != self._prepared:
+            self._prepared = None
             if not context.set_input_shape(name, shape):
                 raise ImageShapeError(
                     str(self._engine.failure(f"TensorRT does not take images {list(shape)}"))
                 )
-            self._shape = shape
+            self._prepared = profile, shape
         outputs = [one.name for one in self._engine.outputs]
         shapes = {output: tuple(context.get_tensor_shape(output)) for output in outputs}
         for output, found in shapes.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.serve.fake_cuda import ALIGNMENT, GARBAGE, FakeCuda
+from tests.serve.engines.fake_cuda import ALIGNMENT, GARBAGE, FakeCuda
 
 Shape = tuple[int, ...]
 
@@ -119,7 +119,7 @@ class Engine:
         self.num_optimization_profiles = len(plan["profiles"])
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self.types)[index]
+        return str(list(self.types)[index])
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name == self.plan["input"][0] else TensorIOMode.OUTPUT

@@ -307,7 +307,7 @@ class FakeCuda:
         if name in self.fails or failing:
             if "Free" in name or "Destroy" in name:
                 work()  # it frees all the same: the code is that of earlier work
-            if name == "cudaStreamEndCapture":
+            elif name == "cudaStreamEndCapture":
                 for stream in self.streams.values():
                     stream.captured = None  # it ends all the same, without a graph
             return (self.fails.pop(name, cudaError_t.cudaErrorInvalidValue), None)
