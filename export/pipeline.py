@@ -18,6 +18,7 @@ from srdeploy import __version__, console
 from srdeploy.deployable import Deployable, InputKind, OutputKind
 from srdeploy.environment import versions
 from srdeploy.errors import UserError
+from srdeploy.export.beside import beside
 from srdeploy.export.certificate import (
     CERTIFICATE,
     MANIFEST,
@@ -38,6 +39,9 @@ from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.serve.artifact import MODEL
 
 FLOAT32 = TypeOptions()
+
+FRESH = "fresh.onnx"
+"""The graph of the network built fresh, until it has been compared."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,18 @@ def export_source(
     ):
         task = bar.add_task("exporting", total=5 if types.converts else 4)
         plain = (Path(aside) if types.converts else folder) / MODEL
-        _export(network, source, plain, input, output)
-        bar.update(task, advance=1, description="exporting the plain network, built fresh")
-        identity = _identity(network, source, plain, input, output)
-        bar.update(task, advance=2, description="comparing with torch on photos")
-        parity = parity_line(network, source.spec, plain, source.pictures, source.drawn)
+        fresh = Path(aside) / FRESH
+
+        def export_fresh() -> None:
+            _export(source.build_fresh(network), source, fresh, input, output)
+
+        with beside(export_fresh) as fresh_is_there:
+            _export(network, source, plain, input, output)
+            bar.update(task, advance=2, description="comparing with torch on photos")
+            parity = parity_line(network, source.spec, plain, source.pictures, source.drawn)
+            bar.update(task, advance=1, description="comparing with the network built fresh")
+            fresh_is_there()
+        identity = identity_lines(read_model(fresh), read_model(plain))
         bar.update(task, advance=1, description=f"converting to {types.precision}")
         typed: tuple[Line, ...] = ()
         if types.converts:
@@ -166,17 +177,6 @@ def _export(
     description = {NETWORK_KEY: json.dumps(source.network.identity, sort_keys=True)}
     deployable = Deployable(network, source.spec, input=input, output=output)
     export_onnx(deployable, source.spec, path, input=input, output=output, description=description)
-
-
-def _identity(
-    built: nn.Module, source: Source, file: Path, input: InputKind, output: OutputKind
-) -> tuple[Line, ...]:
-    """Compares `file` with the graph of the same network, built here from its name alone."""
-    plain = source.build_fresh(built)
-    with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
-        fresh = Path(folder) / MODEL
-        _export(plain, source, fresh, input, output)
-        return identity_lines(read_model(fresh), read_model(file))
 
 
 def _manifest(
