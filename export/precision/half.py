@@ -52,8 +52,25 @@ def to_half(model: ModelProto, precision: HalfPrecision, keep: Collection[str] =
     Conversion(graph, precision, chosen, types, opset).run()
     metadata = {entry.key: entry.value for entry in typed.metadata_props}
     onnx.helper.set_model_props(typed, dict(sorted({**metadata, PRECISION_KEY: precision}.items())))
-    onnx.checker.check_model(typed, full_check=True)
+    _check(typed, model)
     return typed
+
+
+def _check(typed: ModelProto, model: ModelProto) -> None:
+    """Raises UserError where ONNX's checker refuses the result because of what it was made from."""
+    faults = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
+    try:
+        onnx.checker.check_model(typed, full_check=True)
+    except faults:
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except faults as error:
+            reason = next(iter(str(error).strip().splitlines()), "invalid")
+            raise UserError(
+                f"the graph contradicts itself, so its types can't be changed ({reason}): "
+                "export it again"
+            ) from error
+        raise
 
 
 def _prepared(model: ModelProto, precision: HalfPrecision) -> ModelProto:
@@ -61,16 +78,32 @@ def _prepared(model: ModelProto, precision: HalfPrecision) -> ModelProto:
     described = {value.name for value in model.graph.value_info}
     typed = inlined(model)
     if precision == "bf16" and opset_of(typed) < BFLOAT16_OPSET:
-        typed = onnx.version_converter.convert_version(typed, BFLOAT16_OPSET)
+        typed = _in_newer_opset(typed)
     inputs = real_inputs(typed)
     del typed.graph.input[:]
     typed.graph.input.extend(inputs)  # files before IR 4 list weights as inputs
-    typed.ir_version = max(typed.ir_version, 4)
+    least = onnx.helper.find_min_ir_version_for(typed.opset_import, ignore_unknown=True)
+    typed.ir_version = max(typed.ir_version, least, 4)
     _store_constants(typed.graph)
     values = [value for value in typed.graph.value_info if value.name in described]
     del typed.graph.value_info[:]
     typed.graph.value_info.extend(values)
     return typed
+
+
+def _in_newer_opset(model: ModelProto) -> ModelProto:
+    try:
+        return onnx.version_converter.convert_version(model, BFLOAT16_OPSET)
+    except (
+        RuntimeError,
+        onnx.version_converter.ConvertError,
+        onnx.shape_inference.InferenceError,
+    ) as error:
+        reason = str(error).strip().rpartition("failed: ")[2] or type(error).__name__
+        raise UserError(
+            f"bf16 needs operator set {BFLOAT16_OPSET}, and the graph's {opset_of(model)} can't be "
+            f"converted to it ({reason}): use --precision fp16, or export with a newer operator set"
+        ) from error
 
 
 def _store_constants(graph: GraphProto) -> None:

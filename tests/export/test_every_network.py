@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from srdeploy.deployable import Deployable
 from srdeploy.export.certificate import identity_lines, read_model
+from srdeploy.export.precision.half import to_half
+from srdeploy.export.precision.rounding import emulate
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.models import NETWORKS, make_network
+from srdeploy.precision import HalfPrecision
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.losses import pixel_cross_entropy
 from srdeploy.train.regulation import ExitOutputs, Losses, SelfRegulation
@@ -41,6 +44,10 @@ CLASSES = 4
 SIZES = ((32, 32), (64, 96), (128, 160))
 """(H, W): smallest, usual and largest."""
 WITHOUT_TENSORRT = {"MaxUnpool", "ScatterND", "ScatterElements", "GatherND", "Loop", "If"}
+HALVES = ("fp16", "bf16")
+LEAST_AGREEMENT = {"fp16": 0.98, "bf16": 0.95}
+LARGEST_MEAN_ERROR = {"fp16": 0.002, "bf16": 0.012}
+"""Of the logits, against the largest of them. Drawn weights leave small margins between classes."""
 FEEDBACK_TERMS = {"main", "seg", "cls", "srf", "srl"}
 
 
@@ -229,6 +236,76 @@ def test_no_operator_is_used_that_tensorrt_lacks(journey: Journey) -> None:
     nodes = read_model(journey.deployed).graph.node
     assert {node.op_type for node in nodes} & WITHOUT_TENSORRT == set()
     assert all(len(node.output) == 1 for node in nodes if node.op_type == "MaxPool")
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_in_16_bits_the_network_gives_nearly_the_same_labels(
+    journey: Journey, precision: HalfPrecision
+) -> None:
+    model = tempered(read_model(journey.deployed))
+    typed = to_half(model, precision)
+    images = np.random.default_rng(0).integers(0, 256, (2, 65, 99, 3), dtype=np.uint8)
+    runs = [model, emulate(typed), *([typed] if precision == "fp16" else [])]
+    expected, *found = (labels_and_logits(one, images) for one in runs)
+    scale = float(np.abs(expected[1]).max())
+    for labels, logits in found:
+        assert np.isfinite(logits).all()
+        assert (labels == expected[0]).mean() > LEAST_AGREEMENT[precision]
+        assert np.abs(logits - expected[1]).mean() < LARGEST_MEAN_ERROR[precision] * scale
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_plain_and_trained_network_are_one_graph_in_16_bits_too(
+    journey: Journey, precision: HalfPrecision
+) -> None:
+    plain, deployed = (
+        to_half(read_model(path), precision) for path in (journey.plain, journey.deployed)
+    )
+    assert [line.passed for line in identity_lines(plain, deployed)] == [True] * 3
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_tensorrt_for_rtx_builds_the_typed_graph_with_the_types_that_it_states(
+    journey: Journey, precision: HalfPrecision
+) -> None:
+    trt = tensorrt_rtx()
+    half = {"fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16}[precision]
+    typed = to_half(read_model(journey.deployed), precision)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(definition, builder.logger)
+    parsed = parser.parse(typed.SerializeToString())
+    assert parsed, [str(parser.get_error(index)) for index in range(parser.num_errors)]
+    layers = [definition.get_layer(index) for index in range(definition.num_layers)]
+    found = {(one.type, one.get_output(0).dtype) for one in layers}
+    kinds = trt.LayerType
+    assert {dtype for kind, dtype in found if kind == kinds.CONVOLUTION} == {half}
+    assert {dtype for kind, dtype in found if kind == kinds.TOPK} == {trt.DataType.FLOAT}
+    profile = builder.create_optimization_profile()
+    profile.set_shape("images", *[(1, *size, 3) for size in SIZES])
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    assert config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    assert builder.build_serialized_network(definition, config) is not None
+
+
+def tempered(model: ModelProto) -> ModelProto:
+    """The network with smaller kernels: drawn ones let activations grow over a hundred layers, out
+    of the range of fp16."""
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) >= 4:
+            smaller = onnx.numpy_helper.to_array(tensor) * np.float32(0.8)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(smaller, tensor.name))
+    return model
+
+
+def labels_and_logits(model: ModelProto, images: Any) -> tuple[Any, Any]:
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    labels, logits = session.run(["labels", "logits"], {"images": images})
+    return labels, logits
 
 
 def tensorrt_rtx() -> Any:

@@ -455,6 +455,28 @@ def test_a_result_of_unknown_type_is_refused() -> None:
         to_half(model, "fp16")
 
 
+def test_a_graph_that_no_newer_operator_set_can_say_is_refused_for_bf16() -> None:
+    text = surrounded(
+        "y = BatchNormalization <spatial: int = 0> (x, w, w, w, w)", ", float[4] w", 7
+    )
+    model = built(text)
+    assert stored_types(to_half(model, "fp16"))["w"] == "FLOAT16"
+    with pytest.raises(
+        UserError,
+        match=r"the graph's 7 can't be converted to it \(Attribute spatial must have value 1\): "
+        "use --precision fp16, or export with a newer operator set",
+    ):
+        to_half(model, "bf16")
+
+
+@BOTH
+def test_a_graph_that_contradicts_itself_is_refused(precision: HalfPrecision) -> None:
+    model = built(SEGMENTER)
+    model.graph.output[0].type.tensor_type.shape.dim.add()
+    with pytest.raises(UserError, match="the graph contradicts itself"):
+        to_half(model, precision)
+
+
 @BOTH
 def test_two_trainings_give_one_graph_and_each_precision_another(precision: HalfPrecision) -> None:
     normalisation = {"scale": [0.1, 0.2, 0.3], "offset": [1, 2, 3]}
