@@ -72,8 +72,10 @@ class Conversion:
             ordered += [node, *self._casts.get(index, [])]
         del self.graph.node[:]
         self.graph.node.extend(ordered)
-        for value in self.graph.value_info:
-            if self._made_in.get(value.name) == self.half:
+        for value in self.graph.value_info:  # of weights too, where other tools list them
+            name = value.name
+            as_made = self._made_in.get(name) == self.half and name not in self._outputs
+            if as_made or self._as.get((name, self.half)) == name:
                 value.type.tensor_type.elem_type = self.half
 
     def _type_results(self, index: int, node: NodeProto) -> None:

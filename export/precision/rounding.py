@@ -6,7 +6,7 @@ gives. The graph runs where the type has no kernels, such as bfloat16 in onnxrun
 """
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from srdeploy.errors import UserError
 from srdeploy.export.precision.conversion import Names
@@ -68,7 +68,8 @@ def emulate(model: ModelProto) -> ModelProto:
     del graph.node[:]
     graph.node.extend([*starts, *middle, *ends])
     for value in graph.value_info:
-        _retype(value)
+        if value.name not in renamed and types.get(value.name) in _HALVES:
+            value.type.tensor_type.elem_type = FLOAT
     onnx.checker.check_model(float_model, full_check=True)
     return float_model
 
@@ -108,11 +109,6 @@ def _retype_attributes(node: NodeProto) -> None:
             attribute.t.CopyFrom(in_32_bits(attribute.t))
         elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _HALVES:
             attribute.i = FLOAT
-
-
-def _retype(value: ValueInfoProto) -> None:
-    if int(value.type.tensor_type.elem_type) in _HALVES:
-        value.type.tensor_type.elem_type = FLOAT
 
 
 def _refuse_half_bodies(node: NodeProto, types: dict[str, int]) -> None:

@@ -455,6 +455,23 @@ def test_a_result_of_unknown_type_is_refused() -> None:
         to_half(model, "fp16")
 
 
+@BOTH
+def test_recorded_types_of_values_and_weights_follow(precision: HalfPrecision) -> None:
+    model = built(SEGMENTER)
+    stated = onnx.shape_inference.infer_shapes(model).graph.value_info
+    model.graph.value_info.extend(stated)
+    for tensor in model.graph.initializer:
+        model.graph.value_info.append(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
+    typed = to_half(model, precision)
+    recorded = {v.name: v.type.tensor_type.elem_type for v in typed.graph.value_info}
+    values, weights = {"features", "active", "low"}, {"stem", "bias", "head"}
+    in_half = {name for name, kind in recorded.items() if kind == TYPES[precision]}
+    assert in_half == values | (weights & recorded.keys())
+    assert precision == "bf16" or weights <= recorded.keys()
+
+
 def test_a_graph_that_no_newer_operator_set_can_say_is_refused_for_bf16() -> None:
     text = surrounded(
         "y = BatchNormalization <spatial: int = 0> (x, w, w, w, w)", ", float[4] w", 7
