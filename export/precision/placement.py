@@ -10,7 +10,9 @@ exact; and only what lies before the last ones, so that the full-size resize and
 - cpu: onnxruntime and OpenVINO compute in int8 where all operands and the result are rounded, so
   results of weighted operators and of additions, concatenations, pooling and interior resizes are
   rounded as well, after the activation that follows. What only moves or selects values keeps the
-  scale of what it reads.
+  scale of what it reads. Where the last weighted operators read a residual sum, the sum and the
+  convolution into it stay float32: such sums have heavy tails, eight bits leave most of their
+  values zero, and nothing after them would even that out.
 
 Values that the graph compares with each other (max-unpooling asks which pixel was the largest) are
 never rounded on their way into the comparison.
@@ -70,7 +72,9 @@ def place(model: ModelProto, target: Target, keep: Collection[int], ends: bool) 
     graph = _Graph(model)
     first, last = graph.ends()
     chosen = sorted(graph.weighted - set(keep) - (set() if ends else first | last))
-    return (_for_tensorrt if target == "tensorrt" else _for_cpu)(graph, chosen, keep)
+    if target == "tensorrt":
+        return _for_tensorrt(graph, chosen, keep)
+    return _for_cpu(graph, chosen, set(keep) | (set() if ends else graph.sums_before(last)))
 
 
 def is_weighted(node: NodeProto, stored: Collection[str]) -> bool:
@@ -131,6 +135,23 @@ class _Graph:
             if self.before.isdisjoint(node.output):
                 last.add(index)
         return first, last
+
+    def sums_before(self, last: Collection[int]) -> set[int]:
+        """The nodes that lead to the last weighted operators, back to the weighted ones before
+        them, where a residual sum is among them; else none. What other weighted operators read too
+        is not followed."""
+        inner = {self.nodes[index].input[0] for index in self.weighted - set(last)}
+        found: set[int] = set()
+        waiting = [self.nodes[index].input[0] for index in last]
+        while waiting:
+            name = waiting.pop()
+            maker = self.maker.get(name)
+            if maker is None or maker in found or name in inner:
+                continue
+            found.add(maker)
+            if maker not in self.weighted:
+                waiting += self._floats_read(self.nodes[maker])
+        return found if any(self.nodes[index].op_type == "Add" for index in found) else set()
 
     def unshared(self, chosen: Collection[int], biases: bool) -> list[int]:
         """Those of `chosen` whose kernel is read by them alone and along one axis: one kernel
@@ -215,6 +236,7 @@ def _for_tensorrt(graph: _Graph, chosen: list[int], keep: Collection[int]) -> Pl
 
 def _for_cpu(graph: _Graph, chosen: list[int], keep: Collection[int]) -> Placement:
     compared = graph.compared()
+    chosen = [index for index in chosen if index not in keep]
     results = {i: graph.after_activation(graph.nodes[i].output[0]) for i in chosen}
     able = [
         index
