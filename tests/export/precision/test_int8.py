@@ -268,9 +268,9 @@ def test_values_that_are_compared_are_not_rounded_on_the_way(
         two_out = Conv (where_out, two/w, two/b)
         three_out = Conv (one/act_out, three/w, three/b)
         sum_out = Add (two_out, three_out)
-        body_out = Conv (sum_out, four/w, four/b)
+        body_out = Conv (sum_out, body/w, body/b)
     """
-    kernels = {name: (8, 8, 1, 1) for name in ("one", "two", "three", "four")}
+    kernels = {name: (8, 8, 1, 1) for name in ("one", "two", "three", "body")}
     model = residual(spec, body, kernels)
     for target in TARGETS:
         made = to_int8(model, pictures, target)
