@@ -1,11 +1,9 @@
 """float32 graphs typed as fp16 and bf16."""
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto, TensorProto
@@ -15,83 +13,19 @@ from srdeploy.errors import UserError
 from srdeploy.export.certificate import identity_lines
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.precision.rounding import emulate
-from srdeploy.export.precision.tensor_types import element_types, in_16_bits, in_32_bits
+from srdeploy.export.precision.tensor_types import in_16_bits, in_32_bits
 from srdeploy.precision import PRECISION_KEY, HalfPrecision
+from tests.export.precision.written_graphs import (
+    SEGMENTER,
+    TYPES,
+    built,
+    run,
+    stored_types,
+    surrounded,
+    types_of_results,
+)
 
-TYPES: dict[str, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 BOTH = pytest.mark.parametrize("precision", ["fp16", "bf16"])
-
-SEGMENTER = """
-<ir_version: 10, opset_import: ["" : 20], metadata_props: ["about": "a test"]>
-segmenter (uint8[N, H, W, 3] images) => (uint8[N, H, W] labels)
-<float[3] scale, float[3] offset, float[4, 3, 3, 3] stem, float[4] bias, float[5, 4, 1, 1] head>
-{
-    [numbers] pixels = Cast <to: int = 1> (images)
-    [scaling] scaled = Mul (pixels, scale)
-    [shifting] shifted = Add (scaled, offset)
-    [turn] turned = Transpose <perm: ints = [0, 3, 1, 2]> (shifted)
-    [stem] features = Conv <strides: ints = [2, 2], pads: ints = [1, 1, 1, 1]> (turned, stem, bias)
-    [relu] active = Relu (features)
-    [head] low = Conv (active, head)
-    [measure] whole = Shape (turned)
-    [start] first = Constant <value_ints: ints = [2]> ()
-    [end] last = Constant <value_ints: ints = [4]> ()
-    [cut] size = Slice (whole, first, last)
-    [front] kept = Shape <start: int = 0, end: int = 2> (low)
-    [sizes] all = Concat <axis: int = 0> (kept, size)
-    [resize] logits = Resize <mode: string = "linear"> (low, , , all)
-    [argmax] best = ArgMax <axis: int = 1, keepdims: int = 0> (logits)
-    [bytes] labels = Cast <to: int = 2> (best)
-}
-"""
-
-
-def built(text: str, seed: int = 0, **values: Any) -> ModelProto:
-    """The graph as written; the tensors that it declares hold `values`, or drawn ones."""
-    model = onnx.parser.parse_model(text)
-    generator = np.random.default_rng(seed)
-    for declared in model.graph.value_info:
-        tensor = declared.type.tensor_type
-        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        content = values.get(declared.name, generator.normal(size=shape))
-        model.graph.initializer.append(from_array(np.asarray(content, dtype), declared.name))
-    model.graph.ClearField("value_info")
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def surrounded(nodes: str, tensors: str = "", opset: int = 20) -> str:
-    """Nodes that make `y` of `x`, with a convolution before and one after."""
-    return f"""
-        <ir_version: 10, opset_import: ["" : {opset}]>
-        net (float[1, 3, 8, 8] image) => (float[A, B, C, D] result)
-        <float[4, 3, 1, 1] before, float[4, 4, 1, 1] after{tensors}>
-        {{
-            [before] x = Conv (image, before)
-            {nodes}
-            [after] z = Conv (y, after)
-            [end] result = Relu (z)
-        }}
-        """
-
-
-def run(model: ModelProto, *inputs: Any) -> list[Any]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    feed = {value.name: x for value, x in zip(session.get_inputs(), inputs, strict=True)}
-    return list(session.run(None, feed))
-
-
-def types_of_results(model: ModelProto) -> dict[str, str]:
-    """By node: the type of its first result."""
-    types = element_types(model)
-    return {n.name: TensorProto.DataType.Name(types[n.output[0]]) for n in model.graph.node}
-
-
-def stored_types(model: ModelProto) -> dict[str, str]:
-    return {t.name: TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}
 
 
 @BOTH
@@ -177,106 +111,6 @@ def test_every_value_is_cast_at_most_once_and_no_cast_is_cast_again(
         "pool/Cast": "p",
         "after/Cast": "z",
     }
-
-
-LEARNT = {
-    "Conv": ("y = Conv (x, w)", ", float[4, 4, 1, 1] w"),
-    "ConvTranspose": ("y = ConvTranspose (x, w)", ", float[4, 4, 1, 1] w"),
-    "MatMul": ("y = MatMul (x, w)", ", float[8, 8] w"),
-    "Einsum": ('y = Einsum <equation: string = "nchw,wv->nchv"> (x, w)', ", float[8, 8] w"),
-}
-OTHERS = {
-    "Add": ("y = Add (x, w)", ", float[8] w"),
-    "BatchNormalization": ("y = BatchNormalization (x, w, w, w, v)", ", float[4] w, float[4] v"),
-    "Erf": ("y = Erf (x)", ""),
-    "Gelu": ("y = Gelu (x)", ""),
-    "HardSwish": ("y = HardSwish (x)", ""),
-    "LayerNormalization": ("y = LayerNormalization (x, w)", ", float[8] w"),
-    "MaxPool": ("y = MaxPool <kernel_shape: ints = [2, 2]> (x)", ""),
-    "PRelu": ("y = PRelu (x, w)", ", float[4, 1, 1] w"),
-    "Resize": ('y = Resize <mode: string = "linear"> (x, , w)', ", float[4] w"),
-    "Softmax": ("y = Softmax (x)", ""),
-    "GlobalAveragePool": ("y = GlobalAveragePool (x)", ""),
-    "ReduceMean": ("y = ReduceMean (x)", ""),
-    "InstanceNormalization": ("y = InstanceNormalization (x, w, w)", ", float[4] w"),
-    "Pow": ("y = Pow (x, w)", ", float w"),
-    "Exp": ("y = Exp (x)", ""),
-    "a square": ("y = Mul (x, x)", ""),
-    "Div by data": ("a = Abs (x) y = Div (x, a)", ""),
-    "Div by a number": ("y = Div (x, w)", ", float w"),
-    "GridSample": ("y = GridSample (x, w)", ", float[1, 8, 8, 2] w"),
-    "Celu": ("y = Celu (x)", ""),
-}
-IN_FLOAT32 = {
-    "fp16": {"GlobalAveragePool", "ReduceMean", "InstanceNormalization", "Pow", "Exp", "a square"}
-    | {"Div by data", "GridSample", "Celu"},
-}
-IN_FLOAT32["bf16"] = IN_FLOAT32["fp16"] | {"ConvTranspose", "Einsum", "HardSwish"}
-
-
-@BOTH
-@pytest.mark.parametrize("operator", [*LEARNT, *OTHERS])
-def test_what_loses_too_much_or_is_not_defined_in_16_bits_stays_in_float32(
-    operator: str, precision: HalfPrecision
-) -> None:
-    nodes, tensors = (LEARNT | OTHERS)[operator]
-    ones: dict[str, Any] = {name: [1, 1, 1, 1] for name in "wv" if f"float[4] {name}" in tensors}
-    model = built(surrounded(nodes, tensors), **ones)
-    typed = to_half(model, precision)
-    expected = TensorProto.FLOAT if operator in IN_FLOAT32[precision] else TYPES[precision]
-    made_in = element_types(typed)["y"]
-    assert TensorProto.DataType.Name(made_in) == TensorProto.DataType.Name(expected)
-    if operator == "Resize":
-        assert stored_types(typed)["w"] == "FLOAT"
-
-
-@BOTH
-def test_size_arithmetic_in_floats_is_untouched(precision: HalfPrecision) -> None:
-    model = built(
-        surrounded(
-            """
-        [shape] s = Shape (x)
-        [float] f = Cast <to: int = 1> (s)
-        [half] h = Mul (f, by)
-        [ratio] r = Div (h, f)
-        [resize] y = Resize (x, , r)
-        """,
-            ", float[4] by",
-        ),
-        by=[1, 1, 2, 2],
-    )
-    typed = {node.name: node for node in to_half(model, precision).graph.node}
-    for node in model.graph.node:
-        if node.name in ("shape", "float", "half", "ratio", "resize"):
-            assert typed[node.name] == node
-    assert stored_types(to_half(model, precision))["by"] == "FLOAT"
-
-
-def test_a_decomposed_layer_norm_does_not_overflow_in_fp16() -> None:
-    model = built(
-        surrounded(
-            """
-        [mean] m = ReduceMean <keepdims: int = 1> (x, axes)
-        [centre] d = Sub (x, m)
-        [square] q = Pow (d, two)
-        [variance] v = ReduceMean <keepdims: int = 1> (q, axes)
-        [small] e = Add (v, epsilon)
-        [root] s = Sqrt (e)
-        [scale] y = Div (d, s)
-        """,
-            ", int64[1] axes, float two, float epsilon",
-        ),
-        axes=[1],
-        two=2,
-        epsilon=1e-12,
-        before=np.full((4, 3, 1, 1), [[[[1]]], [[[2]]], [[[3]]], [[[-3]]]]),
-    )
-    image = np.full((1, 3, 8, 8), 300, np.float32)
-    (expected,), (found,) = run(model, image), run(to_half(model, "fp16"), image)
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
-    typed = to_half(model, "fp16")
-    assert types_of_results(typed)["small"] == "FLOAT"
-    assert to_array(typed.graph.initializer[-1]).dtype == np.float32
 
 
 def test_an_output_that_a_convolution_makes_keeps_its_type_and_name() -> None:

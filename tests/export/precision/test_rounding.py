@@ -1,15 +1,10 @@
 """16-bit graphs computed in float32 with every 16-bit tensor rounded."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnxruntime
 import pytest
 import torch
-from onnx import ModelProto, TensorProto
-from onnx.numpy_helper import from_array
+from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,6 +13,7 @@ from srdeploy.export.precision.half import to_half
 from srdeploy.export.precision.rounding import emulate
 from srdeploy.export.precision.tensor_types import element_types
 from srdeploy.precision import HalfPrecision
+from tests.export.precision.written_graphs import built, run
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BOTH = pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -40,26 +36,6 @@ steps (float[1, 1, 40, 50] image) => (float[1, 1, 40, 50] result)
 }
 """
 """No step sums more than two values: any order of adding gives the same bits."""
-
-
-def built(text: str, **values: npt.ArrayLike) -> ModelProto:
-    model = onnx.parser.parse_model(text)
-    for declared in model.graph.value_info:
-        content = np.asarray(values[declared.name], np.float32)
-        model.graph.initializer.append(from_array(content, declared.name))
-    model.graph.ClearField("value_info")
-    return model
-
-
-def run(model: ModelProto, *inputs: Any, optimised: bool = True) -> list[Any]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    if not optimised:
-        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.graph_optimization_level = level
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    feed = {value.name: x for value, x in zip(session.get_inputs(), inputs, strict=True)}
-    return list(session.run(None, feed))
 
 
 def drawn(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
