@@ -12,6 +12,7 @@ from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
 from srdeploy.serve.engine_file import EngineSidecar, Profile
 from srdeploy.serve.runtime import ImageShapeError
+from srdeploy.serve.tensorrt_library import collecting_logger
 
 _TYPES = {
     "UINT8": np.uint8,
@@ -83,7 +84,7 @@ def load_engine(trt: Any, path: Path, sidecar: EngineSidecar) -> Engine:
     Raises UserError with the command that rebuilds it where TensorRT refuses it, or where it takes
     and gives something else than its sidecar says.
     """
-    log = error_log(trt)
+    log = collecting_logger(trt)
     try:
         serialised = path.read_bytes()
     except OSError as error:
@@ -111,25 +112,11 @@ def load_engine(trt: Any, path: Path, sidecar: EngineSidecar) -> Engine:
     )
 
 
-def error_log(trt: Any) -> Any:
-    """A logger that prints nothing and keeps errors in its list `errors`."""
-
-    class ErrorLog(trt.ILogger):  # type: ignore[misc]  # the base is known at run time alone
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(msg)
-
-    return ErrorLog()
-
-
 def last_words(log: Any) -> str:
     """What TensorRT said, and forgets it: the first error, which later ones follow from."""
-    text = " ".join(log.errors[0].split()) if log.errors else "it gives no reason"
-    log.errors.clear()
+    errors = [message.text for message in log.messages if message.error]
+    text = " ".join(errors[0].split()) if errors else "it gives no reason"
+    log.messages.clear()
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

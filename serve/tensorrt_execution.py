@@ -35,7 +35,7 @@ class Execution:
         Raises UserError where TensorRT refuses the shape, or where an output's shape depends on
         the images' content.
         """
-        self._engine.log.errors.clear()  # what earlier work left there explains nothing here
+        self._engine.log.messages.clear()  # what earlier work left there explains nothing here
         context, name = self._context, self._engine.input.name
         is_active = context.active_optimization_profile == profile
         if not is_active and not context.set_optimization_profile_async(profile, self._stream):

@@ -1,6 +1,5 @@
 """What TensorRT says while it parses and builds, and what that means."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from srdeploy.errors import UserError
@@ -26,31 +25,6 @@ _NO_GPU = (
 """Parts of TensorRT's own messages, in lower case."""
 _LONGEST = 300
 """Characters of a message that are shown."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One line of TensorRT's log."""
-
-    error: bool
-    warning: bool
-    text: str
-
-
-def collecting_logger(trt: Any) -> Any:
-    """A logger for TensorRT with a list `messages` of the errors and warnings; prints nothing."""
-
-    class Collector(trt.ILogger):  # type: ignore[misc]  # the base is known at run time alone
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[Message] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                error = severity <= trt.ILogger.ERROR
-                self.messages.append(Message(error=error, warning=not error, text=msg))
-
-    return Collector()
 
 
 def warnings_of(logger: Any) -> list[str]:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from srdeploy.errors import UserError
-from srdeploy.export.engines.messages import collecting_logger, explain_failure, explain_parser
+from srdeploy.export.engines.messages import explain_failure, explain_parser
 from srdeploy.serve.engine_file import Builder
-from srdeploy.serve.tensorrt_library import import_tensorrt
+from srdeploy.serve.tensorrt_library import collecting_logger, import_tensorrt
 
 
 @dataclass(frozen=True)

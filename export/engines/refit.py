@@ -22,7 +22,7 @@ from srdeploy.export.engines.build import (
     input_shape,
     target_gpu,
 )
-from srdeploy.export.engines.messages import collecting_logger, explain_failure, explain_parser
+from srdeploy.export.engines.messages import explain_failure, explain_parser
 from srdeploy.export.engines.parsed import parse_onnx
 from srdeploy.export.pictures import drawn_pictures
 from srdeploy.files import sha256_of, write_whole
@@ -30,7 +30,7 @@ from srdeploy.imaging import Pixels, fit
 from srdeploy.serve.engine_file import EngineSidecar, write_sidecar
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.serve.signature import read_signature
-from srdeploy.serve.tensorrt_library import import_tensorrt
+from srdeploy.serve.tensorrt_library import collecting_logger, import_tensorrt
 from srdeploy.spec import Spec
 
 NAME = "refit"

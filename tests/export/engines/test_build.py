@@ -12,7 +12,7 @@ import pytest
 from srdeploy.errors import MissingPackageError, UserError
 from srdeploy.export.engines import build, parsed
 from srdeploy.export.engines.build import BuildOptions, build_engine, target_name
-from srdeploy.export.engines.messages import collecting_logger, explain_failure
+from srdeploy.export.engines.messages import explain_failure
 from srdeploy.export.engines.profiles import parse_profile
 from srdeploy.export.engines.timing_cache import attach_timing_cache, save_timing_cache
 from srdeploy.files import sha256_of
@@ -20,6 +20,7 @@ from srdeploy.precision import Precision
 from srdeploy.serve.artifact import open_artifact
 from srdeploy.serve.engine_file import check_whole, read_sidecar, sidecar_path
 from srdeploy.serve.gpus import Gpu
+from srdeploy.serve.tensorrt_library import collecting_logger
 from srdeploy.validation import validated
 
 MakeTyped = Callable[..., Path]
