@@ -45,7 +45,7 @@ SIZES = ((32, 32), (64, 96), (128, 160))
 """(H, W): smallest, usual and largest."""
 WITHOUT_TENSORRT = {"MaxUnpool", "ScatterND", "ScatterElements", "GatherND", "Loop", "If"}
 HALVES = ("fp16", "bf16")
-LEAST_AGREEMENT = {"fp16": 0.98, "bf16": 0.95}
+LEAST_AGREEMENT = {"fp16": 0.99, "bf16": 0.96}
 LARGEST_MEAN_ERROR = {"fp16": 0.002, "bf16": 0.012}
 """Of the logits, against the largest of them. Drawn weights leave small margins between classes."""
 FEEDBACK_TERMS = {"main", "seg", "cls", "srf", "srl"}
@@ -242,7 +242,7 @@ def test_no_operator_is_used_that_tensorrt_lacks(journey: Journey) -> None:
 def test_in_16_bits_the_network_gives_nearly_the_same_labels(
     journey: Journey, precision: HalfPrecision
 ) -> None:
-    model = tempered(read_model(journey.deployed))
+    model = tempered(read_model(journey.plain))
     typed = to_half(model, precision)
     images = np.random.default_rng(0).integers(0, 256, (2, 65, 99, 3), dtype=np.uint8)
     runs = [model, emulate(typed), *([typed] if precision == "fp16" else [])]
