@@ -143,7 +143,7 @@ def test_the_commands_of_the_readme_leave_what_they_promise(workshop: Path) -> N
     for name in ("fp16/differences.html", "int8/model.onnx"):
         assert (workshop / f"deploy/regulated-{name}").is_file()
     assert (workshop / "deploy" / "rtx" / "model.sm89.engine.json").is_file()
-    assert (workshop / "triton" / "regulated" / "config.pbtxt").is_file()
+    assert (workshop / "repository" / "regulated" / "config.pbtxt").is_file()
 
 
 @pytest.mark.timeout(900)
