@@ -21,10 +21,12 @@ from journal import Journal
 from srdeploy import console
 from srdeploy.data import DataSet, open_dataset
 from srdeploy.environment import PACKAGES, describe_environment
+from srdeploy.errors import UserError
+from srdeploy.export.certificate import read_model
 from srdeploy.export.precision.rounding import emulate
-from srdeploy.export.typed import TypeOptions, write_typed
-from srdeploy.files import read_json, write_json
-from srdeploy.imaging import fit, read_photo, restore
+from srdeploy.export.typed import TypeOptions, convert
+from srdeploy.files import read_json, write_json, write_whole
+from srdeploy.imaging import fit, restore
 from srdeploy.metrics import Score
 from srdeploy.runs import open_run
 from srdeploy.serve.bench import bench_images, compare_latency
@@ -62,7 +64,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="srdeploy-") as text:
             folder = Path(text)
             journal.run("export", run, "--out", folder / "fp32")
-            files = convert(folder, run, calibration)
+            files = convert_all(folder, run, calibration)
             rows = compare(files, dataset, limit, threads)
             for runtime in ("onnxruntime", "openvino"):
                 for variant, ratio in latency(files, runtime, dataset, rounds, threads).items():
@@ -82,11 +84,11 @@ def main(
     print(table(networks))
 
 
-def convert(folder: Path, run: Path, calibration: int) -> dict[str, Path]:
+def convert_all(folder: Path, run: Path, calibration: int) -> dict[str, Path]:
     """Variant -> its file; the float32 one first."""
     certified = folder / "fp32" / "model.onnx"
     opened = open_run(run)
-    pictures = [read_photo(sample) for sample in opened.samples[:2]]
+    plain = read_model(certified)
     files = {"fp32": certified}
     for variant, chosen in TYPES.items():
         types = chosen.model_copy(
@@ -96,9 +98,10 @@ def convert(folder: Path, run: Path, calibration: int) -> dict[str, Path]:
             }
         )
         files[variant] = folder / variant.replace(", ", "-") / "model.onnx"
-        lines = write_typed(certified, files[variant], opened.spec, pictures, types)
-        for line in lines:
-            console.say(f"{run.name}, {variant}: {line.name}: {line.passed}, {line.detail}")
+        write_whole(
+            files[variant],
+            convert(plain, opened.spec, types).SerializeToString(deterministic=True),
+        )
     return files
 
 
@@ -143,14 +146,14 @@ def compare(
 def latency(
     files: dict[str, Path], runtime: str, dataset: DataSet, rounds: int, threads: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Ratio to float32 of each variant that the runtime takes; for OpenVINO also of bf16
-    arithmetic on the float32 file."""
+    """Ratio to float32 of each variant that the runtime takes. OpenVINO computes bf16 in bf16 where
+    the processor does, else in float32, and says so."""
     chosen: dict[str, tuple[Path, str | None]] = {
         variant: (file, None)
         for variant, file in files.items()
         if runtime != "onnxruntime" or variant not in NOT_IN_ONNXRUNTIME
     }
-    if runtime == "openvino":
+    if runtime == "openvino" and computes_in_bf16(files["fp32"]):
         chosen["bf16"] = (files["fp32"], "bf16")
     with ExitStack() as stack:
         opened = [
@@ -165,6 +168,7 @@ def latency(
     assert report.floor is not None
     return {
         entry.name: {
+            "computed_in": entry.precision,
             "median_ms": entry.median_ms,
             "ratio": [1.0, 1.0, 1.0]
             if entry.ratio is None
@@ -173,6 +177,16 @@ def latency(
         }
         for entry in report.entries
     }
+
+
+def computes_in_bf16(file: Path) -> bool:
+    """Whether OpenVINO offers bf16 arithmetic on this processor."""
+    try:
+        with open_runtime(file, runtime="openvino", precision="bf16"):
+            return True
+    except UserError as error:
+        console.say(str(error))
+        return False
 
 
 def table(networks: dict[str, Any]) -> str:

@@ -93,7 +93,7 @@ def write_typed(
     can't be converted.
     """
     model = read_model(certified)
-    typed = _converted(model, spec, options)
+    typed = convert(model, spec, options)
     write_whole(out, typed.SerializeToString(deterministic=True))
     verified = verification_line(
         certified,
@@ -105,6 +105,17 @@ def write_typed(
         drawn=drawn,
     )
     return types_line(model, typed), verified
+
+
+def convert(model: ModelProto, spec: Spec, options: TypeOptions) -> ModelProto:
+    """A float32 graph in the types of `options`, whose `converts` holds. Raises UserError."""
+    if options.precision in ("fp16", "bf16"):
+        return to_half(model, options.precision, options.keep)
+    assert options.precision == "int8"
+    assert options.target is not None
+    assert options.calibration is not None
+    pictures = calibration_pictures(options.calibration, spec, options.calibration_count)
+    return to_int8(model, pictures, options.target, options.keep, options.ends)
 
 
 def types_line(certified: ModelProto, typed: ModelProto) -> Line:
@@ -129,16 +140,6 @@ def types_line(certified: ModelProto, typed: ModelProto) -> Line:
             "inserted_nodes": inserted,
         },
     )
-
-
-def _converted(model: ModelProto, spec: Spec, options: TypeOptions) -> ModelProto:
-    if options.precision in ("fp16", "bf16"):
-        return to_half(model, options.precision, options.keep)
-    assert options.precision == "int8"
-    assert options.target is not None
-    assert options.calibration is not None
-    pictures = calibration_pictures(options.calibration, spec, options.calibration_count)
-    return to_int8(model, pictures, options.target, options.keep, options.ends)
 
 
 def _weight_types(model: ModelProto) -> dict[str, int]:
