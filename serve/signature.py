@@ -73,7 +73,7 @@ def signature_of(model: "onnx.ModelProto", path: Path) -> Signature:
         logits=logits,
         classes=classes,
         precision=_precision(model),
-        weights=sum(prod(tensor.dims) for tensor in model.graph.initializer if is_weight(tensor)),
+        weights=_count_weights(model),
         spec=spec,
     )
 
@@ -238,6 +238,23 @@ def is_weight(tensor: "onnx.TensorProto") -> bool:
     import onnx
 
     return onnx.TensorProto.DataType.Name(tensor.data_type) in _PRECISIONS
+
+
+def _count_weights(model: "onnx.ModelProto") -> int:
+    """Quantised or whole, a weight counts once: scales and zero points are none, and a bias stored
+    in integers is one."""
+    names = set()
+    steps = set()
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            steps.update(node.input[1:])
+            if node.op_type == "DequantizeLinear":
+                names.add(node.input[0])
+    return sum(
+        prod(tensor.dims)
+        for tensor in model.graph.initializer
+        if tensor.name in names or (is_weight(tensor) and tensor.name not in steps)
+    )
 
 
 def _precision(model: "onnx.ModelProto") -> str:

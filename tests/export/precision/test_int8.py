@@ -125,6 +125,14 @@ def test_first_and_last_layers_are_rounded_on_request_alone(
     assert signature_of(with_ends, Path("graph.onnx")).precision == "int8"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_rounded_graph_has_as_many_weights_as_before(
+    typed: dict[str, ModelProto], network: ModelProto, target: Target
+) -> None:
+    counts = [signature_of(one, Path("graph.onnx")).weights for one in (network, typed[target])]
+    assert counts[0] == counts[1] > 0
+
+
 def test_for_tensorrt_everything_is_symmetric_int8_and_biases_stay_float(
     typed: dict[str, ModelProto],
 ) -> None:
