@@ -22,13 +22,13 @@ from srdeploy.serve.onnx_runtime import first_line, import_onnxruntime, ort_erro
 from srdeploy.serve.signature import Signature, signature_of
 
 Floats = npt.NDArray[np.float32]
-Counts = npt.NDArray[np.int64]
 
-BINS = 8192
 OUTLIERS = 1e-4
-"""Share of the values that a range leaves out."""
+"""Share of what a value was that its range leaves out."""
+SAMPLES = 2**19
+"""Numbers looked at for each value, over all pictures; drawn where there are more."""
 _GROUP_BYTES = 2**29
-"""Most that the values fetched at once take, for the largest picture; a larger one is fetched
+"""Most that values and samples take at once, for the largest picture; a larger value is fetched
 alone."""
 
 
@@ -44,58 +44,43 @@ def measure_ranges(
     groups = _groups(model, signature, names, max(pictures, key=np.size))
     found: dict[str, tuple[float, float]] = {}
     with console.progress() as bar:
-        task = bar.add_task("calibrating", total=2 * len(groups) * len(pictures))
+        task = bar.add_task("calibrating", total=len(groups) * len(pictures))
         for group in groups:
             session = _session(model, group)
-            full = dict.fromkeys(group, (0.0, 0.0))
-            counts = dict.fromkeys(group, np.zeros(BINS, np.int64))
-            for picture in pictures:
+            samples: dict[str, list[Floats]] = {name: [] for name in group}
+            for index, picture in enumerate(pictures):
                 for name, values in _values(session, signature, group, picture):
-                    full[name] = _widened(full[name], values, name)
-                bar.advance(task)
-            for picture in pictures:
-                for name, values in _values(session, signature, group, picture):
-                    counts[name] = counts[name] + histogram(values, *full[name])
+                    _check_finite(values, name)
+                    samples[name].append(drawn(values, SAMPLES // len(pictures), seed=index))
                 bar.advance(task)
             for name in group:
-                found[name] = range_without_outliers(counts[name], *full[name])
+                found[name] = range_without_outliers(np.concatenate(samples.pop(name)))
     return found
 
 
-def histogram(values: Floats, lowest: float, highest: float) -> Counts:
-    """How many values lie in each of equal parts of [lowest, highest], int64 [BINS]."""
-    if highest == lowest:
-        return np.zeros(BINS, np.int64)
-    places = (values.ravel() - np.float32(lowest)) * np.float32(BINS / (highest - lowest))
-    counts = np.bincount(np.clip(places.astype(np.int32), 0, BINS - 1), minlength=BINS)
-    return counts.astype(np.int64)
+def drawn(values: Floats, count: int, seed: int) -> Floats:
+    """`count` of the values, float32 [count], always the same; all where there are no more."""
+    flat = values.ravel()
+    if flat.size <= count:
+        return flat
+    return flat[np.random.default_rng(seed).integers(0, flat.size, count)]
 
 
-def range_without_outliers(counts: Counts, lowest: float, highest: float) -> tuple[float, float]:
-    """The range that leaves out OUTLIERS of the values, half of them at each end where both signs
-    occur; it holds 0.
-
-    counts: int64 [BINS], as `histogram` gives them for lowest <= 0 <= highest.
-    """
-    total = int(counts.sum())
-    if not total:
-        return lowest, highest
-    cut = OUTLIERS * total / (2 if lowest < 0 < highest else 1)
-    width = (highest - lowest) / BINS
-    below, above = np.cumsum(counts), np.cumsum(counts[::-1])
-    low = lowest + width * int(np.searchsorted(below, cut, side="right")) if lowest < 0 else 0.0
-    high = highest - width * int(np.searchsorted(above, cut, side="right")) if highest > 0 else 0.0
-    return min(low, 0.0), max(high, 0.0)
+def range_without_outliers(values: Floats) -> tuple[float, float]:
+    """(lowest <= 0 <= highest) without the outermost OUTLIERS of the values, half of them at each
+    end where both signs occur."""
+    signed = values.min() < 0 < values.max()
+    share = OUTLIERS / 2 if signed else OUTLIERS
+    lowest, highest = np.quantile(values, (share, 1 - share))
+    return min(float(lowest), 0.0), max(float(highest), 0.0)
 
 
-def _widened(full: tuple[float, float], values: Floats, name: str) -> tuple[float, float]:
-    lowest, highest = float(values.min()), float(values.max())
-    if not np.isfinite((lowest, highest)).all():
+def _check_finite(values: Floats, name: str) -> None:
+    if not np.isfinite((values.min(), values.max())).all():
         raise UserError(
             f"value '{name}' is NaN or infinite on the calibration pictures: no range can be "
             "measured; look at the weights that the network was exported with"
         )
-    return min(full[0], lowest), max(full[1], highest)
 
 
 def _groups(
@@ -111,7 +96,7 @@ def _groups(
     groups: list[list[str]] = []
     left = 0
     for name, (_, size) in zip(names, _values(session, signature, asked, picture), strict=True):
-        needed = 4 * int(size)
+        needed = 4 * (int(size) + SAMPLES)
         if not groups or needed > left:
             groups.append([])
             left = _GROUP_BYTES

@@ -15,7 +15,7 @@ from srdeploy.errors import UserError
 from srdeploy.export.precision import ranges
 from srdeploy.export.precision.int8 import to_int8
 from srdeploy.export.precision.qdq import quantise_kernel
-from srdeploy.export.precision.ranges import BINS, histogram, range_without_outliers
+from srdeploy.export.precision.ranges import drawn, range_without_outliers
 from srdeploy.export.typed import types_line
 from srdeploy.imaging import Pixels
 from srdeploy.precision import PRECISION_KEY, TARGET_KEY, Target
@@ -372,33 +372,32 @@ def test_pictures_of_different_sizes_and_a_small_budget_of_memory_change_nothing
 def test_a_range_gives_up_one_in_ten_thousand_and_no_more() -> None:
     generator = np.random.default_rng(0)
     values = generator.normal(0, 1, 1_000_000).astype(np.float32)
-    values[:20] = 8
-    values[20:40] = -12
-    full = -12.0, 8.0
-    found = range_without_outliers(histogram(values, *full), *full)
-    np.testing.assert_allclose(found, np.quantile(values, (0.5e-4, 1 - 0.5e-4)), atol=0.01)
+    values[:20] = 80
+    values[20:40] = -120
+    lowest, highest = range_without_outliers(values)
+    assert ((values < lowest) | (values > highest)).mean() == pytest.approx(1e-4, rel=0.02)
+    assert (values < lowest).sum() == pytest.approx(50, abs=1)
     positive = np.abs(values)
-    found = range_without_outliers(histogram(positive, 0.0, 12.0), 0.0, 12.0)
-    np.testing.assert_allclose(found, (0, np.quantile(positive, 1 - 1e-4)), atol=0.01)
-    negative = range_without_outliers(histogram(-positive, -12.0, 0.0), -12.0, 0.0)
-    np.testing.assert_allclose(negative, (-found[1], 0), atol=0.01)
+    lowest, highest = range_without_outliers(positive)
+    assert lowest == 0
+    assert (positive > highest).sum() == pytest.approx(100, abs=1)
+    assert range_without_outliers(-positive) == pytest.approx((-highest, 0))
 
 
-def test_a_range_without_outliers_stays_whole_and_holds_0() -> None:
-    even = np.full(BINS, 10, np.int64)
-    np.testing.assert_allclose(range_without_outliers(even, -1.0, 3.0), (-1, 3), atol=1e-3)
-    one_sided = np.zeros(BINS, np.int64)
-    one_sided[-1] = 10
-    assert range_without_outliers(one_sided, -1.0, 3.0) == (0.0, 3.0)
-    assert range_without_outliers(np.zeros(BINS, np.int64), 0.0, 0.0) == (0.0, 0.0)
+def test_a_range_holds_0() -> None:
+    assert range_without_outliers(np.full(9, 3, np.float32)) == (0, 3)
+    assert range_without_outliers(np.full(9, -3, np.float32)) == (-3, 0)
+    assert range_without_outliers(np.zeros(9, np.float32)) == (0, 0)
 
 
-def test_a_histogram_counts_every_value_within_its_range() -> None:
-    counts = histogram(np.array([[-1, -0.5], [0, 0], [1, 3]], np.float32), -1.0, 3.0)
-    assert counts.sum() == 6
-    assert counts[0] == 1
-    assert counts[BINS // 4] == 2
-    assert counts[-1] == 1
+def test_samples_are_drawn_alike_each_time_from_all_over_the_value() -> None:
+    values = np.arange(100_000, dtype=np.float32).reshape(10, 100, 100)
+    sample = drawn(values, 1000, seed=3)
+    assert sample.shape == (1000,)
+    assert sample.tolist() == drawn(values, 1000, seed=3).tolist()
+    assert sample.tolist() != drawn(values, 1000, seed=4).tolist()
+    np.testing.assert_allclose(np.quantile(sample, (0.1, 0.5, 0.9)), (1e4, 5e4, 9e4), atol=5e3)
+    assert drawn(values, 100_000, seed=0).tolist() == values.ravel().tolist()
 
 
 def test_a_channel_of_zeros_stays_zero() -> None:
