@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from srdeploy.deployable import Deployable
 from srdeploy.export.certificate import identity_lines, read_model
 from srdeploy.export.precision.half import to_half
+from srdeploy.export.precision.int8 import to_int8
 from srdeploy.export.precision.rounding import emulate
 from srdeploy.export.to_onnx import export_onnx
+from srdeploy.export.typed import types_line
 from srdeploy.models import NETWORKS, make_network
-from srdeploy.precision import HalfPrecision
+from srdeploy.precision import HalfPrecision, Target
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.losses import pixel_cross_entropy
 from srdeploy.train.regulation import ExitOutputs, Losses, SelfRegulation
@@ -48,6 +50,12 @@ HALVES = ("fp16", "bf16")
 LEAST_AGREEMENT = {"fp16": 0.99, "bf16": 0.96}
 LARGEST_MEAN_ERROR = {"fp16": 0.002, "bf16": 0.012}
 """Of the logits, against the largest of them. Drawn weights leave small margins between classes."""
+INT8_TARGETS: tuple[Target, ...] = ("tensorrt", "cpu")
+INT8_LIMITS = {"hourglass": (0.7, 0.6)}
+"""By network: least agreement of labels, and most standard deviation of the logits' error over that
+of the logits, with drawn weights. The hourglass's drawn logits hardly vary, and each of its many
+sums is rounded; a trained one agrees like the others."""
+USUAL_INT8_LIMITS = (0.85, 0.2)
 FEEDBACK_TERMS = {"main", "seg", "cls", "srf", "srl"}
 
 
@@ -281,6 +289,52 @@ def test_tensorrt_for_rtx_builds_the_typed_graph_with_the_types_that_it_states(
     kinds = trt.LayerType
     assert {dtype for kind, dtype in found if kind == kinds.CONVOLUTION} == {half}
     assert {dtype for kind, dtype in found if kind == kinds.TOPK} == {trt.DataType.FLOAT}
+    profile = builder.create_optimization_profile()
+    profile.set_shape("images", *[(1, *size, 3) for size in SIZES])
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    assert config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    assert builder.build_serialized_network(definition, config) is not None
+
+
+@pytest.mark.parametrize("target", INT8_TARGETS)
+def test_in_int8_the_network_gives_mostly_the_same_labels(
+    journey: Journey, request: pytest.FixtureRequest, target: Target
+) -> None:
+    name = request.node.callspec.params["journey"]
+    agreement, most = INT8_LIMITS.get(name, USUAL_INT8_LIMITS)
+    model = tempered(read_model(journey.deployed))
+    images = np.random.default_rng(0).integers(0, 256, (4, 65, 99, 3), dtype=np.uint8)
+    typed = to_int8(model, list(images), target)
+    line = types_line(model, typed)
+    assert line.passed, line.detail
+    expected, found = (labels_and_logits(one, images[:2]) for one in (model, typed))
+    error = found[1] - expected[1]
+    assert 0 < error.std() < most * expected[1].std()
+    assert (found[0] == expected[0]).mean() > agreement
+
+
+def test_tensorrt_for_rtx_builds_the_int8_graph_and_reads_int8_where_it_was_written(
+    journey: Journey,
+) -> None:
+    trt = tensorrt_rtx()
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    typed = to_int8(read_model(journey.deployed), list(images), "tensorrt")
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(definition, builder.logger)
+    parsed = parser.parse(typed.SerializeToString())
+    assert parsed, [str(parser.get_error(index)) for index in range(parser.num_errors)]
+    layers = [definition.get_layer(index) for index in range(definition.num_layers)]
+    kinds = trt.LayerType
+    rounding = [one for one in layers if one.type == kinds.QUANTIZE]
+    restoring = [one for one in layers if one.type == kinds.DEQUANTIZE]
+    assert {one.get_output(0).dtype for one in rounding} == {trt.DataType.INT8}
+    assert {one.get_input(0).dtype for one in restoring} == {trt.DataType.INT8}
+    written = [node.op_type for node in typed.graph.node]
+    assert len(rounding) == written.count("QuantizeLinear") > 0
+    assert len(restoring) == written.count("DequantizeLinear")
     profile = builder.create_optimization_profile()
     profile.set_shape("images", *[(1, *size, 3) for size in SIZES])
     config = builder.create_builder_config()
