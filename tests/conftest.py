@@ -20,6 +20,7 @@ TINY_SIZE = (40, 48)
 TINY_PALETTE = [[40, 160, 60], [200, 60, 40], [40, 70, 200]]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker for each file, since its tests share what they made, and for each network in the
     file that takes all networks the whole way; the longest begin."""
