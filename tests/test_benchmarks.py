@@ -30,7 +30,9 @@ def test_step_cost_reports_time_and_memory_of_every_variant(tmp_path: Path) -> N
     assert set(variants) == {"baseline", "mea", "lean", "authors"}
 
 
-@pytest.mark.parametrize("script", ["step_cost.py", "camvid.py", "certify_networks.py", "precisions.py"])
+@pytest.mark.parametrize(
+    "script", ["step_cost.py", "camvid.py", "certify_networks.py", "precisions.py"]
+)
 def test_every_benchmark_says_what_it_does(script: str) -> None:
     result = run(script, "--help")
     assert result.returncode == 0
