@@ -25,7 +25,6 @@ from srdeploy.export.certificate import (
     Certificate,
     Line,
     identity_lines,
-    opset_of,
     provenance_line,
     read_model,
     text_digest,
@@ -148,7 +147,8 @@ def export_source(
         certificate = Certificate(lines=(*identity, parity, *typed, provenance))
         certificate.write(folder / CERTIFICATE)
         digest = str(identity[0].figures["digest_deployed"])
-        manifest = _manifest(source, heads, folder, out, digest, input, output, types)
+        opset = int((typed or identity)[0].figures["opset"])
+        manifest = _manifest(source, heads, folder, out, digest, opset, input, output, types)
         write_json(folder / MANIFEST, manifest)
     return ExportResult(folder=out, certificate=certificate, manifest=manifest)
 
@@ -185,6 +185,7 @@ def _manifest(
     folder: Path,
     out: Path,
     digest: str,
+    opset: int,
     input: InputKind,
     output: OutputKind,
     types: TypeOptions,
@@ -205,7 +206,7 @@ def _manifest(
         "output": output,
         "precision": types.precision,
         "target": types.target,
-        "opset": opset_of(read_model(folder / MODEL)),
+        "opset": opset,
         "graph_digest": digest,
         "weights_sha256": None if source.weights is None else sha256_of(source.weights),
         "files": describe_files(folder, names),

@@ -138,6 +138,7 @@ def types_line(certified: ModelProto, typed: ModelProto) -> Line:
         figures={
             "weight_tensors": kinds,
             "inserted_nodes": inserted,
+            "opset": opset_of(typed),
         },
     )
 

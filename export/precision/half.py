@@ -11,6 +11,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from srdeploy.errors import UserError
+from srdeploy.export.certificate import opset_of
 from srdeploy.export.precision.conversion import Conversion
 from srdeploy.export.precision.inlining import inlined
 from srdeploy.export.precision.tensor_types import (
@@ -18,7 +19,6 @@ from srdeploy.export.precision.tensor_types import (
     HALF_TYPES,
     element_types,
     label_of,
-    opset_of,
 )
 from srdeploy.export.precision.zones import LEARNT, holds_learnt, is_named, nodes_in_16_bits
 from srdeploy.export.subgraph import real_inputs

@@ -13,10 +13,10 @@ import onnx
 from onnx import ModelProto, TensorProto
 
 from srdeploy.errors import UserError
+from srdeploy.export.certificate import opset_of
 from srdeploy.export.precision.placement import WEIGHTED, Placement, is_weighted, place
 from srdeploy.export.precision.qdq import write_rounding
 from srdeploy.export.precision.ranges import measure_ranges
-from srdeploy.export.precision.tensor_types import opset_of
 from srdeploy.export.precision.zones import kept_nodes
 from srdeploy.imaging import Pixels
 from srdeploy.precision import PRECISION_KEY, TARGET_KEY, Target

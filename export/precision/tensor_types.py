@@ -11,6 +11,7 @@ from onnx.defs import OpSchema
 from onnx.numpy_helper import to_array
 
 from srdeploy.errors import UserError
+from srdeploy.export.certificate import opset_of
 from srdeploy.precision import HalfPrecision
 
 FLOAT = int(TensorProto.FLOAT)
@@ -63,11 +64,6 @@ def element_types(model: ModelProto) -> dict[str, int]:
                     "in the graph's value_info, or deploy the graph in fp32"
                 )
     return types
-
-
-def opset_of(model: ModelProto) -> int:
-    """The version of ONNX's own operators."""
-    return max(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
 
 def label_of(node: NodeProto) -> str:
