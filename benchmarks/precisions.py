@@ -29,7 +29,7 @@ from srdeploy.files import read_json, write_json, write_whole
 from srdeploy.imaging import fit, restore
 from srdeploy.metrics import Score
 from srdeploy.runs import open_run
-from srdeploy.serve.bench import bench_images, compare_latency
+from srdeploy.serve.bench.measure import bench_images, compare_latency
 from srdeploy.serve.runtime import open_runtime
 
 TYPES = {

@@ -18,7 +18,7 @@ from srdeploy.files import read_json, write_json
 from srdeploy.metrics import Scores
 from srdeploy.runs import METRICS, STATE, NetworkConfig
 from srdeploy.serve.artifact import MODEL
-from srdeploy.serve.bench import LatencyReport, bench
+from srdeploy.serve.bench.measure import LatencyReport, bench
 from srdeploy.serve.evaluate import evaluate
 from srdeploy.serve.predict import predict_folder
 from srdeploy.serve.report import write_report

@@ -14,7 +14,7 @@ from srdeploy.export.certificate import Certificate
 from srdeploy.imaging import Pixels, colour_table, fit, restore
 from srdeploy.metrics import Scores, percent
 from srdeploy.serve import charts
-from srdeploy.serve.bench import Latency, LatencyReport
+from srdeploy.serve.bench.measure import Latency, LatencyReport
 from srdeploy.serve.report import Picture, Report, Section, Table, Verdict, chart, drawing, photo
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import Spec

@@ -163,7 +163,7 @@ def bench(
     from srdeploy.data import open_dataset
     from srdeploy.files import write_json
     from srdeploy.serve.artifact import spec_from_classes
-    from srdeploy.serve.bench import bench as compare
+    from srdeploy.serve.bench.measure import bench as compare
     from srdeploy.validation import parse_size
 
     console.set_quiet(quiet or as_json)

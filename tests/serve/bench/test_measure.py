@@ -12,7 +12,7 @@ from scipy import stats
 
 from srdeploy.data import open_dataset
 from srdeploy.errors import UserError
-from srdeploy.serve.bench import (
+from srdeploy.serve.bench.measure import (
     LatencyReport,
     bench,
     bench_images,

@@ -1,0 +1,1 @@
+"""`srdeploy bench`: latency, accuracy and cost of artifacts against a baseline, with verdicts."""

@@ -1,0 +1,217 @@
+"""What a benchmark found, as it stands in report.json. All times of runs in milliseconds, of the
+whole batch."""
+
+from enum import StrEnum
+
+from srdeploy.metrics import Scores
+from srdeploy.validation import Settings
+
+
+class Outcome(StrEnum):
+    """What is shown about two latencies, each with an error of at most 5 %."""
+
+    EQUIVALENT = "EQUIVALENT"
+    """The ratio lies within the margin."""
+    DIFFERENT = "DIFFERENT"
+    """The ratio lies outside the margin."""
+    NOT_SHOWN = "NOT SHOWN"
+    """Neither, with these runs."""
+
+
+class Interval(Settings):
+    """An estimate with its interval; 95 % where nothing else is said."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Verdict(Settings):
+    """Two one-sided tests of one artifact's latency against the first's."""
+
+    outcome: Outcome
+    margin: float
+    """What the ratio was tested against: within 1 / (1 + margin) .. 1 + margin. The margin asked
+    for, or the noise floor where that is larger."""
+    p_equivalent: float
+    """Of the two one-sided tests against the margin; below 0.05 the ratio lies within."""
+    p_different: float
+    """Of the one-sided test for lying beyond the margin; below 0.05 it does."""
+    rounds_needed: int | None
+    """NOT SHOWN: rounds after which the answer would come in 9 of 10 benchmarks, if the ratio is
+    what it seems; None where no number of rounds would do."""
+    reason: str
+    """One sentence for people."""
+
+
+class Quantiles(Settings):
+    """Of all runs; none is left out. Intervals by the bootstrap over rounds."""
+
+    median: Interval
+    p90: Interval
+    p95: Interval
+    p99: Interval
+
+
+class Timing(Settings):
+    """One measure of one artifact."""
+
+    quantiles: Quantiles
+    ratio: Interval | None
+    """To the first artifact's; None for the first itself."""
+    verdict: Verdict | None
+    """None for the first itself, and for rows that are there to be looked at."""
+    rounds_ms: tuple[tuple[float, ...], ...]
+    """Every run in the order measured, by round. Each round had freshly opened sessions."""
+
+
+class Footprint(Settings):
+    """What loading and one run cost in a fresh process."""
+
+    import_s: float
+    """Importing the runtime's library."""
+    first_inference_s: float
+    """From opening to the first labels, the library being imported."""
+    own_mib: float
+    """Peak of the process's memory (resident) above what it held before opening."""
+    peak_mib: float
+    """Peak of the process's memory, libraries included."""
+    device_mib: float | None
+    """Memory that the process held on the GPU after the run; None on a CPU, or where the driver
+    doesn't tell."""
+
+
+class Row(Settings):
+    """One artifact in one cell of the matrix."""
+
+    name: str
+    path: str
+    backend: str
+    device: str
+    precision: str
+    """Of the arithmetic, as the runtime tells it."""
+    end_to_end: Timing
+    """From images in the host's memory to labels in the host's memory."""
+    device_time: Timing | None
+    """The GPU's own time on the same runs, without copies; None where it can't be told apart."""
+    images_per_s: float
+    """At the median."""
+    settled: bool
+    """Whether every session's times became steady while warming up."""
+    file_bytes: int
+    parameters: int
+    """Weight values stored in the file; an export has fewer where batch norms are folded."""
+    gmacs: float | None
+    """10^9 multiply-accumulates of one run, whole batch; None where they can't be counted."""
+    footprint: Footprint | None
+    """None where it was not asked for."""
+
+    @property
+    def timings(self) -> dict[str, Timing]:
+        """Its measures by name."""
+        found = {"end to end": self.end_to_end}
+        return found if self.device_time is None else {**found, "GPU": self.device_time}
+
+
+class Cell(Settings):
+    """Artifacts timed against each other under one setting; the first row is the baseline."""
+
+    runtime: str
+    """As asked for, e.g. auto."""
+    precision: str | None
+    """Of the arithmetic, as asked for; None: what the artifacts say."""
+    batch: int
+    size: tuple[int, int]
+    """(height, width) of the images."""
+    rows: tuple[Row, ...]
+    floor: Interval
+    """Ratio of two sessions of the first artifact, end to end."""
+    device_floor: Interval | None
+    margin: float
+    """As asked for."""
+    rounds: int
+    blocks: int
+    """Per round; every session ran twice in each."""
+    seconds: float
+    """That measuring took."""
+    stopped: str
+    """Why no more rounds were run."""
+
+
+class CheckpointMatch(Settings):
+    """An export against the checkpoint that it was made from, on the same photos."""
+
+    checkpoint: str
+    agreement: float
+    """Share of equal labels, over all pixels of all photos."""
+    miou_difference: float
+    """Export minus checkpoint, shares of 0..1."""
+    passed: bool
+
+
+class AccuracyRow(Settings):
+    """One artifact's accuracy."""
+
+    name: str
+    scores: Scores
+    checkpoint: CheckpointMatch | None
+    """None where no checkpoint is known."""
+    gains: dict[str, Interval] | None
+    """miou, failure1, failure2 -> this one's minus the first's (shares of 0..1), paired bootstrap
+    over images; None for the first itself. A failure that can't be measured is left out."""
+    agreement: float | None
+    """Share of labels equal to the first's; None for the first itself."""
+
+
+class Accuracy(Settings):
+    """Accuracy of all artifacts on one labelled split."""
+
+    data: str
+    split: str
+    images: int
+    rows: tuple[AccuracyRow, ...]
+    most_different: tuple[str, ...]
+    """Names of the photos on which the labels of the second and the first differ most."""
+
+
+class Machine(Settings):
+    """The machine while it was measured."""
+
+    figures: dict[str, str]
+    """Name -> value with its unit: governor, clocks, load, steal, temperature, ..."""
+    warnings: tuple[str, ...]
+    """What makes the latencies weak, in sentences for people."""
+
+
+class BenchReport(Settings):
+    """Everything that one benchmark found."""
+
+    made: str
+    """UTC, ISO 8601."""
+    command: str
+    environment: dict[str, str]
+    threads: int | None
+    """CPU threads as asked for; None: the runtime's default."""
+    cells: tuple[Cell, ...]
+    accuracy: Accuracy | None
+    machine: Machine
+
+    @property
+    def passed(self) -> bool:
+        """Whether every verdict is EQUIVALENT and every export matches its checkpoint."""
+        verdicts = [
+            timing.verdict.outcome is Outcome.EQUIVALENT
+            for cell in self.cells
+            for row in cell.rows
+            for timing in row.timings.values()
+            if timing.verdict is not None
+        ]
+        matches = [
+            row.checkpoint.passed
+            for row in (self.accuracy.rows if self.accuracy is not None else ())
+            if row.checkpoint is not None
+        ]
+        return all(verdicts) and all(matches)
