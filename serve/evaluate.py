@@ -1,10 +1,11 @@
 """Accuracy of an artifact on a labelled split, at the photos' own size."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srdeploy import console
 from srdeploy.errors import UserError
-from srdeploy.imaging import fit, restore
+from srdeploy.imaging import Pixels, fit, restore
 from srdeploy.metrics import Score, Scores
 from srdeploy.serve.runtime import Runtime
 
@@ -19,9 +20,19 @@ def evaluate(runtime: Runtime, dataset: "DataSet", limit: int | None = None) -> 
     before they are scored. Which classes count, and which label is ignored, the data set says.
     Raises UserError where the classes differ, or where a photo or mask can't be used.
     """
+    score = score_for(runtime, dataset)
+    count = photo_count(dataset, limit)
+    for index in console.track(range(count), f"evaluate {runtime.path.name}", count):
+        photo, labels = dataset.read(index)
+        score.update(labels, predict_labels(runtime, photo, dataset.items[index].image))
+    return score.result()
+
+
+def score_for(runtime: Runtime, dataset: "DataSet") -> Score:
+    """An empty score for `runtime` on `dataset`. Raises UserError where the classes differ."""
     check_same_classes(runtime, dataset)
     # The names are equal, the data set's own view of what is scored decides.
-    score = Score(
+    return Score(
         runtime.spec.model_copy(
             update={
                 "ignore_index": dataset.classes.ignore_index,
@@ -29,15 +40,23 @@ def evaluate(runtime: Runtime, dataset: "DataSet", limit: int | None = None) -> 
             }
         )
     )
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    for index in console.track(range(count), f"evaluate {runtime.path.name}", count):
-        photo, labels = dataset.read(index)
-        try:
-            predicted = runtime.run(fit(photo, runtime.spec)[None])[0]
-        except UserError as error:
-            raise UserError(f"{dataset.items[index].image}: {error}") from error
-        score.update(labels, restore(predicted, *labels.shape))
-    return score.result()
+
+
+def photo_count(dataset: "DataSet", limit: int | None) -> int:
+    """How many photos are scored: the first `limit`, or all."""
+    return len(dataset) if limit is None else min(limit, len(dataset))
+
+
+def predict_labels(runtime: Runtime, photo: Pixels, path: Path) -> Pixels:
+    """photo uint8 [H, W, 3], read from `path` -> labels uint8 [H, W] at the photo's own size.
+
+    Raises UserError naming the path where the artifact can't take the photo.
+    """
+    try:
+        labels = runtime.run(fit(photo, runtime.spec)[None])[0]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return restore(labels, photo.shape[0], photo.shape[1])
 
 
 def check_same_classes(runtime: Runtime, dataset: "DataSet") -> None:

@@ -7,10 +7,10 @@ is right, the share of pixels that another foreground class takes.
 
 Both are taken over scored classes that are foreground: all but one named "background" or "void".
 The definitions are ours, after the failure modes named in "Self-Regulation for Semantic
-Segmentation" (ICCV 2021). K classes, H height, W width.
+Segmentation" (ICCV 2021). K classes, T tallies, H height, W width.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,23 @@ FOUND_RECALL = 0.5
 """A small component is missed below this recall; a large one's majority is right above it."""
 NOT_FOREGROUND = frozenset({"background", "void"})
 """Class names that are no thing of their own."""
+
+TALLIES = (
+    "intersection",
+    "true",
+    "predicted",
+    "small",
+    "missed",
+    "large",
+    "large_pixels",
+    "taken",
+)
+"""What is counted of each class, in the columns' order: pixels rightly predicted, of the class, and
+predicted; small components, and those missed; large components whose majority is right, their
+pixels, and those that another foreground class took. Tallies of images add up."""
+
+MEASURES = ("miou", "failure1", "failure2")
+"""What `measures` makes of tallies, in this order."""
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
 
@@ -134,6 +151,12 @@ class Score:
             if present[index] >= SPECK_PIXELS:
                 self._count_components(labels == index, predicted, index)
 
+    def tallies(self) -> Counts:
+        """All that was counted so far, int64 [K, T] with a column for each of TALLIES."""
+        correct, true = self.confusion.diagonal(), self.confusion.sum(axis=1)
+        predicted = self.confusion.sum(axis=0)
+        return np.column_stack([correct, true, predicted, self._small, self._large])
+
     def result(self) -> Scores:
         """The scores so far. Raises UserError where no scored pixel has been seen."""
         total = int(self.confusion.sum())
@@ -145,17 +168,17 @@ class Score:
         union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - correct
         names = self.spec.classes
         iou = {names[i]: _ratio(correct[i], union[i]) for i in self.spec.scored_ids}
-        known = [value for value in iou.values() if value is not None]
         small, large = self._small, self._large
+        miou, failure1, failure2 = measures(self.tallies(), self.spec)
         return Scores(
-            miou=sum(known) / len(known),
+            miou=float(miou),
             pixel_accuracy=float(correct.sum() / total),
             iou=iou,
-            failure1=_ratio(small[:, 1].sum(), small[:, 0].sum()),
+            failure1=_known(failure1),
             failure1_per_class={
                 names[i]: _ratio(small[i, 1], small[i, 0]) for i in self._foreground
             },
-            failure2=_ratio(large[:, 2].sum(), large[:, 1].sum()),
+            failure2=_known(failure2),
             failure2_per_class={
                 names[i]: _ratio(large[i, 2], large[i, 1]) for i in self._foreground
             },
@@ -191,6 +214,23 @@ class Score:
             self._large[index] += large.sum(), sizes[large].sum(), taken[large].sum()
 
 
+def measures(tallies: npt.NDArray[Any], spec: Spec) -> npt.NDArray[np.float64]:
+    """mIoU, Failure-1 and Failure-2 of summed tallies, the one definition of all three.
+
+    tallies: whole numbers of any type [..., K, T], as of `Score.tallies`; any leading axes, e.g.
+    one for resamples. Returns shares of 0..1 [..., 3] in the order of MEASURES, NaN where nothing
+    could be measured.
+    """
+    counts = tallies.astype(np.float64)
+    correct, true, predicted = np.moveaxis(counts[..., list(spec.scored_ids), :3], -1, 0)
+    iou = _shares(correct, true + predicted - correct)
+    there = ~np.isnan(iou)
+    miou = _shares(np.where(there, iou, 0).sum(axis=-1), there.sum(axis=-1))
+    # Components are counted for foreground classes alone.
+    _, _, _, small, missed, _, pixels, taken = np.moveaxis(counts.sum(axis=-2), -1, 0)
+    return np.stack([miou, _shares(missed, small), _shares(taken, pixels)], axis=-1)
+
+
 def percent(share: float | None) -> str:
     """A share of 0..1 in percent with two decimals; a dash for None."""
     return "-" if share is None else f"{100 * share:.2f}"
@@ -198,3 +238,14 @@ def percent(share: float | None) -> str:
 
 def _ratio(part: np.int64, whole: np.int64) -> float | None:
     return float(part / whole) if whole else None
+
+
+def _shares(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """part / whole of any one shape, NaN where `whole` is 0."""
+    nothing = np.full(np.shape(whole), np.nan)
+    shares: npt.NDArray[np.float64] = np.divide(part, whole, out=nothing, where=whole > 0)
+    return shares
+
+
+def _known(share: np.float64) -> float | None:
+    return None if np.isnan(share) else float(share)
