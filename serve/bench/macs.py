@@ -1,0 +1,162 @@
+"""Multiply-accumulates of one run of an artifact: of convolutions and matrix products alone, whole
+or quantised, as `srdeploy.models.cost` counts them in torch.
+
+A graph is run once in onnxruntime, which records the shapes that every layer really met. Shape
+inference alone does not tell them: sizes that the graph itself computes stay unknown to it.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from srdeploy.files import sha256_of
+from srdeploy.runs import build_network, leave_out_auxiliary, open_run
+from srdeploy.serve.artifact import Artifact
+from srdeploy.serve.engine_file import read_sidecar
+from srdeploy.serve.onnx_runtime import first_line, import_onnxruntime, ort_errors
+from srdeploy.serve.runtime import ImageShapeError
+from srdeploy.serve.signature import Signature
+
+Shape = Sequence[int]
+
+
+def artifact_macs(artifact: Artifact, batch: int, size: tuple[int, int]) -> int | None:
+    """Of one run on images [batch, H, W, 3], size (H, W).
+
+    A run's network is built anew, without its weights; an engine counts as the graph that it was
+    built from. None where that graph is not beside the engine, or can't be counted. Raises
+    UserError as graph_macs, and where the run's network can't be built.
+    """
+    if artifact.kind == "run":
+        return _run_macs(artifact.path, batch, size)
+    assert artifact.signature is not None
+    file = artifact.file
+    if artifact.kind == "engine":
+        sidecar = read_sidecar(artifact.file)
+        file = artifact.file.with_name(sidecar.onnx)
+        if not file.is_file() or sha256_of(file) != sidecar.onnx_sha256:
+            return None
+    return graph_macs(file, artifact.signature, batch, size)
+
+
+def graph_macs(file: Path, signature: Signature, batch: int, size: tuple[int, int]) -> int | None:
+    """Of one run of an ONNX graph on images [batch, H, W, 3], size (H, W).
+
+    None where onnxruntime can't compute the graph on a CPU (bfloat16), or where it holds layers
+    with weights that are none of the counted ones. Raises ImageShapeError where the graph does not
+    take such images, MissingPackageError without onnxruntime.
+    """
+    total = 0
+    events = _profile(file, signature, batch, size)
+    if events is None:
+        return None
+    for event in events:
+        kind = event["op_name"]
+        if kind in _COUNTED:
+            count, left, right = _COUNTED[kind]
+            inputs = event["input_type_shape"]
+            output = event["output_type_shape"][0]
+            total += count(_shape(inputs[left]), _shape(inputs[right]), _shape(output))
+        elif any(part in kind for part in _WEIGHTED):
+            return None
+    return total
+
+
+def _run_macs(folder: Path, batch: int, size: tuple[int, int]) -> int:
+    from srdeploy.models.cost import count_macs
+    from srdeploy.models.tracing import PROBE_SIZE
+
+    run = open_run(folder)
+    probe = run.spec.input.near(PROBE_SIZE)
+    network = build_network(run.network, run.spec.class_count, probe)
+    leave_out_auxiliary(network, run.network, probe)
+    return batch * count_macs(network.eval(), run.spec.input.padded(size))
+
+
+def _profile(
+    file: Path, signature: Signature, batch: int, size: tuple[int, int]
+) -> list[Mapping[str, Any]] | None:
+    """What onnxruntime recorded of each layer in one run; None where it can't load the graph."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # faults arrive as exceptions; the log would repeat them
+    # Each layer as it stands in the file: what is merged or left out is counted all the same.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Weights that are packed before the first run would be absent from the recorded shapes.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_profiling = True
+    feed = (
+        np.zeros((batch, *size, 3), np.uint8)
+        if signature.input == "uint8"
+        else np.zeros((batch, 3, *size), np.float32)
+    )
+    with TemporaryDirectory(prefix="srdeploy-") as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        try:
+            session = ort.InferenceSession(
+                str(file), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except ort_errors():
+            return None
+        try:
+            session.run(None, {signature.input_name: feed})
+        except ort_errors() as error:
+            raise ImageShapeError(
+                f"{file}: onnxruntime failed on images {[batch, *size, 3]} ({first_line(error)})"
+            ) from error
+        finally:
+            recorded = Path(session.end_profiling())
+        events = json.loads(recorded.read_text())
+    return [
+        event["args"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+
+
+def _shape(recorded: Mapping[str, Shape]) -> Shape:
+    """From {"float": [1, 3, 32, 32]}."""
+    (shape,) = recorded.values()
+    return shape
+
+
+def _convolution(image: Shape, kernel: Shape, output: Shape) -> int:
+    """[N, C, ...] with [M, C / groups, ...] to [N, M, ...]: the whole kernel at every position of
+    the output."""
+    return output[0] * prod(output[2:]) * prod(kernel)
+
+
+def _transposed(image: Shape, kernel: Shape, output: Shape) -> int:
+    """[N, C, ...] with [C, M / groups, ...]: the whole kernel at every position of the image."""
+    return image[0] * prod(image[2:]) * prod(kernel)
+
+
+def _product(left: Shape, right: Shape, output: Shape) -> int:
+    """[..., M, C] with [..., C, K] to [..., M, K]."""
+    return prod(output) * left[-1]
+
+
+def _gemm(left: Shape, right: Shape, output: Shape) -> int:
+    """[M, C], or transposed, to [M, K]."""
+    return prod(left) * output[1]
+
+
+_COUNTED: dict[str, tuple[Callable[[Shape, Shape, Shape], int], int, int]] = {
+    "Conv": (_convolution, 0, 1),
+    "ConvInteger": (_convolution, 0, 1),
+    "QLinearConv": (_convolution, 0, 3),
+    "ConvTranspose": (_transposed, 0, 1),
+    "Gemm": (_gemm, 0, 1),
+    "MatMul": (_product, 0, 1),
+    "MatMulInteger": (_product, 0, 1),
+    "QLinearMatMul": (_product, 0, 3),
+}
+"""Kind of layer -> how it is counted, and which of its inputs are the two that are multiplied."""
+_WEIGHTED = ("Conv", "MatMul", "Gemm", "Einsum", "Attention", "LSTM", "GRU", "RNN")
+"""Parts of the names of all layers that multiply matrices, also those of other tools."""
