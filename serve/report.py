@@ -20,17 +20,30 @@ class Verdict:
     figure: str
     passed: bool | None
     """None: a figure without a pass mark."""
+    undecided: bool = False
+    """A question that was asked and not answered; `passed` is None then."""
+    detail: str = ""
+    """A sentence below the claim."""
+
+    @property
+    def state(self) -> str:
+        """passed, failed, undecided or figure: how the page marks it."""
+        if self.passed is None:
+            return "undecided" if self.undecided else "figure"
+        return "passed" if self.passed else "failed"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A small table; the first column names the row."""
+    """A small table; the first column names the row. A line break in a cell is kept."""
 
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     prose: bool = False
     """The last column is text: it wraps, and stands to the left."""
+    links: Sequence[str] = ()
+    """Anchors of sections, one for each row's name; none: no links."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,10 @@ class Section:
     gallery: Sequence[Sequence[Picture]] = ()
     legend: Sequence[tuple[str, str]] = ()
     """(class name, CSS colour) of the masks shown."""
+    key: Sequence[tuple[str, str]] = ()
+    """(name, CSS colour) of what the charts draw; none where they carry legends themselves."""
+    anchor: str = ""
+    """What links on the page call the section."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,8 @@ class Report:
     sections: Sequence[Section]
     command: str
     environment: dict[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    """What weakens the figures, in sentences; shown before the verdicts."""
 
 
 def chart(svg: str, caption: str) -> Picture:

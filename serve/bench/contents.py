@@ -1,0 +1,312 @@
+"""What a benchmark has to say, in words and tables: the page, the Markdown text and the terminal
+show these alike. A line break in a cell parts an estimate from its interval."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from srdeploy.metrics import percent
+from srdeploy.serve.bench.results import (
+    Accuracy,
+    BenchReport,
+    Cell,
+    Footprint,
+    Interval,
+    Outcome,
+    Row,
+    Timing,
+    Verdict,
+)
+from srdeploy.serve.report import Table
+
+MARKS = {
+    Outcome.EQUIVALENT: "✓ EQUIVALENT",
+    Outcome.DIFFERENT: "✗ DIFFERENT",
+    Outcome.NOT_SHOWN: "? NOT SHOWN",
+}
+MATCHES = {True: "✓ matches", False: "✗ DIFFERS"}
+GAINS = (("miou", "mIoU"), ("failure1", "Failure-1"), ("failure2", "Failure-2"))
+"""Keys of AccuracyRow.gains with their names, in the tables' order."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One verdict of the benchmark, with where it was found."""
+
+    cell: Cell
+    row: Row
+    measure: str
+    ratio: Interval
+    verdict: Verdict
+
+    @property
+    def claim(self) -> str:
+        """What was compared: "regulated against baseline, end to end"."""
+        return f"{self.row.name} against {self.cell.rows[0].name}, {self.measure}"
+
+
+def answers(report: BenchReport) -> list[Answer]:
+    """Every verdict on latency, in the order of cells, rows and measures."""
+    found = []
+    for cell in report.cells:
+        for row, measure, timing in measures(cell):
+            if timing.verdict is not None:
+                assert timing.ratio is not None  # a verdict is about a ratio
+                found.append(Answer(cell, row, measure, timing.ratio, timing.verdict))
+    return found
+
+
+def measures(cell: Cell) -> Iterator[tuple[Row, str, Timing]]:
+    """Every row under every measure, the measures one after the other."""
+    for name in ("end to end", "GPU"):
+        for row in cell.rows:
+            if name in row.timings:
+                yield row, name, row.timings[name]
+
+
+def warnings(report: BenchReport) -> list[str]:
+    """What makes the figures weak, in sentences: of the machine, and of sessions that never became
+    steady."""
+    found = list(report.machine.warnings)
+    for cell in report.cells:
+        unsettled = [row.name for row in cell.rows if not row.settled]
+        if unsettled:
+            found.append(
+                f"{label(cell)}: times never became steady while warming up: "
+                f"{', '.join(unsettled)}."
+            )
+    return found
+
+
+def artifact_names(report: BenchReport) -> list[str]:
+    """Every artifact's name once, in order of appearance."""
+    rows = [row.name for cell in report.cells for row in cell.rows]
+    scored = [row.name for row in report.accuracy.rows] if report.accuracy is not None else []
+    return list(dict.fromkeys([*rows, *scored]))
+
+
+def label(cell: Cell) -> str:
+    """The cell's setting: "onnxruntime, float32, batch 1, 360x480" (height x width)."""
+    parts = [cell.runtime] if cell.precision is None else [cell.runtime, cell.precision]
+    return ", ".join([*parts, f"batch {cell.batch}", f"{cell.size[0]}x{cell.size[1]}"])
+
+
+def ways(row: Row) -> str:
+    """What the artifact ran in: "onnxruntime, cpu, float32"."""
+    return f"{row.backend}, {row.device}, {row.precision}"
+
+
+def margin_text(margin: float) -> str:
+    """A margin in percent: "1 %"."""
+    return f"{100 * margin:.3g} %"
+
+
+def ratio_text(interval: Interval | None) -> str:
+    """A ratio above its interval; "1" for the first artifact itself."""
+    return "1" if interval is None else broken(interval, ".3f")
+
+
+def broken(interval: Interval, form: str) -> str:
+    """An estimate above its interval, each number in the format `form`."""
+    value, low, high = (format(one, form) for one in (interval.value, interval.low, interval.high))
+    return f"{value}\n[{low}, {high}]"
+
+
+def points(interval: Interval) -> str:
+    """A difference of shares with its interval on one line, in percentage points."""
+    value, low, high = (100 * one for one in (interval.value, interval.low, interval.high))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def conditions(report: BenchReport) -> str:
+    """One sentence on what was compared and how."""
+    cells = "one setting" if len(report.cells) == 1 else f"{len(report.cells)} settings"
+    threads = "" if report.threads is None else f", {report.threads} CPU threads"
+    return (
+        f"{', '.join(artifact_names(report))}: {cells}{threads}; {report.made}. The first artifact "
+        "is the baseline. Every run counts; none is left out."
+    )
+
+
+def design(cell: Cell) -> str:
+    """How the cell was measured: rounds, blocks, seconds, floor and margin."""
+    floor = f"noise floor, the first against itself: {cell.floor}"
+    if cell.device_floor is not None:
+        floor += f", GPU {cell.device_floor}"
+    return (
+        f"{cell.rounds} rounds of freshly opened sessions, {cell.blocks} interleaved blocks each, "
+        f"two runs per artifact and block; {cell.seconds:.0f} s; stopped: {cell.stopped}; {floor}; "
+        f"margin asked for: {margin_text(cell.margin)}"
+    )
+
+
+def latency_table(cell: Cell) -> Table:
+    """Quantiles with intervals, ratio and throughput; one row per artifact and measure. What all
+    rows have in common stands in the caption."""
+    several = len({measure for _, measure, _ in measures(cell)}) > 1
+    common = {ways(row) for row in cell.rows}
+    rows = []
+    for row, measure, timing in measures(cell):
+        spans = timing.quantiles
+        quantiles = (spans.median, spans.p90, spans.p95, spans.p99)
+        rows.append(
+            (
+                row.name,
+                *((measure,) if several else ()),
+                *((ways(row).replace(", ", "\n", 1),) if len(common) > 1 else ()),
+                *(broken(one, milliseconds(spans.median.value)) for one in quantiles),
+                ratio_text(timing.ratio),
+                f"{row.images_per_s:.1f}" if measure == "end to end" else "-",
+            )
+        )
+    where = f"; {common.pop()}" if len(common) == 1 else ""
+    return Table(
+        f"Milliseconds per run of {cell.batch}, with 95 % intervals{where}",
+        (
+            "artifact",
+            *(("measure",) if several else ()),
+            *(("runs in",) if len(common) > 1 else ()),
+            *("median", "p90", "p95", "p99", "ratio [95 %]", "images/s"),
+        ),
+        rows,
+    )
+
+
+def milliseconds(typical: float) -> str:
+    """The number format in which times like `typical`, in milliseconds, are told apart."""
+    return ".2f" if typical >= 10 else ".3f"
+
+
+def verdict_table(cell: Cell) -> Table | None:
+    """Every verdict with its reason; None where the cell has none."""
+    rows = []
+    for row, measure, timing in measures(cell):
+        verdict = timing.verdict
+        if verdict is None:
+            continue
+        rows.append(
+            (
+                f"{row.name}, {measure}",
+                MARKS[verdict.outcome],
+                ratio_text(timing.ratio),
+                margin_text(verdict.margin),
+                f"{verdict.p_equivalent:.2g}",
+                f"{verdict.p_different:.2g}",
+                "-" if verdict.rounds_needed is None else str(verdict.rounds_needed),
+                verdict.reason,
+            )
+        )
+    if not rows:
+        return None
+    header = ("artifact", "verdict", "ratio [95 %]", "margin", "p within", "p beyond")
+    return Table(
+        f"Two one-sided tests against {cell.rows[0].name}",
+        (*header, "rounds needed", "reason"),
+        rows,
+        prose=True,
+    )
+
+
+def cost_table(cell: Cell) -> Table:
+    """What each artifact costs apart from its latency."""
+    return Table(
+        "Cost. Memory is the peak of a fresh process: its own part, and with all libraries",
+        (
+            "artifact",
+            "file, MB",
+            "parameters",
+            "GMACs",
+            "own MiB",
+            "all MiB",
+            "GPU MiB",
+            "import, s",
+            "first labels, s",
+        ),
+        [
+            (
+                row.name,
+                f"{row.file_bytes / 1e6:.2f}",
+                f"{row.parameters:,}",
+                "-" if row.gmacs is None else f"{row.gmacs:.2f}",
+                *_footprint(row.footprint),
+            )
+            for row in cell.rows
+        ],
+    )
+
+
+def _footprint(found: Footprint | None) -> tuple[str, str, str, str, str]:
+    if found is None:
+        return ("-", "-", "-", "-", "-")
+    return (
+        f"{found.own_mib:.0f}",
+        f"{found.peak_mib:.0f}",
+        "-" if found.device_mib is None else f"{found.device_mib:.0f}",
+        f"{found.import_s:.2f}",
+        f"{found.first_inference_s:.2f}",
+    )
+
+
+def accuracy_table(accuracy: Accuracy) -> Table:
+    """Scores in percent, and below each its gain over the first artifact with the interval."""
+    rows = []
+    for row in accuracy.rows:
+        scores, gains = row.scores, row.gains or {}
+        cells = [
+            percent(share) + (f"\n{points(gains[key])}" if key in gains else "")
+            for (key, _), share in zip(
+                GAINS, (scores.miou, scores.failure1, scores.failure2), strict=True
+            )
+        ]
+        agreement = percent(row.agreement)
+        rows.append((row.name, *cells, percent(row.scores.pixel_accuracy), agreement))
+    return Table(
+        f"{accuracy.data} ({accuracy.split}), {accuracy.images} images; percent, and below it the "
+        "difference to the first in points [95 %]",
+        ("artifact", *(name for _, name in GAINS), "pixel accuracy", "labels as the first"),
+        rows,
+    )
+
+
+def checkpoint_table(accuracy: Accuracy) -> Table | None:
+    """Exports against the checkpoints that they were made from; None where none is known."""
+    rows = [
+        (
+            row.name,
+            MATCHES[row.checkpoint.passed],
+            f"{100 * row.checkpoint.agreement:.4f}",
+            f"{100 * row.checkpoint.miou_difference:+.4f}",
+            row.checkpoint.checkpoint,
+        )
+        for row in accuracy.rows
+        if row.checkpoint is not None
+    ]
+    if not rows:
+        return None
+    header = ("artifact", "verdict", "equal labels, %", "mIoU, points", "checkpoint")
+    return Table("Exports against their own checkpoints", header, rows, prose=True)
+
+
+def overview_table(report: BenchReport, anchors: Sequence[str] = ()) -> Table:
+    """One row per setting and artifact: median end to end, ratio, verdicts of all measures.
+
+    anchors: one per cell, for links.
+    """
+    rows = []
+    links: list[str] = []
+    for index, cell in enumerate(report.cells):
+        for row in cell.rows:
+            verdicts = [t.verdict for t in row.timings.values() if t.verdict is not None]
+            median = row.end_to_end.quantiles.median.value
+            rows.append(
+                (
+                    label(cell),
+                    row.name,
+                    format(median, milliseconds(median)),
+                    ratio_text(row.end_to_end.ratio).replace("\n", " "),
+                    "\n".join(dict.fromkeys(MARKS[one.outcome] for one in verdicts)) or "-",
+                    f"{row.images_per_s:.1f}",
+                )
+            )
+            links += anchors[index : index + 1]
+    header = ("setting", "artifact", "median ms", "ratio [95 %]", "verdict", "images/s")
+    return Table("All settings, end to end", header, rows, links=links)

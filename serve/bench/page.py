@@ -1,0 +1,263 @@
+"""A benchmark as a page: verdicts first, then every cell, the accuracy, the machine."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from srdeploy.serve import charts
+from srdeploy.serve.bench.contents import (
+    Answer,
+    accuracy_table,
+    answers,
+    artifact_names,
+    checkpoint_table,
+    conditions,
+    cost_table,
+    design,
+    label,
+    latency_table,
+    margin_text,
+    measures,
+    overview_table,
+    points,
+    verdict_table,
+    warnings,
+)
+from srdeploy.serve.bench.gallery import gallery
+from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Interval, Outcome
+from srdeploy.serve.report import Picture, Report, Section, Table, Verdict, chart
+from srdeploy.spec import Spec
+
+if TYPE_CHECKING:
+    from srdeploy.serve.bench.accuracy import DifferingPhoto
+
+CARDS = 8
+"""Verdicts that stand at the top one by one; of more, those that are EQUIVALENT share a card."""
+PASSED = {Outcome.EQUIVALENT: True, Outcome.DIFFERENT: False, Outcome.NOT_SHOWN: None}
+
+
+def bench_page(
+    report: BenchReport, photos: Sequence["DifferingPhoto"], spec: Spec | None
+) -> Report:
+    """The page's contents. photos: those on which the artifacts differ most, with one mask per row
+    of the accuracy; spec: their classes and colours, needed where there are photos."""
+    colours = {
+        name: charts.COLOURS[index % len(charts.COLOURS)]
+        for index, name in enumerate(artifact_names(report))
+    }
+    anchors = [f"setting-{index + 1}" for index in range(len(report.cells))]
+    sections = []
+    if len(report.cells) > 1:
+        sections.append(_overview(report, anchors, colours))
+    for cell, anchor in zip(report.cells, anchors, strict=True):
+        sections += _cell(cell, anchor, colours)
+    if report.accuracy is not None:
+        sections.append(_accuracy(report.accuracy, colours))
+        if photos:
+            assert spec is not None
+            sections.append(gallery(photos, [row.name for row in report.accuracy.rows], spec))
+    if report.machine.figures:
+        rows = [*report.machine.figures.items()]
+        table = Table("While the latencies were measured", ("figure", "value"), rows, prose=True)
+        sections.append(Section("Machine", tables=[table]))
+    return Report(
+        title="Benchmark: " + ", ".join(artifact_names(report)),
+        lead=conditions(report),
+        verdicts=[*_latency_cards(report), *_accuracy_cards(report)],
+        sections=sections,
+        command=report.command,
+        environment=report.environment,
+        warnings=warnings(report),
+    )
+
+
+def _latency_cards(report: BenchReport) -> list[Verdict]:
+    found = answers(report)
+    several = len(report.cells) > 1
+    if len(found) <= CARDS:
+        return [_card(answer, several) for answer in found]
+    same = [answer for answer in found if answer.verdict.outcome is Outcome.EQUIVALENT]
+    cards = [_card(answer, several) for answer in found if answer not in same]
+    if same:
+        low = min(answer.ratio.low for answer in same)
+        high = max(answer.ratio.high for answer in same)
+        margins = sorted({margin_text(answer.verdict.margin) for answer in same})
+        claim = (
+            f"of {len(found)} verdicts on latency; intervals within {low:.3f} to {high:.3f}, "
+            f"margins {', '.join(margins)}"
+        )
+        cards.insert(0, Verdict(claim, f"{len(same)} EQUIVALENT", True))
+    return cards
+
+
+def _card(answer: Answer, several: bool) -> Verdict:
+    verdict = answer.verdict
+    where = f"; {label(answer.cell)}" if several else ""
+    return Verdict(
+        f"ratio {answer.ratio}, margin {margin_text(verdict.margin)}: {answer.claim}{where}",
+        verdict.outcome.value,
+        PASSED[verdict.outcome],
+        undecided=verdict.outcome is Outcome.NOT_SHOWN,
+        detail=verdict.reason,
+    )
+
+
+def _accuracy_cards(report: BenchReport) -> list[Verdict]:
+    if report.accuracy is None:
+        return []
+    cards = []
+    first = report.accuracy.rows[0].name
+    for row in report.accuracy.rows:
+        if row.checkpoint is not None:
+            share = f"{100 * row.checkpoint.agreement:.4f} % of labels are equal"
+            claim = f"{share}: {row.name} against its own checkpoint"
+            figure = "matches" if row.checkpoint.passed else "DIFFERS"
+            cards.append(Verdict(claim, figure, row.checkpoint.passed))
+    for row in report.accuracy.rows:
+        if row.gains is not None and "miou" in row.gains:
+            gain = row.gains["miou"]
+            claim = f"points [95 %]: {points(gain)}, {row.name} over {first}"
+            cards.append(Verdict(claim, f"{100 * gain.value:+.2f} mIoU", None))
+    return cards
+
+
+def _overview(report: BenchReport, anchors: Sequence[str], colours: Mapping[str, str]) -> Section:
+    names = list(dict.fromkeys(row.name for cell in report.cells for row in cell.rows))
+    medians: dict[str, list[float | None]] = {name: [] for name in names}
+    for cell in report.cells:
+        found = {row.name: row.end_to_end.quantiles.median.value for row in cell.rows}
+        for name in names:
+            medians[name].append(found.get(name))
+    drawn = charts.dots([label(cell) for cell in report.cells], medians, "ms per run", colours)
+    return Section(
+        "All settings",
+        tables=[overview_table(report, anchors)],
+        key=_key(names, colours),
+        charts=[chart(drawn, "Median latency end to end, by setting")],
+    )
+
+
+def _cell(cell: Cell, anchor: str, colours: Mapping[str, str]) -> list[Section]:
+    """Tables and charts end to end; then, where it was measured, charts of the GPU's own time."""
+    tables = (latency_table(cell), verdict_table(cell), cost_table(cell))
+    key = _key([row.name for row in cell.rows], colours)
+    found = [
+        Section(
+            f"Latency: {label(cell)}",
+            text=_sentence(design(cell)),
+            tables=[table for table in tables if table is not None],
+            charts=_latency_charts(cell, "end to end", colours),
+            key=key,
+            anchor=anchor,
+        )
+    ]
+    if any(row.device_time is not None for row in cell.rows):
+        drawn = _latency_charts(cell, "GPU", colours)
+        title = f"The GPU's own time: {label(cell)}"
+        found.append(Section(title, charts=drawn, key=key))
+    return found
+
+
+def _latency_charts(cell: Cell, measure: str, colours: Mapping[str, str]) -> list[Picture]:
+    """Distribution and tail, ratios of each artifact, and all runs over time, for one measure."""
+    timings = {row.name: timing for row, name, timing in measures(cell) if name == measure}
+    samples = {name: np.concatenate(timing.rounds_ms) for name, timing in timings.items()}
+    every = np.concatenate(list(samples.values()))
+    beyond = int((every > 1.02 * np.quantile(every, 0.99)).sum())
+    said = (
+        f"; {beyond} of {len(every)} runs are slower than what is drawn here, and stand in the "
+        "next chart"
+    )
+    drawn = [
+        chart(
+            charts.distributions(samples, "ms", colours),
+            f"Distribution, {measure}{said if beyond else ''}",
+        ),
+        chart(
+            charts.tails(samples, "ms", colours),
+            f"Tail, {measure}: all runs down to the slowest of each",
+        ),
+        chart(
+            charts.over_time({name: t.rounds_ms for name, t in timings.items()}, "ms", colours),
+            f"Every run in the order measured, {measure}",
+        ),
+    ]
+    floor = cell.floor if measure == "end to end" else cell.device_floor
+    first = cell.rows[0].name
+    for name, timing in timings.items():
+        if timing.ratio is None or floor is None:
+            continue
+        verdict = timing.verdict
+        found = charts.Ratios(
+            _round_ratios(timings[first].rounds_ms, timing.rounds_ms),
+            _ends(timing.ratio),
+            _ends(floor),
+            None if verdict is None else verdict.margin,
+            colours[name],
+        )
+        said = (
+            "no verdict was asked for"
+            if verdict is None
+            else f"{verdict.outcome.value}; shaded: the margin, {margin_text(verdict.margin)}"
+        )
+        drawn.append(
+            chart(
+                charts.ratios(found, f"ratio to {charts.plain(first)}"),
+                f"{name} over {first}, {measure}: {said}. Each dot: medians of one round, the "
+                "first at the bottom",
+            )
+        )
+    return drawn
+
+
+def _round_ratios(
+    first: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
+) -> list[float]:
+    pairs = zip(first, other, strict=True)
+    return [float(np.median(mine) / np.median(base)) for base, mine in pairs]
+
+
+def _ends(interval: Interval) -> tuple[float, float, float]:
+    return interval.value, interval.low, interval.high
+
+
+def _accuracy(accuracy: Accuracy, colours: Mapping[str, str]) -> Section:
+    classes = list(accuracy.rows[0].scores.iou)
+    names = [row.name for row in accuracy.rows]
+    shares = {row.name: [_hundredfold(row.scores.iou[c]) for c in classes] for row in accuracy.rows}
+    gains = {
+        name: [
+            None if mine is None or base is None else mine - base
+            for mine, base in zip(shares[name], shares[names[0]], strict=True)
+        ]
+        for name in names[1:]
+    }
+    pictures = [chart(charts.lying_bars(classes, shares, "IoU, %", colours), "IoU per class")]
+    if gains:
+        drawn = charts.lying_bars(classes, gains, "IoU, points", colours)
+        pictures.append(chart(drawn, f"IoU per class, difference to {names[0]}"))
+    tables = (accuracy_table(accuracy), checkpoint_table(accuracy))
+    return Section(
+        "Accuracy",
+        text=(
+            "Failure-1: share of small objects that are missed. Failure-2: share of large objects' "
+            "pixels that are given to another class. For both, less is better. Intervals are of "
+            "the paired bootstrap over images."
+        ),
+        tables=[table for table in tables if table is not None],
+        charts=pictures,
+        key=_key(names, colours),
+    )
+
+
+def _hundredfold(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _key(names: Sequence[str], colours: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(name, colours[name]) for name in names]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
