@@ -34,6 +34,15 @@ def find_gpu(index: int) -> Gpu:
     return gpus[index]
 
 
+def pci_bus_id(index: int) -> str:
+    """Where the GPU cuda:`index` sits, e.g. "0000:65:00.0": what other libraries know it by.
+    Raises as find_gpu."""
+    find_gpu(index)
+    cuda = _initialised()
+    text = _checked(cuda, cuda.cuDeviceGetPCIBusId(32, _checked(cuda, cuda.cuDeviceGet(index))))
+    return str(text.split(b"\0", 1)[0].decode())
+
+
 def cuda_driver_version() -> str:
     """Newest CUDA version that the driver runs, e.g. "13.0". Raises as list_gpus."""
     cuda = _initialised()
