@@ -1,6 +1,7 @@
 """What loading an artifact and its first run cost, measured in a fresh process.
 
-The process is this module: a request comes on stdin, the answer goes to stdout, both as JSON.
+The process is this module: a request comes on stdin, the answer is the last line of stdout, both
+as JSON.
 """
 
 import json
@@ -91,7 +92,7 @@ def measure_footprint(
             f"{path}: the process that measures loading and memory {_last_words(done)}: try the "
             "runtime with srdeploy doctor, or smaller images or batches where memory ran out"
         )
-    answer = json.loads(done.stdout)
+    answer = json.loads(done.stdout.splitlines()[-1])
     if "refused" in answer:
         raise UserError(answer["refused"])
     return Footprint.model_validate(answer)
@@ -99,15 +100,16 @@ def measure_footprint(
 
 def main() -> None:
     """The process: answers one request."""
-    # Libraries print, from C too: what they write to stdout goes to stderr, and the answer alone
-    # to the real one.
-    with os.fdopen(os.dup(1), "w") as answer:
+    # Libraries print, from C too: from here on that goes to stderr, and the answer alone to stdout.
+    with os.fdopen(os.dup(1), "w") as stdout:
         os.dup2(2, 1)
         request = Request.model_validate_json(sys.stdin.read())
         try:
-            answer.write(_measure(request).model_dump_json())
+            answer = _measure(request).model_dump_json()
         except UserError as error:
-            json.dump({"refused": str(error)}, answer)
+            answer = json.dumps({"refused": str(error)})
+        # A line of its own, whatever was printed while Python started.
+        stdout.write(f"\n{answer}\n")
 
 
 def _measure(request: Request) -> Footprint:
