@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -194,8 +193,9 @@ def lying_bars(
         places = np.arange(len(groups), dtype=np.float64)
         for index, (name, widths) in enumerate(values.items()):
             offset = (index - (len(values) - 1) / 2) * height
-            ends = [np.nan if width is None else width for width in widths]
-            axes.barh(places + offset, ends, height, color=colours[name])
+            known = [lane for lane, width in enumerate(widths) if width is not None]
+            ends = [width for width in widths if width is not None]
+            axes.barh(places[known] + offset, ends, height, color=colours[name])
         _lanes(axes, groups)
 
     return _render(draw, x, "", (COLUMN[0], 0.9 + len(groups) * (0.12 + 0.11 * len(values))))

@@ -52,7 +52,7 @@ def _row(one: "DifferingPhoto", spec: Spec) -> list[Picture]:
         drawing(table[mask[thin, thin]], f"{percent(_accuracy(mask, one.truth, spec))} %")
         for mask in one.masks
     ]
-    marked = _marked(one.photo, one.masks[0] != one.masks[1], step)
+    marked = mark(one.photo, one.masks[0] != one.masks[1], step)
     return [
         photo(one.photo[thin, thin], one.name),
         drawing(table[one.truth[thin, thin]], "as drawn"),
@@ -66,7 +66,7 @@ def _accuracy(mask: Pixels, truth: Pixels, spec: Spec) -> float | None:
     return float((mask[valid] == truth[valid]).mean()) if valid.any() else None
 
 
-def _marked(image: Pixels, differs: npt.NDArray[np.bool_], step: int) -> Pixels:
+def mark(image: Pixels, differs: npt.NDArray[np.bool_], step: int) -> Pixels:
     """The photo in pale gray, uint8 [h, w, 3], with a mark wherever one of the pixels that a shown
     one stands for differs: none is lost by thinning."""
     gray = image[::step, ::step].mean(axis=2, keepdims=True)

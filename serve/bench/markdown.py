@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from srdeploy.serve.bench.contents import (
     MARKS,
     MATCHES,
-    accuracy_table,
     answers,
-    checkpoint_table,
     conditions,
-    cost_table,
     design,
     label,
-    latency_table,
     margin_text,
-    overview_table,
     points,
-    verdict_table,
     warnings,
+)
+from srdeploy.serve.bench.report_tables import (
+    accuracy_table,
+    checkpoint_table,
+    cost_table,
+    latency_table,
+    overview_table,
+    verdict_table,
 )
 from srdeploy.serve.bench.results import BenchReport
 from srdeploy.serve.report import Table
@@ -94,7 +96,7 @@ def _quoted(text: str) -> str:
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     plain = " ".join(text.split())
-    return re.sub(r"([\\|`*_<>\[\]#])", r"\\\1", plain)
+    return re.sub(r"([\\|`*_<>\[\]#$~&])", r"\\\1", plain)
 
 
 def _fenced(text: str) -> str:

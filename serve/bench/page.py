@@ -8,23 +8,25 @@ import numpy as np
 from srdeploy.serve import charts
 from srdeploy.serve.bench.contents import (
     Answer,
-    accuracy_table,
     answers,
     artifact_names,
-    checkpoint_table,
     conditions,
-    cost_table,
     design,
     label,
-    latency_table,
     margin_text,
     measures,
-    overview_table,
     points,
-    verdict_table,
     warnings,
 )
 from srdeploy.serve.bench.gallery import gallery
+from srdeploy.serve.bench.report_tables import (
+    accuracy_table,
+    checkpoint_table,
+    cost_table,
+    latency_table,
+    overview_table,
+    verdict_table,
+)
 from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Interval, Outcome
 from srdeploy.serve.report import Picture, Report, Section, Table, Verdict, chart
 from srdeploy.spec import Spec

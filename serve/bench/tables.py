@@ -4,15 +4,17 @@ from typing import TYPE_CHECKING
 
 from srdeploy.serve.bench.contents import (
     MARKS,
-    accuracy_table,
-    checkpoint_table,
-    cost_table,
     design,
     label,
     measures,
     milliseconds,
     ratio_text,
     ways,
+)
+from srdeploy.serve.bench.report_tables import (
+    accuracy_table,
+    checkpoint_table,
+    cost_table,
 )
 from srdeploy.serve.bench.results import BenchReport, Cell
 from srdeploy.serve.report import Table as PageTable

@@ -1,5 +1,7 @@
 """The report is one self-contained page that a browser shows without asking for anything else."""
 
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -30,7 +32,8 @@ class Resources(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:
-            if name in ("src", "href", "srcset", "data") and not (value or "").startswith("data:"):
+            own = (value or "").startswith(("data:", "#"))
+            if name in ("src", "href", "srcset", "data") and not own:
                 self.outside.append(f"{tag} {name}={value}")
 
 
@@ -45,12 +48,20 @@ def report() -> Report:
             Verdict("same graph", "identical", True),
             Verdict("same labels", "3 differ", False),
             Verdict("latency ratio", "1.001", None),
+            Verdict("equally fast", "not shown", None, undecided=True, detail="40 more rounds."),
         ],
         sections=[
             Section(
                 title="Everything",
                 text="One of each.",
-                tables=[Table("IoU", ("class", "IoU"), [("road", "0.91"), ("sky", "0.95")])],
+                tables=[
+                    Table(
+                        "IoU",
+                        ("class", "IoU"),
+                        [("road", "0.91\n[0.90, 0.92]"), ("sky", "0.95")],
+                        links=["all", ""],
+                    )
+                ],
                 charts=[
                     chart(
                         charts.curves({"loss": ([0, 1, 2], [3.0, 2.0, 1.0])}, "step", "loss"),
@@ -62,10 +73,13 @@ def report() -> Report:
                 gallery_header=["photo", "mask"],
                 gallery=[[photo(picture, "photo 1"), drawing(picture, "mask 1")]],
                 legend=[("road", "rgb(1, 2, 3)")],
+                key=[("a", "#0072b2")],
+                anchor="all",
             )
         ],
         command="srdeploy demo",
         environment={"torch": "2.13"},
+        warnings=["The machine was busy."],
     )
 
 
@@ -79,6 +93,33 @@ def test_text_is_escaped(report: Report) -> None:
     assert "A &lt;b&gt;report&lt;/b&gt;" in render(report)
 
 
+def test_each_kind_of_verdict_has_a_mark_of_its_own(report: Report) -> None:
+    states = [verdict.state for verdict in report.verdicts]
+    assert states == ["passed", "failed", "figure", "undecided"]
+    page = render(report)
+    for state in states:
+        assert page.count(f'<li class="{state}">') == 1
+    assert "<small>40 more rounds.</small>" in page
+
+
+def test_a_page_with_warnings_shows_them_before_its_verdicts(report: Report) -> None:
+    page = render(report)
+    assert page.index("<li>The machine was busy.</li>") < page.index('<ul class="verdicts')
+    assert "<aside" not in render(replace(report, warnings=[]))
+
+
+def test_a_row_leads_to_its_section_where_it_has_a_link(report: Report) -> None:
+    page = render(report)
+    assert '<td><a href="#all">road</a></td><td>0.91\n[0.90, 0.92]</td>' in page
+    assert "<td>sky</td>" in page
+    assert '<section id="all">' in page
+
+
+def test_the_key_of_the_charts_stands_before_them(report: Report) -> None:
+    page = render(report)
+    assert page.index('<i style="background: #0072b2"></i>a') < page.index('<div class="charts">')
+
+
 def test_the_same_report_is_the_same_page(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == render(report)
@@ -87,6 +128,48 @@ def test_the_same_report_is_the_same_page(report: Report, tmp_path: Path) -> Non
 def test_a_chart_of_the_same_values_is_the_same_text() -> None:
     bars = [charts.grouped_bars(["x"], {"a": [1.0]}, "y") for _ in range(2)]
     assert bars[0] == bars[1]
+
+
+def test_more_artifacts_than_colours_are_all_drawn() -> None:
+    samples = {f"artifact {i}": np.linspace(1.0 + i, 2.0 + i, 9) for i in range(8)}
+    drawn = charts.distributions(samples, "ms")
+    assert [name for name in samples if f">{name}<" in drawn] == [*samples]
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+
+
+def test_values_that_span_much_stand_on_a_logarithmic_axis_with_plain_numbers() -> None:
+    narrow = charts.dots(["x", "y"], {"a": [40.0, 50.0]}, "ms", {"a": "#0072b2"})
+    wide = charts.dots(["x", "y"], {"a": [4.0, 500.0]}, "ms", {"a": "#0072b2"})
+    assert not {"10", "100"} & {*texts(narrow)}
+    assert {"5", "10", "20", "50", "100", "200", "500"} <= {*texts(wide)}
+
+
+def test_the_slowest_run_of_each_lies_within_the_chart_of_tails() -> None:
+    samples = {"a": np.append(np.full(99, 10.0), 900.0), "b": np.full(100, 11.0)}
+    drawn = charts.tails(samples, "ms", {"a": "#111111", "b": "#222222"})
+    ticks = [float(text) for text in texts(drawn) if text.replace(".", "").isdigit()]
+    assert {10.0, 100.0, 500.0, 0.01, 0.1} <= {*ticks}
+    # The marker of the slowest run is the last of its colour, inside the frame of 5 inches.
+    places = re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill: #111111', drawn)
+    assert len(places) == 1
+    assert 0 < float(places[0]) < 72 * charts.COLUMN[0]
+
+
+def test_a_margin_is_shaded_only_where_one_was_asked_for() -> None:
+    found = charts.Ratios([1.0, 1.01], (1.005, 1.0, 1.01), (1.0, 0.99, 1.01), 0.02, "#0072b2")
+    shade = "fill: #009e73"
+    assert shade in charts.ratios(found, "ratio")
+    assert shade not in charts.ratios(replace(found, margin=None), "ratio")
+
+
+def test_a_class_without_a_value_leaves_a_gap_and_dollars_are_no_formula() -> None:
+    colours = {"a": "#0072b2"}
+    drawn = charts.lying_bars(["$x$", "y"], {"a": [50.0, None]}, "IoU", colours)
+    assert drawn.count("fill: #0072b2") == 1
+    assert {"$x$", "y"} <= {*texts(drawn)}
 
 
 def test_every_picture_carries_its_caption_as_alternative_text(report: Report) -> None:
@@ -130,4 +213,4 @@ def test_a_browser_shows_every_picture_without_errors_or_sideways_scrolling(
         browser.close()
     assert faults == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    assert (broken, overflow, verdicts) == (0, False, 3)
+    assert (broken, overflow, verdicts) == (0, False, 4)

@@ -236,16 +236,3 @@ def make_report() -> Factory:
 @pytest.fixture(scope="session")
 def bench_report(make_report: Factory) -> BenchReport:
     return make_report()
-
-
-@pytest.fixture(scope="session")
-def matrix_report(make_report: Factory) -> BenchReport:
-    """Twelve settings."""
-    cell = cpu_cell(("baseline", "regulated", "exits left in"))
-    cells = tuple(
-        cell.model_copy(update={"runtime": runtime, "batch": batch, "size": size})
-        for runtime in ("torch", "onnxruntime", "openvino")
-        for batch in (1, 8)
-        for size in ((360, 480), (720, 960))
-    )
-    return make_report(cells=cells)
