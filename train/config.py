@@ -147,6 +147,11 @@ class TrainConfig(Settings):
         """Steps between two writes of state.pt."""
         return self.save_every or self.val_every
 
+    def autocast(self, kind: str) -> bool:
+        """Whether training on this kind of device ("cpu", "cuda") computes in bfloat16 where it
+        may."""
+        return self.amp if self.amp is not None else kind == "cuda"
+
     def to_yaml(self) -> str:
         """Every key with its value, in the order documented here."""
         import yaml

@@ -93,11 +93,7 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
         class_weights=weights,
         probe_size=probe_size,
     )
-    regulated.to(device).train()
-    if config.channels_last:
-        for parameter in regulated.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    place(regulated, device, config.channels_last)
     return Job(
         spec=spec,
         training=training,
@@ -108,8 +104,17 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
         regulated=regulated,
         weights=weights,
         device=device,
-        amp=config.amp if config.amp is not None else device.type == "cuda",
+        amp=config.autocast(device.type),
     )
+
+
+def place(regulated: SelfRegulation, device: torch.device, channels_last: bool) -> None:
+    """Brings network and exits to `device`, in training mode, laid out as activations will be."""
+    regulated.to(device).train()
+    if channels_last:
+        for parameter in regulated.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def input_policy(config: TrainConfig, dataset: DataSet) -> InputPolicy:

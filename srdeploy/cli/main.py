@@ -12,6 +12,7 @@ import typer
 
 from srdeploy import __version__, console
 from srdeploy.cli import (
+    bench_train_verb,
     certify_verb,
     data_verbs,
     demo_verb,
@@ -23,10 +24,12 @@ from srdeploy.cli import (
     strip_verb,
     train_verbs,
 )
+from srdeploy.cli.two_words import TwoWords
 from srdeploy.errors import UserError
 
 app = typer.Typer(
     name="srdeploy",
+    cls=TwoWords,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,6 +62,7 @@ export_verbs.register(app)
 certify_verb.register(app)
 strip_verb.register(app)
 serve_verbs.register(app)
+bench_train_verb.register(app)
 inspect_verb.register(app)
 model_verbs.register(app)
 demo_verb.register(app)

@@ -1,0 +1,139 @@
+"""`srdeploy bench train`: what self-regulation costs while training."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet, parse_options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from srdeploy.train.step_cost import StepCost
+
+
+def bench_train(
+    network: Annotated[
+        str,
+        typer.Argument(help="A built-in network's name, or your own as PACKAGE.MODULE:FUNCTION."),
+    ] = "deeplabv2-mobilenetv2",
+    option: NetworkOptions = None,
+    classes: Annotated[
+        int, typer.Option(help="Classes that the network tells apart.", min=2, max=255)
+    ] = 21,
+    size: Annotated[
+        str, typer.Option(metavar="HEIGHTxWIDTH", help="Of the images, as --crop in training.")
+    ] = "320x320",
+    batch: Annotated[int, typer.Option(help="Images per step, 2 or more.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds; each variant steps twice in each.", min=3)
+    ] = 10,
+    device: Device = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of torch; its own choice by default.", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the JSON report here.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what self-regulation costs while training: time and memory of one step.
+
+    Four ways to train one network step in turn in one process, on a made-up batch:
+
+    baseline: the plain network, as srdeploy train --no-sr trains it.
+
+    mea: with lean exits that learn from the labels; so training begins, before feedback sets in.
+
+    lean: mea and the feedback between exits (SR-F and SR-L), as srdeploy train goes on.
+
+    authors: the same with the heads of the authors' published code.
+
+    Ratios are of medians, with a 95 % interval, beside that of the baseline to itself: smaller
+    differences than that are noise. Memory is measured in a fresh process each. None of it is left
+    in what is deployed. A folder called train goes to the other verb as: srdeploy bench ./train
+
+    Example: srdeploy bench train
+
+    Example: srdeploy bench train unet --option width=16 --size 256x256 --classes 12 --rounds 20
+
+    Example: srdeploy bench train deeplabv2-resnet101 --batch 8 --device cuda --out cost.json
+    """
+    from srdeploy import console
+    from srdeploy.files import write_json
+    from srdeploy.train.step_cost import step_cost
+    from srdeploy.train.step_variants import training_of
+    from srdeploy.validation import parse_size
+
+    console.set_quiet(quiet or as_json)
+    config = training_of(
+        network, parse_options(option or []), classes, parse_size(size, "--size"), batch, device
+    )
+    found = step_cost(config, classes, rounds, threads)
+    if out is not None:
+        write_json(out, found.model_dump(mode="json"))
+    if as_json:
+        console.print_json(found.model_dump(mode="json"))
+    else:
+        console.print_table(step_table(found))
+
+
+def step_table(found: "StepCost") -> "Table":
+    """One row per variant."""
+    from rich.table import Table
+    from rich.text import Text
+
+    height, width = found.size
+    table = Table(
+        title=Text(
+            f"one training step: {found.network}, {found.classes} classes, batch {found.batch} of "
+            f"{height}x{width}"
+        ),
+        caption=Text("\n".join(_remarks(found))),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("trained")
+    for header in ("step, ms", "time [95 %]", "memory, MiB", "memory", "parameters added"):
+        table.add_column(header, justify="right")
+    for row in found.variants:
+        share = 100 * row.parameters_added / max(1, found.parameters)
+        table.add_row(
+            row.name,
+            f"{row.median_ms:.1f}",
+            "1" if row.time is None else str(row.time),
+            f"{row.memory_mib:.0f}",
+            f"{row.memory_ratio:.3f}",
+            f"{row.parameters_added:,} ({share:.1f} %)" if row.parameters_added else "0",
+        )
+    return table
+
+
+def _remarks(found: "StepCost") -> list[str]:
+    lines = [f"{row.name}: {row.description}" for row in found.variants]
+    lines += [
+        f"time, memory: over the baseline's; {found.rounds} rounds, two steps of each in every one",
+        f"noise floor, the baseline's time against itself: {found.floor}",
+    ]
+    if found.variants[0].process_mib is None:
+        lines.append("memory, MiB: peak of torch's allocator on the GPU, in a fresh process")
+    else:
+        lines.append(
+            "memory, MiB: peak above what the process held before the network was built; the whole "
+            "process's is in the JSON"
+        )
+    lines.append(
+        f"on {found.device}, {found.threads} CPU threads, {found.arithmetic}, {found.layout}; "
+        "without reading photos"
+    )
+    unsettled = [row.name for row in found.variants if not row.settled]
+    if unsettled:
+        lines.append(f"times never settled while warming up: {', '.join(unsettled)}")
+    return lines
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `bench train` to the command line."""
+    app.command("bench train")(bench_train)
