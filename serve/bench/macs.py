@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from srdeploy.errors import MissingPackageError
 from srdeploy.files import sha256_of
 from srdeploy.runs import build_network, leave_out_auxiliary, open_run
 from srdeploy.serve.artifact import Artifact
 from srdeploy.serve.engine_file import read_sidecar
-from srdeploy.serve.onnx_runtime import first_line, import_onnxruntime, ort_errors
-from srdeploy.serve.runtime import ImageShapeError
+from srdeploy.serve.onnx_runtime import import_onnxruntime, ort_errors
 from srdeploy.serve.signature import Signature
 
 Shape = Sequence[int]
@@ -30,7 +30,7 @@ def artifact_macs(artifact: Artifact, batch: int, size: tuple[int, int]) -> int 
 
     A run's network is built anew, without its weights; an engine counts as the graph that it was
     built from. None where that graph is not beside the engine, or can't be counted. Raises
-    UserError as graph_macs, and where the run's network can't be built.
+    UserError where the run's network can't be built.
     """
     if artifact.kind == "run":
         return _run_macs(artifact.path, batch, size)
@@ -47,10 +47,19 @@ def artifact_macs(artifact: Artifact, batch: int, size: tuple[int, int]) -> int 
 def graph_macs(file: Path, signature: Signature, batch: int, size: tuple[int, int]) -> int | None:
     """Of one run of an ONNX graph on images [batch, H, W, 3], size (H, W).
 
-    None where onnxruntime can't compute the graph on a CPU (bfloat16), or where it holds layers
-    with weights that are none of the counted ones. Raises ImageShapeError where the graph does not
-    take such images, MissingPackageError without onnxruntime.
+    None where onnxruntime is not installed or can't compute that on a CPU (bfloat16; images that the
+    graph does not take, or the memory does not hold), and where the graph holds layers with weights
+    that are none of the counted ones.
     """
+    if batch <= 2 or signature.shape[0] is not None:
+        return _counted(file, signature, batch, size)
+    # What a GPU takes at once can be more than the host's memory holds. Layers grow linearly with
+    # the batch or, where they see constants alone, not at all.
+    one, two = (_counted(file, signature, few, size) for few in (1, 2))
+    return None if one is None or two is None else one + (batch - 1) * (two - one)
+
+
+def _counted(file: Path, signature: Signature, batch: int, size: tuple[int, int]) -> int | None:
     total = 0
     events = _profile(file, signature, batch, size)
     if events is None:
@@ -81,8 +90,11 @@ def _run_macs(folder: Path, batch: int, size: tuple[int, int]) -> int:
 def _profile(
     file: Path, signature: Signature, batch: int, size: tuple[int, int]
 ) -> list[Mapping[str, Any]] | None:
-    """What onnxruntime recorded of each layer in one run; None where it can't load the graph."""
-    ort = import_onnxruntime()
+    """What onnxruntime recorded of each layer in one run; None where there could be none."""
+    try:
+        ort = import_onnxruntime()
+    except MissingPackageError:
+        return None
     options = ort.SessionOptions()
     options.log_severity_level = 4  # faults arrive as exceptions; the log would repeat them
     # Each layer as it stands in the file: what is merged or left out is counted all the same.
@@ -102,16 +114,10 @@ def _profile(
             session = ort.InferenceSession(
                 str(file), sess_options=options, providers=["CPUExecutionProvider"]
             )
+            session.run(None, {signature.input_name: feed})
         except ort_errors():
             return None
-        try:
-            session.run(None, {signature.input_name: feed})
-        except ort_errors() as error:
-            raise ImageShapeError(
-                f"{file}: onnxruntime failed on images {[batch, *size, 3]} ({first_line(error)})"
-            ) from error
-        finally:
-            recorded = Path(session.end_profiling())
+        recorded = Path(session.end_profiling())
         events = json.loads(recorded.read_text())
     return [
         event["args"]
