@@ -175,7 +175,11 @@ def overview_table(report: BenchReport, anchors: Sequence[str] = ()) -> Table:
     links: list[str] = []
     for index, cell in enumerate(report.cells):
         for place, row in enumerate(cell.rows):
-            verdicts = [t.verdict for t in row.timings.values() if t.verdict is not None]
+            verdicts = [
+                ("" if measure == "end to end" else f"{measure} ") + MARKS[timing.verdict.outcome]
+                for measure, timing in row.timings.items()
+                if timing.verdict is not None
+            ]
             median = row.end_to_end.quantiles.median.value
             rows.append(
                 (
@@ -183,11 +187,11 @@ def overview_table(report: BenchReport, anchors: Sequence[str] = ()) -> Table:
                     row.name,
                     format(median, milliseconds(median)),
                     ratio_text(row.end_to_end.ratio).replace("\n", " "),
-                    "\n".join(dict.fromkeys(MARKS[one.outcome] for one in verdicts)) or "-",
+                    "\n".join(verdicts) or "-",
                     f"{row.images_per_s:.1f}",
                 )
             )
             if anchors:
                 links.append(anchors[index] if place == 0 else "")
     header = ("setting", "artifact", "median ms", "ratio [95 %]", "verdict", "images/s")
-    return Table("End to end; verdicts on the GPU's own time too", header, rows, links=links)
+    return Table("Latency end to end", header, rows, links=links)

@@ -200,6 +200,27 @@ def test_the_page_asks_for_nothing_from_elsewhere(text: str) -> None:
     assert "url(" not in text
 
 
+def test_one_artifact_alone_has_no_verdict_and_no_ratio(make_report: Factory) -> None:
+    report = make_report()
+    cell, accuracy = report.cells[0], report.accuracy
+    assert accuracy is not None
+    alone = report.model_copy(
+        update={
+            "cells": (cell.model_copy(update={"rows": cell.rows[:1]}),),
+            "accuracy": accuracy.model_copy(update={"rows": accuracy.rows[:1]}),
+        }
+    )
+    page = bench_page(alone, [], None)
+    assert [card.figure for card in page.verdicts] == ["DIFFERS"]
+    drawn = Contents(render(page)).pictures
+    assert not [one for one in drawn if "over baseline" in one or "difference to" in one]
+    assert [section.title for section in page.sections] == [
+        "Latency: onnxruntime, batch 1, 360x480",
+        "Accuracy",
+        "Machine",
+    ]
+
+
 def test_of_many_verdicts_the_equivalent_share_a_card(
     make_report: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +251,7 @@ def test_several_settings_begin_with_an_overview_that_leads_to_each(
         ("", "regulated"),
         ("", "exits left in"),
     ]
-    assert table.rows[4][4] == "? NOT SHOWN\n✗ DIFFERENT"
+    assert table.rows[4][4] == "? NOT SHOWN\nGPU ✗ DIFFERENT"
     found = Contents(text)
     assert found.links == {"#setting-1", "#setting-2"} == found.anchors
 
