@@ -47,9 +47,9 @@ def artifact_macs(artifact: Artifact, batch: int, size: tuple[int, int]) -> int 
 def graph_macs(file: Path, signature: Signature, batch: int, size: tuple[int, int]) -> int | None:
     """Of one run of an ONNX graph on images [batch, H, W, 3], size (H, W).
 
-    None where onnxruntime is not installed or can't compute that on a CPU (bfloat16; images that the
-    graph does not take, or the memory does not hold), and where the graph holds layers with weights
-    that are none of the counted ones.
+    None where onnxruntime is not installed or can't compute that on a CPU (bfloat16; images that
+    the graph does not take, or the memory does not hold), and where the graph holds layers with
+    weights that are none of the counted ones.
     """
     if batch <= 2 or signature.shape[0] is not None:
         return _counted(file, signature, batch, size)
