@@ -51,11 +51,13 @@ class Ratios:
     """One artifact's latencies over another's."""
 
     rounds: Sequence[float]
-    """One per round, in the order measured."""
+    """One per round, in the order measured; what the interval is about."""
     interval: tuple[float, float, float]
     """Value, low, high."""
     floor: tuple[float, float, float]
     """Value, low, high of one artifact against itself."""
+    floor_rounds: Sequence[float]
+    """The same by round."""
     margin: float | None
     """Ratios in 1 / (1 + margin) .. 1 + margin are as good as 1; None: nothing was asked."""
     colour: str
@@ -153,31 +155,32 @@ def over_time(rounds: Mapping[str, Sequence[Sequence[float]]], y: str, colours: 
 
 
 def ratios(found: Ratios, x: str) -> str:
-    """One dot per round, the first at the bottom; below them the interval, and that of an artifact
-    against itself; the margin shaded. SVG text."""
+    """Two lanes, an artifact's and below it the noise floor's: one dot per round, the first at the
+    bottom, and under them the interval. The margin is shaded. SVG text."""
 
     def draw(axes: Axes) -> None:
         if found.margin is not None:
             low, high = 1 / (1 + found.margin), 1 + found.margin
             axes.axvspan(low, high, color="#009e73", alpha=0.18, linewidth=0)
         axes.axvline(1.0, color=INK, linewidth=1)
-        heights = np.linspace(2.0, 3.4, len(found.rounds))
-        axes.plot(found.rounds, heights, "o", color=found.colour, markersize=4, alpha=0.75)
-        for place, colour, (value, low, high) in (
-            (1.0, found.colour, found.interval),
-            (0.0, INK, found.floor),
+        for lane, colour, rounds, (value, low, high) in (
+            (1.0, found.colour, found.rounds, found.interval),
+            (0.0, INK, found.floor_rounds, found.floor),
         ):
+            heights = np.linspace(lane - 0.05, lane + 0.4, len(rounds))
+            axes.plot(rounds, heights, "o", color=colour, markersize=3.5, alpha=0.6)
+            place = lane - 0.28
             axes.plot((low, high), (place, place), color=colour, linewidth=2.5)
             axes.plot((low, high), (place, place), "|", color=colour, markersize=12)
             axes.plot(value, place, "D", color=colour, markersize=6)
-        axes.set_yticks((0.0, 1.0, 2.7), ("noise floor", "95 % interval", "rounds"))
-        axes.set_ylim(-0.7, 3.8)
+        axes.set_yticks((0.0, 1.0), ("noise floor", "ratio"))
+        axes.set_ylim(-0.5, 1.55)
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.ticklabel_format(axis="x", useOffset=False)
         axes.grid(axis="y", visible=False)
 
-    return _render(draw, x, "", (COLUMN[0], 2.5))
+    return _render(draw, x, "", (COLUMN[0], 2.7))
 
 
 def lying_bars(
@@ -222,6 +225,39 @@ def dots(
     return _render(draw, x, "", (COLUMN[0], 0.9 + 0.28 * len(groups)))
 
 
+def levels(values: Sequence[float | None], marked: tuple[int, str] | None, x: str, y: str) -> str:
+    """One point per value on a logarithmic scale, in order. 0 is left out; None (no finite value)
+    stands as a cross at the top. marked: the position and name of one that matters. Returns SVG
+    text."""
+
+    def draw(axes: Axes) -> None:
+        high = max((value for value in values if value), default=1.0)
+        heights = np.array([high if value is None else value or np.nan for value in values])
+        places = np.arange(len(values))
+        lost = np.array([value is None for value in values], np.bool_)
+        axes.set_yscale("log")
+        axes.set_xlim(-1, len(values))
+        axes.plot(places[~lost], heights[~lost], ".-", color=COLOURS[0], linewidth=1, markersize=5)
+        axes.plot(places[lost], heights[lost], "x", color=COLOURS[4], label="NaN or infinity")
+        if lost.any():
+            axes.legend()
+        if marked is not None:
+            place, name = marked
+            right = place > len(values) / 2
+            axes.plot(place, heights[place], "o", color=COLOURS[4], markersize=8)
+            axes.annotate(
+                name,
+                (place, heights[place]),
+                xytext=(-9 if right else 9, 9),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                annotation_clip=False,
+            )
+            axes.margins(y=0.15)
+
+    return _render(draw, x, y)
+
+
 def plain(text: str) -> str:
     """Text that matplotlib draws as it is: between two dollar signs it would read a formula."""
     return text.replace("$", r"\$")
@@ -238,10 +274,7 @@ def _span(axes: Axes, way: Literal["x", "y"], values: Floats) -> None:
     """A logarithmic axis with plain numbers where the values span much."""
     if values.min() <= 0 or values.max() <= WIDE_RANGE * values.min():
         return
-    if way == "x":
-        axes.set_xscale("log")
-    else:
-        axes.set_yscale("log")
+    (axes.set_xscale if way == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if way == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -185,16 +185,21 @@ def _latency_charts(cell: Cell, measure: str, colours: Mapping[str, str]) -> lis
             f"Every run in the order measured, {measure}",
         ),
     ]
-    floor = cell.floor if measure == "end to end" else cell.device_floor
+    floor, floor_rounds = (
+        (cell.floor, cell.floor_rounds)
+        if measure == "end to end"
+        else (cell.device_floor, cell.device_floor_rounds)
+    )
     first = cell.rows[0].name
     for name, timing in timings.items():
         if timing.ratio is None or floor is None:
             continue
         verdict = timing.verdict
         found = charts.Ratios(
-            _round_ratios(timings[first].rounds_ms, timing.rounds_ms),
+            timing.round_ratios,
             _ends(timing.ratio),
             _ends(floor),
+            floor_rounds,
             None if verdict is None else verdict.margin,
             colours[name],
         )
@@ -206,18 +211,11 @@ def _latency_charts(cell: Cell, measure: str, colours: Mapping[str, str]) -> lis
         drawn.append(
             chart(
                 charts.ratios(found, f"ratio to {charts.plain(first)}"),
-                f"{name} over {first}, {measure}: {said}. Each dot: medians of one round, the "
-                "first at the bottom",
+                f"{name} over {first}, {measure}: {said}. Each dot: one round, the first at the "
+                "bottom; below them the 95 % interval",
             )
         )
     return drawn
-
-
-def _round_ratios(
-    first: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
-) -> list[float]:
-    pairs = zip(first, other, strict=True)
-    return [float(np.median(mine) / np.median(base)) for base, mine in pairs]
 
 
 def _ends(interval: Interval) -> tuple[float, float, float]:

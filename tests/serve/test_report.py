@@ -159,7 +159,14 @@ def test_the_slowest_run_of_each_lies_within_the_chart_of_tails() -> None:
 
 
 def test_a_margin_is_shaded_only_where_one_was_asked_for() -> None:
-    found = charts.Ratios([1.0, 1.01], (1.005, 1.0, 1.01), (1.0, 0.99, 1.01), 0.02, "#0072b2")
+    found = charts.Ratios(
+        rounds=[1.0, 1.01],
+        interval=(1.005, 1.0, 1.01),
+        floor=(1.0, 0.99, 1.01),
+        floor_rounds=[0.99, 1.01],
+        margin=0.02,
+        colour="#0072b2",
+    )
     shade = "fill: #009e73"
     assert shade in charts.ratios(found, "ratio")
     assert shade not in charts.ratios(replace(found, margin=None), "ratio")

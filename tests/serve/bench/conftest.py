@@ -37,6 +37,12 @@ def around(value: float, spread: float) -> Interval:
     return Interval(value=value, low=value * (1 - spread), high=value * (1 + spread))
 
 
+def by_round(mean: Interval, seed: int) -> tuple[float, ...]:
+    """Ratios whose spread fits the interval."""
+    spread = (mean.high - mean.low) / 4 * ROUNDS**0.5
+    return tuple(np.random.default_rng(seed).normal(mean.value, spread, ROUNDS).tolist())
+
+
 def timing(
     typical: float, seed: int, ratio: Interval | None = None, outcome: Outcome | None = None
 ) -> Timing:
@@ -62,6 +68,7 @@ def timing(
         quantiles=Quantiles(**dict(zip(("median", "p90", "p95", "p99"), spans, strict=True))),
         ratio=ratio,
         verdict=verdict,
+        round_ratios=() if ratio is None else by_round(ratio, seed),
         rounds_ms=tuple(tuple(float(run) for run in one) for one in rounds),
     )
 
@@ -111,6 +118,7 @@ def cpu_cell(names: tuple[str, str, str], **other: Any) -> Cell:
         "size": (360, 480),
         "rows": rows,
         "floor": around(1.0004, 0.0035),
+        "floor_rounds": by_round(around(1.0004, 0.0035), 10),
         "device_floor": None,
         "margin": 0.01,
         "rounds": ROUNDS,
@@ -145,6 +153,7 @@ def gpu_cell(names: tuple[str, str, str]) -> Cell:
             "batch": 8,
             "rows": rows,
             "device_floor": around(1.0001, 0.002),
+            "device_floor_rounds": by_round(around(1.0001, 0.002), 11),
             "stopped": "180 s were over",
         }
     )
