@@ -21,13 +21,22 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_step_cost_reports_time_and_memory_of_every_variant(tmp_path: Path) -> None:
-    small = ["--network", "unet", "--option", "width=2", "--size", "32", "--steps", "3"]
-    out = str(tmp_path / "figures.json")
-    result = run("step_cost.py", *small, "--classes", "3", "--json", "--out", out)
+    small = ["deeplabv2-mobilenetv2", "--option", "width_mult=0.25", "--size", "32x32"]
+    small += ["--classes", "3", "--rounds", "3", "--threads", "1"]
+    result = run("step_cost.py", *small, "--out", str(tmp_path / "figures.json"))
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == json.loads((tmp_path / "figures.json").read_text())
-    variants = json.loads(result.stdout)["variants"]
-    assert set(variants) == {"baseline", "mea", "lean", "authors"}
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["commands"][0]["command"].startswith(
+        "srdeploy bench train deeplabv2-mobilenetv2 --option="
+    )
+    names = [row["name"] for row in found["variants"]]
+    assert names == ["baseline", "mea", "lean", "authors"]
+    # Heads of 3 M parameters, their gradients and momentum: 35 MiB.
+    memory = {row["name"]: row["memory_mib"] for row in found["variants"]}
+    assert memory["authors"] > memory["baseline"] + 30
+    for row in found["variants"]:
+        assert f"| {row['name']}: {row['description']} | {row['median_ms']:.0f} |" in result.stdout
+    assert "| the baseline again |" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from srdeploy.errors import MissingPackageError, UserError
 
 VERBS = [
     ["train"], ["export"], ["certify"], ["strip"], ["evaluate"], ["predict"], ["bench"],
-    ["inspect"], ["demo"], ["models"], ["data", "synth"], ["data", "check"],
+    ["bench", "train"], ["inspect"], ["demo"], ["models"], ["data", "synth"], ["data", "check"],
     ["doctor"],
 ]  # fmt: skip
 
