@@ -71,6 +71,13 @@ class Runtime(ABC):
         self._check(images)
         return self._labels(images)
 
+    def timed_run(self, images: Pixels) -> tuple[Pixels, dict[str, float] | None]:
+        """run, and the device's own time of it in milliseconds by phase, "compute_ms" among them.
+
+        None where the device's time can't be told from the host's. Raises as run.
+        """
+        return self.run(images), None
+
     def logits(self, images: Pixels) -> Logits:
         """images uint8 [N, H, W, 3] RGB -> logits float32 [N, K, H, W].
 

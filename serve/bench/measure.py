@@ -1,278 +1,160 @@
-"""Latency of artifacts against each other, measured so that only their difference shows.
+"""Runs sessions of several artifacts in turn, round after round, until the figures can tell.
 
-Every block runs all artifacts forth and back (A B B A), so that a machine that slows down or
-speeds up steadily treats them alike, and each block starts with another artifact. A second session
-of the first artifact runs among them: the ratio of the two is what can't be told from equality.
+A round opens fresh sessions of every artifact, two of the first, and warms them up; its blocks run
+all of them forth and back (A B A' A' B A), each block starting with another one, so that a machine
+that slows down or speeds up steadily treats them alike. The two sessions of the first artifact are
+the A/A run: what their ratio can't tell from 1 is the noise floor, measured under the very
+conditions of the comparison and not at some other time.
 """
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from srdeploy import console
-from srdeploy.imaging import Pixels, fit
-from srdeploy.metrics import percent
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.evaluate import check_same_classes, evaluate
-from srdeploy.serve.runtime import Runtime, open_runtime
-from srdeploy.spec import Spec
+from srdeploy.imaging import Pixels
+from srdeploy.serve.bench.statistics import enough, plainly_different, round_log_ratio
 from srdeploy.validation import Settings
 
-if TYPE_CHECKING:
-    from rich.table import Table
+Floats = npt.NDArray[np.float64]
 
-    from srdeploy.data import DataSet
-
-Times = npt.NDArray[np.float64]
-
-WARM_UP_LEAST = 6
-WARM_UP_MOST = 40
-"""Runs of one artifact after which warming up is given up."""
-SETTLED = 0.05
-"""Warm when the medians of the last three runs and of the three before differ by less."""
-RESAMPLES = 2000
-
-
-class Ratio(Settings):
-    """A ratio of medians with its 95 % interval: bootstrap over blocks, paired."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+ROUND_MS = 1500
+"""A round's blocks last about this long: less, and opening sessions would be most of the work."""
+FEWEST_BLOCKS = 3
+MOST_BLOCKS = 40
+WARM_UP_MOST = 30
+"""Runs of one session after which warming up is given up."""
+FASTER = 0.98
+"""A run below this share of the quickest so far says that the session is still getting faster."""
+QUIET_RUNS = 2
+"""Runs in a row that were not faster: the session is warm."""
+FIRST_WARM_UP_MS = 1000
+"""The first round's sessions run at least this long: clocks and caches of the machine itself."""
 
 
-class Latency(Settings):
-    """One artifact's wall times per run (of the whole batch), in milliseconds."""
+class Plan(Settings):
+    """How long to measure, and what to tell apart."""
+
+    margin: float = 0.01
+    """The ratio counts as equal within 1 / (1 + margin) .. 1 + margin."""
+    budget_s: float = 120.0
+    """No round begins that would probably end after this."""
+    least_rounds: int = 8
+    """Before stopping early is thought of: a spread of fewer rounds is known too badly."""
+    most_rounds: int = 120
+
+
+class Session(Protocol):
+    """What is timed: a Runtime, as far as it matters here."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def timed_run(self, images: Pixels) -> tuple[Pixels, dict[str, float] | None]:
+        """Labels, and the device's own milliseconds by phase where they can be told."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """One artifact, as often as it is to be opened."""
 
     name: str
-    path: str
-    backend: str
-    device: str
-    precision: str
-    median_ms: float
-    p90_ms: float
-    p99_ms: float
-    ratio: Ratio | None
-    """To the first artifact; None for the first itself."""
-    settled: bool
-    """Whether warming up reached steady times."""
-    file_bytes: int
-    weights: int
-    """Weight values stored in the file; an export has fewer where batch norms are folded."""
-    miou: float | None = None
-    """0..1, where a data set was given."""
-    samples_ms: tuple[float, ...]
-    """Every run, in the order measured; two per block."""
+    open: Callable[[int], Session]
+    """The number of the opening, from 0 -> a session that is not open yet. Where several builds of
+    one artifact are there, the number chooses."""
+    judged: bool = True
+    """Whether a verdict is wanted, so that its spread decides how long to measure."""
 
 
-class LatencyReport(Settings):
-    """What a comparison measured. The first artifact is the baseline."""
+@dataclass
+class Measured:
+    """Every run of every session, by round. Session 0 is the first side's, 1 its twin, then the
+    other sides' in their order. Milliseconds."""
 
-    size: tuple[int, int]
-    """(height, width) of the images."""
-    batch: int
-    rounds: int
-    """Blocks; each artifact ran twice in each."""
-    threads: int | None
-    entries: tuple[Latency, ...]
-    floor: Ratio | None
-    """Two sessions of the first artifact: what is not distinguishable from equal."""
-    dataset: str | None = None
+    end_to_end: list[Floats] = field(default_factory=list)
+    """By round: float [sessions, blocks, 2]."""
+    device: list[Floats] | None = field(default_factory=list)
+    """The same runs' time on the GPU alone; None where a session does not tell it."""
+    settled: list[bool] = field(default_factory=list)
+    """By session: whether it became steady while warming up, in every round."""
+    blocks: int = 0
+    seconds: float = 0.0
+    stopped: str = ""
+    _known: dict[tuple[int, bool], list[float]] = field(default_factory=dict)
 
-    def table(self) -> "Table":
-        """One row per artifact."""
-        from rich.table import Table
+    def ratios(self, session: int, device: bool = False) -> list[float]:
+        """Log ratios by round of a session to the first side's: its twin's to the first session
+        alone, others' to both."""
+        times = self.device if device else self.end_to_end
+        assert times is not None
+        baselines = (0,) if session == 1 else (0, 1)
+        known = self._known.setdefault((session, device), [])
+        for one in times[len(known) :]:
+            known.append(round_log_ratio([one[b] for b in baselines], one[session]))
+        return known
 
-        table = Table(title=f"latency, {self.size[1]}x{self.size[0]}, batch {self.batch}")
-        table.title_justify = "left"
-        for header in ("artifact", "runs in"):
-            table.add_column(header)
-        for header in ("median ms", "p90", "p99", "ratio [95 %]", "mIoU %", "MB", "weights"):
-            table.add_column(header, justify="right")
-        for entry in self.entries:
-            table.add_row(
-                entry.name,
-                f"{entry.backend}, {entry.device}, {entry.precision}",
-                f"{entry.median_ms:.2f}",
-                f"{entry.p90_ms:.2f}",
-                f"{entry.p99_ms:.2f}",
-                "1" if entry.ratio is None else str(entry.ratio),
-                percent(entry.miou),
-                f"{entry.file_bytes / 1e6:.1f}",
-                f"{entry.weights:,}",
-            )
-        table.caption = self._caption()
-        table.caption_justify = "left"
-        return table
-
-    def _caption(self) -> str:
-        lines = [
-            f"{self.rounds} interleaved blocks, each artifact twice in each; wall time per run"
+    def runs(self, sessions: Sequence[int], device: bool = False) -> list[list[float]]:
+        """Every run of these sessions in the order measured, by round."""
+        times = self.device if device else self.end_to_end
+        assert times is not None
+        return [
+            [
+                float(ms)
+                for block in range(one.shape[1])
+                for ms in one[list(sessions), block].ravel()
+            ]
+            for one in times
         ]
-        if self.floor is not None:
-            lines.append(f"noise floor, the first against itself: {self.floor}")
-        unsettled = [entry.name for entry in self.entries if not entry.settled]
-        if unsettled:
-            lines.append(f"times never settled while warming up: {', '.join(unsettled)}")
-        return "\n".join(lines)
 
 
-def compare_latency(
-    runtimes: Sequence[Runtime],
+def measure(
+    sides: Sequence[Side],
     images: Pixels,
-    rounds: int = 30,
+    plan: Plan,
     *,
-    names: Sequence[str] | None = None,
-    twin: Runtime | None = None,
-    threads: int | None = None,
-    seed: int = 0,
-) -> LatencyReport:
-    """Measures open runtimes on `images` uint8 [N, H, W, 3]; the first is the baseline.
+    sample: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measured:
+    """Times `sides` on `images` uint8 [N, H, W, 3]; the first is the baseline.
 
-    twin: a second session of the first, for the noise floor. threads: what the runtimes were given,
-    for the record. Only relative figures carry over to another moment or machine.
+    sample: called after each round's last run, while the device is still as it was. clock: seconds.
+    Measuring goes on until the spread of the
+    rounds is small enough to show equality within the margin (the ratio itself is not looked at),
+    a difference is beyond all doubt, or the budget is spent.
     """
-    assert runtimes
-    assert rounds >= 2
-    names = list(names) if names is not None else _names(runtimes)
-    everyone = [*runtimes, twin] if twin is not None else list(runtimes)
-    settled = [warm_up(runtime, images) for runtime in everyone]
-    times = _interleaved(everyone, images, rounds)
-    blocks = times.mean(axis=2)
-    entries = []
-    for index, runtime in enumerate(runtimes):
-        samples = times[index].ravel()
-        median, p90, p99 = np.percentile(samples, (50, 90, 99))
-        entries.append(
-            Latency(
-                name=names[index],
-                path=str(runtime.path),
-                backend=runtime.backend,
-                device=runtime.device,
-                precision=runtime.precision,
-                median_ms=float(median),
-                p90_ms=float(p90),
-                p99_ms=float(p99),
-                ratio=None if index == 0 else paired_ratio(blocks[0], blocks[index], seed),
-                settled=settled[index],
-                file_bytes=runtime.artifact.file.stat().st_size,
-                weights=runtime.artifact.count_weights(),
-                samples_ms=tuple(round(float(sample), 4) for sample in samples),
-            )
-        )
-    return LatencyReport(
-        size=(images.shape[1], images.shape[2]),
-        batch=images.shape[0],
-        rounds=rounds,
-        threads=threads,
-        entries=tuple(entries),
-        floor=None if twin is None else paired_ratio(blocks[0], blocks[-1], seed),
-    )
-
-
-def bench(
-    paths: Sequence[Path],
-    *,
-    extra: Sequence[tuple[str, Path]] = (),
-    dataset: "DataSet | None" = None,
-    size: tuple[int, int] | None = None,
-    batch: int = 1,
-    rounds: int = 30,
-    device: str = "cpu",
-    runtime: str = "auto",
-    threads: int | None = None,
-    precision: str | None = None,
-    spec: Spec | None = None,
-    limit: int | None = None,
-) -> LatencyReport:
-    """Opens the artifacts, compares their latency, and their accuracy where `dataset` is given.
-
-    extra: (name, path) of further graphs that are timed but not scored. size: (height, width); by
-    default the fixed or usual one of the first artifact. limit: photos to score. runtime,
-    precision: as open_runtime takes them, the same for all. spec: for those artifacts that carry
-    none, where there are such. Raises UserError.
-    """
-    foreign = [open_artifact(path).spec is None for path in paths]
-    specs = [spec if one or not any(foreign) else None for one in foreign]
-    for_graphs = "auto" if runtime == "torch" else runtime
-    with ExitStack() as stack:
-        scored = [
-            stack.enter_context(open_runtime(path, device, runtime, own, threads, precision))
-            for path, own in zip(paths, specs, strict=True)
-        ]
-        others = [
-            stack.enter_context(
-                open_runtime(path, device, for_graphs, threads=threads, precision=precision)
-            )
-            for _, path in extra
-        ]
-        twin = stack.enter_context(
-            open_runtime(paths[0], device, runtime, specs[0], threads, precision)
-        )
-        if dataset is not None:
-            for one in scored:
-                check_same_classes(one, dataset)
-        images = bench_images(scored[0], dataset, size, batch)
-        names = [*_names(scored), *(name for name, _ in extra)]
-        report = compare_latency(
-            [*scored, *others], images, rounds, names=names, twin=twin, threads=threads
-        )
-        if dataset is None:
-            return report
-        entries = list(report.entries)
-        for index, one in enumerate(scored):
-            miou = evaluate(one, dataset, limit).miou
-            entries[index] = entries[index].model_copy(update={"miou": miou})
-    where = f"{dataset.root} ({dataset.split})"
-    return report.model_copy(update={"entries": tuple(entries), "dataset": where})
-
-
-def bench_images(
-    runtime: Runtime, dataset: "DataSet | None", size: tuple[int, int] | None, batch: int
-) -> Pixels:
-    """uint8 [batch, H, W, 3]: the data set's first photos, brought to the size, or noise."""
-    _, height, width, _ = runtime.input_shape
-    usual = runtime.spec.input.usual
-    wanted = size if size is not None else (height or usual[0], width or usual[1])
-    if dataset is None:
-        noise = np.random.default_rng(0).integers(0, 256, (batch, *wanted, 3))
-        return noise.astype(np.uint8)
-    photos = [dataset.read(index % len(dataset))[0] for index in range(batch)]
-    return np.stack([_resized(fit(photo, runtime.spec), wanted) for photo in photos])
-
-
-def warm_up(runtime: Runtime, images: Pixels) -> bool:
-    """Runs until the times are steady; False where they never were."""
-    times: list[float] = []
-    while len(times) < WARM_UP_MOST:
-        times.append(_timed(runtime, images))
-        if len(times) >= WARM_UP_LEAST:
-            now, before = np.median(times[-3:]), np.median(times[-6:-3])
-            if abs(now - before) < SETTLED * before:
-                return True
-    return False
-
-
-def paired_ratio(baseline: Times, other: Times, seed: int = 0) -> Ratio:
-    """Median of `other` over median of `baseline`, float [blocks] each, with a 95 % interval.
-
-    The percentile bootstrap draws whole blocks, so that what slowed both in a block stays together.
-    """
-    drawn = np.random.default_rng(seed).integers(0, len(baseline), (RESAMPLES, len(baseline)))
-    ratios = np.median(other[drawn], axis=1) / np.median(baseline[drawn], axis=1)
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return Ratio(
-        value=float(np.median(other) / np.median(baseline)), low=float(low), high=float(high)
-    )
+    assert sides
+    found = Measured(settled=[True] * (len(sides) + 1))
+    openers = [(sides[0].open, 2, 0), (sides[0].open, 2, 1), *((s.open, 1, 0) for s in sides[1:])]
+    start = clock()
+    with console.progress("{task.fields[rounds]} rounds") as bar:
+        task = bar.add_task("bench, seconds", total=round(plan.budget_s), rounds=0)
+        while not found.stopped:
+            number = len(found.end_to_end)
+            with ExitStack() as stack:
+                sessions = [
+                    stack.enter_context(make(number * step + offset))
+                    for make, step, offset in openers
+                ]
+                _round(sessions, images, found, clock)
+                sample()
+            found.seconds = clock() - start
+            found.stopped = _why_stop(found, sides, plan)
+            bar.update(task, completed=round(found.seconds), rounds=number + 1)
+    return found
 
 
 def block_order(count: int, block: int) -> list[int]:
@@ -281,39 +163,85 @@ def block_order(count: int, block: int) -> list[int]:
     return [*forth, *reversed(forth)]
 
 
-def _interleaved(runtimes: Sequence[Runtime], images: Pixels, rounds: int) -> Times:
-    """Milliseconds, float [runtimes, rounds, 2]."""
-    times = np.zeros((len(runtimes), rounds, 2))
-    gc.collect()
+def _round(
+    sessions: Sequence[Session], images: Pixels, found: Measured, clock: Callable[[], float]
+) -> None:
+    """Warms fresh sessions up, times them, and adds the times to `found`."""
+    number = len(found.end_to_end)
+    least = 0.0 if number else FIRST_WARM_UP_MS / len(sessions)
+    typical = 0.0
+    for index, session in enumerate(sessions):
+        warm, settled = _warm_up(session, images, least, clock)
+        typical += 2 * warm
+        found.settled[index] &= settled
+    if not number:
+        found.blocks = int(np.clip(round(ROUND_MS / typical), FEWEST_BLOCKS, MOST_BLOCKS))
+        if typical * FEWEST_BLOCKS > 10 * ROUND_MS:
+            found.blocks = 1
+    shape = (len(sessions), found.blocks, 2)
+    whole, device = np.zeros(shape), np.zeros(shape)
     gc.disable()  # a collection would hit one of them at random
     try:
-        for block in console.track(range(rounds), "bench", rounds):
-            order = block_order(len(runtimes), block)
+        for block in range(found.blocks):
+            order = block_order(len(sessions), number * found.blocks + block)
             for position, index in enumerate(order):
-                second = position >= len(runtimes)
-                times[index, block, int(second)] = _timed(runtimes[index], images)
+                place = index, block, int(position >= len(sessions))
+                whole[place], device[place] = _timed(sessions[index], images, clock)
     finally:
         gc.enable()
-    return times
+    found.end_to_end.append(whole)
+    if found.device is not None:
+        found.device.append(device)
+        if np.isnan(device).any():
+            found.device = None
 
 
-def _timed(runtime: Runtime, images: Pixels) -> float:
-    """Milliseconds of one run, from bytes in to labels in the host's memory."""
-    start = time.perf_counter()
-    runtime.run(images)
-    return 1000 * (time.perf_counter() - start)
+def _warm_up(
+    session: Session, images: Pixels, least_ms: float, clock: Callable[[], float]
+) -> tuple[float, bool]:
+    """Runs until the times no longer fall; the quickest in milliseconds, and whether they ceased
+    to."""
+    quickest, quiet, spent = np.inf, 0, 0.0
+    for _ in range(WARM_UP_MOST):
+        took, _ = _timed(session, images, clock)
+        spent += took
+        quiet = 0 if took < FASTER * quickest else quiet + 1
+        quickest = min(quickest, took)
+        if quiet >= QUIET_RUNS and spent >= least_ms:
+            return quickest, True
+    return quickest, quiet >= QUIET_RUNS
 
 
-def _resized(photo: Pixels, size: tuple[int, int]) -> Pixels:
-    from PIL import Image
+def _timed(session: Session, images: Pixels, clock: Callable[[], float]) -> tuple[float, float]:
+    """Milliseconds from images to labels in the host's memory, and of the GPU's work; NaN where
+    that is not told."""
+    start = clock()
+    _, phases = session.timed_run(images)
+    took = 1000 * (clock() - start)
+    return took, np.nan if phases is None else phases["compute_ms"]
 
-    picture = Image.fromarray(photo).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(picture)
 
-
-def _names(runtimes: Sequence[Runtime]) -> list[str]:
-    """The last parts of the paths; whole paths where those are not told apart by them."""
-    short = [runtime.path.resolve().name for runtime in runtimes]
-    if len(set(short)) < len(short):
-        return [str(runtime.path) for runtime in runtimes]
-    return short
+def _why_stop(found: Measured, sides: Sequence[Side], plan: Plan) -> str:
+    """Empty: go on."""
+    rounds = len(found.end_to_end)
+    if rounds < 2:
+        return ""
+    if rounds >= plan.least_rounds:
+        measures = (False,) if found.device is None else (False, True)
+        floors = [found.ratios(1, device) for device in measures]
+        others = [
+            found.ratios(index, device)
+            for device in measures
+            for index, side in enumerate(sides[1:], start=2)
+            if side.judged
+        ]
+        known = all(
+            enough(one, plan.margin) or plainly_different(one, plan.margin) for one in others
+        )
+        if known and all(enough(one, plan.margin) for one in floors):
+            return f"the spread of the rounds is small enough for {100 * plan.margin:g} %"
+    if rounds >= plan.most_rounds:
+        return f"{plan.most_rounds} rounds, the most"
+    if found.seconds * (rounds + 1) / rounds > plan.budget_s:
+        return f"the budget of {plan.budget_s:g} s"
+    return ""

@@ -64,6 +64,8 @@ class Timing(Settings):
     """To the first artifact's; None for the first itself."""
     verdict: Verdict | None
     """None for the first itself, and for rows that are there to be looked at."""
+    round_ratios: tuple[float, ...] = ()
+    """By round, what `ratio` is the geometric mean of; empty for the first itself."""
     rounds_ms: tuple[tuple[float, ...], ...]
     """Every run in the order measured, by round. Each round had freshly opened sessions."""
 
@@ -130,6 +132,9 @@ class Cell(Settings):
     floor: Interval
     """Ratio of two sessions of the first artifact, end to end."""
     device_floor: Interval | None
+    floor_rounds: tuple[float, ...] = ()
+    """By round, the ratios that `floor` is the mean of."""
+    device_floor_rounds: tuple[float, ...] = ()
     margin: float
     """As asked for."""
     rounds: int

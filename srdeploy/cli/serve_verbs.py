@@ -1,4 +1,4 @@
-"""`srdeploy evaluate`, `predict` and `bench`: what is done with an artifact."""
+"""`srdeploy evaluate` and `predict`: what is done with an artifact."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -118,87 +118,6 @@ def predict(
         raise typer.Exit(1)
 
 
-def bench(
-    artifacts: Annotated[
-        list[Path],
-        typer.Argument(help="The baseline, then what is compared with it.", show_default=False),
-    ],
-    data: Annotated[
-        Path | None, typer.Option(help="Data set: real photos to time, and mIoU of each.")
-    ] = None,
-    split: Split = "val",
-    limit: Annotated[int | None, typer.Option(help="Score the first N photos.", min=1)] = None,
-    exits_left_in: Annotated[
-        Path | None,
-        typer.Option(help="A regulated run folder: also time its graph with the exits in."),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH; by default the first artifact's usual size.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Images per run.", min=1)] = 1,
-    rounds: Annotated[
-        int, typer.Option(help="Blocks; each artifact runs twice a block.", min=2)
-    ] = 30,
-    device: Device = "cpu",
-    runtime: RuntimeName = "auto",
-    precision: Arithmetic = None,
-    threads: Threads = None,
-    classes: Classes = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON report here.")] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Compare latency, interleaved, of a baseline and others; with --data their mIoU too.
-
-    Ratios are of medians, with a 95 % interval, beside the ratio of the first artifact to itself:
-    smaller differences than that are noise.
-
-    Example: srdeploy bench deploy/baseline deploy/regulated --data data/camvid --split test
-
-    Example: srdeploy bench deploy/regulated --exits-left-in runs/regulated
-    """
-    import tempfile
-
-    from srdeploy import console
-    from srdeploy.data import open_dataset
-    from srdeploy.files import write_json
-    from srdeploy.serve.artifact import spec_from_classes
-    from srdeploy.serve.bench.measure import bench as compare
-    from srdeploy.validation import parse_size
-
-    console.set_quiet(quiet or as_json)
-    wanted = parse_size(size, "--size") if size is not None else None
-    dataset = open_dataset(data, split) if data is not None else None
-    with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
-        extra = []
-        if exits_left_in is not None:
-            from srdeploy.cli.with_exits import export_with_exits
-
-            extra.append(("exits left in", Path(folder) / "with-exits.onnx"))
-            console.say(f"exporting {exits_left_in} with its exits")
-            export_with_exits(exits_left_in, extra[0][1])
-        report = compare(
-            artifacts,
-            extra=extra,
-            dataset=dataset,
-            size=wanted,
-            batch=batch,
-            rounds=rounds,
-            device=device,
-            runtime=runtime,
-            threads=threads,
-            precision=precision,
-            spec=spec_from_classes(classes) if classes is not None else None,
-            limit=limit,
-        )
-    if out is not None:
-        write_json(out, report.model_dump(mode="json"))
-    if as_json:
-        console.print_json(report.model_dump(mode="json"))
-    else:
-        console.print_table(report.table())
-
-
 def _opened(
     artifact: Path,
     device: str,
@@ -218,4 +137,3 @@ def register(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
     app.command("evaluate")(evaluate)
     app.command("predict")(predict)
-    app.command("bench")(bench)

@@ -1,29 +1,73 @@
-"""The benchmark's design: order, pairing, intervals, what is reported."""
+"""The order of runs, warming up, and when measuring stops; on sessions that let a clock pass."""
 
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
-from srdeploy.data import open_dataset
-from srdeploy.errors import UserError
-from srdeploy.serve.bench.measure import (
-    LatencyReport,
-    bench,
-    bench_images,
-    block_order,
-    compare_latency,
-    paired_ratio,
-)
+from srdeploy.imaging import Pixels
+from srdeploy.serve.bench.measure import MOST_BLOCKS, Plan, Side, block_order, measure
 from srdeploy.serve.runtime import open_runtime
-from srdeploy.spec import Spec
 
+IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 MakeGraph = Callable[..., Path]
+
+
+class Clock:
+    """Time, and who ran when."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.now = 0.0
+        self.rng = np.random.default_rng(seed)
+        self.log: list[tuple[str, int]] = []
+        self.open: set[tuple[str, int]] = set()
+
+
+class Fake:
+    """A session of `name`, opened as its `opening`th."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        name: str,
+        opening: int,
+        seconds: float,
+        noise: float,
+        device: float | None,
+    ) -> None:
+        self.clock, self.name, self.opening = clock, name, opening
+        self.seconds, self.noise, self.device = seconds, noise, device
+
+    def __enter__(self) -> Self:
+        self.clock.open.add((self.name, self.opening))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.open.remove((self.name, self.opening))
+
+    def timed_run(self, images: Pixels) -> tuple[Pixels, dict[str, float] | None]:
+        assert (self.name, self.opening) in self.clock.open
+        self.clock.log.append((self.name, self.opening))
+        self.clock.now += self.seconds * float(np.exp(self.clock.rng.normal(0, self.noise)))
+        return images, None if self.device is None else {"compute_ms": self.device}
+
+
+def side(
+    clock: Clock,
+    name: str,
+    seconds: float = 0.1,
+    noise: float = 0.01,
+    device: float | None = None,
+    judged: bool = True,
+) -> Side:
+    return Side(
+        name, lambda opening: Fake(clock, name, opening, seconds, noise, device), judged=judged
+    )
 
 
 @given(count=st.integers(1, 6), block=st.integers(0, 50))
@@ -37,127 +81,159 @@ def test_blocks_take_turns_in_who_starts() -> None:
     assert [block_order(3, block)[0] for block in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
-def test_the_interval_agrees_with_scipys_bootstrap() -> None:
-    rng = np.random.default_rng(1)
-    drift = rng.normal(10, 1, 60)
-    baseline, other = drift + rng.normal(0, 0.1, 60), 1.1 * drift + rng.normal(0, 0.1, 60)
-    ours = paired_ratio(baseline, other)
-    theirs = stats.bootstrap(
-        (baseline, other),
-        lambda a, b, axis: np.median(b, axis=axis) / np.median(a, axis=axis),
-        paired=True,
-        n_resamples=4000,
-        method="percentile",
-        rng=np.random.default_rng(2),
-    ).confidence_interval
-    assert ours.value == np.median(other) / np.median(baseline)
-    assert ours.low == pytest.approx(theirs.low, abs=0.01)
-    assert ours.high == pytest.approx(theirs.high, abs=0.01)
+def test_every_round_has_fresh_sessions_and_two_of_the_first() -> None:
+    clock = Clock()
+    found = measure([side(clock, "a"), side(clock, "b")], IMAGES, Plan(), clock=lambda: clock.now)
+    rounds = len(found.end_to_end)
+    assert {opening for name, opening in clock.log if name == "a"} == set(range(2 * rounds))
+    assert {opening for name, opening in clock.log if name == "b"} == set(range(rounds))
+    assert not clock.open
 
 
-@given(factor=st.floats(0.25, 4), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=20)
-def test_an_exact_factor_is_found_whatever_the_machine_does(factor: float, seed: int) -> None:
-    baseline = np.random.default_rng(seed).uniform(1, 100, 20)
-    ratio = paired_ratio(baseline, factor * baseline, seed)
-    assert ratio.value == pytest.approx(factor)
-    assert ratio.low == pytest.approx(factor)
-    assert ratio.high == pytest.approx(factor)
-
-
-def test_a_slower_graph_is_found_slower_and_the_twin_is_not(make_graph: MakeGraph) -> None:
-    images = np.zeros((1, 128, 128, 3), np.uint8)
-    quick, slow = make_graph("quick.onnx", work=2), make_graph("slow.onnx", work=20)
-    with (
-        open_runtime(quick, threads=1) as first,
-        open_runtime(slow, threads=1) as second,
-        open_runtime(quick, threads=1) as twin,
-    ):
-        report = compare_latency([first, second], images, rounds=5, twin=twin)
-    assert [entry.name for entry in report.entries] == ["quick.onnx", "slow.onnx"]
-    baseline, other = report.entries
-    assert baseline.ratio is None
-    assert other.ratio is not None
-    assert report.floor is not None
-    assert other.ratio.value > 2 * report.floor.value
-    assert (len(other.samples_ms), report.size, report.batch) == (10, (128, 128), 1)
-    assert other.median_ms == pytest.approx(np.median(other.samples_ms), abs=1e-3)
-    assert other.median_ms <= other.p90_ms <= other.p99_ms <= max(other.samples_ms) + 1e-3
-    assert other.file_bytes == slow.stat().st_size
-    assert other.weights == 9 + 9 * 49
-
-
-def test_bench_scores_each_artifact_but_not_the_extra_ones(
-    make_graph: MakeGraph, tiny_data: Path
-) -> None:
-    a, b = make_graph("a/model.onnx"), make_graph("b/model.onnx")
-    both = make_graph("both.onnx", output="both")
-    report = bench(
-        [a.parent, b.parent],
-        extra=[("with more outputs", both)],
-        dataset=open_dataset(tiny_data, "val"),
-        rounds=2,
-        threads=1,
-        limit=2,
+def test_every_timed_run_is_kept_in_the_order_of_the_blocks() -> None:
+    clock = Clock()
+    found = measure(
+        [side(clock, "a"), side(clock, "b", 0.2)], IMAGES, Plan(), clock=lambda: clock.now
     )
-    assert [entry.name for entry in report.entries] == ["a", "b", "with more outputs"]
-    assert [entry.miou for entry in report.entries] == [1.0, 1.0, None]
-    assert report.size == (40, 48)
-    assert LatencyReport.model_validate_json(report.model_dump_json()) == report
+    first = found.end_to_end[0]
+    assert first.shape == (3, found.blocks, 2)
+    assert first[:2] == pytest.approx(100, rel=0.1)
+    assert first[2] == pytest.approx(200, rel=0.1)
+    runs = found.runs((0, 1))
+    assert [len(one) for one in runs] == [4 * found.blocks] * len(found.end_to_end)
+    assert runs[0][:4] == [*first[0, 0], *first[1, 0]]
 
 
-def test_a_foreign_graph_is_timed_beside_ours_and_the_given_classes_are_for_it_alone(
-    make_graph: MakeGraph, tiny_spec: Spec
-) -> None:
-    ours, foreign = make_graph("ours.onnx"), make_graph("foreign.onnx", spec=None)
-    given = tiny_spec.model_copy(update={"mean": (0.5, 0.5, 0.5)})
-    report = bench([ours, foreign], rounds=2, threads=1, spec=given)
-    assert [entry.name for entry in report.entries] == ["ours.onnx", "foreign.onnx"]
-    with pytest.raises(UserError, match="leave --classes away"):
-        bench([ours], rounds=2, threads=1, spec=given)
+def test_the_ratio_is_found_and_the_twins_is_one() -> None:
+    clock = Clock()
+    found = measure(
+        [side(clock, "a"), side(clock, "b", 0.12)], IMAGES, Plan(), clock=lambda: clock.now
+    )
+    assert np.exp(np.mean(found.ratios(2))) == pytest.approx(1.2, rel=0.02)
+    assert np.exp(np.mean(found.ratios(1))) == pytest.approx(1.0, rel=0.02)
 
 
-def test_a_run_and_its_export_are_compared_in_their_own_runtimes(
-    run_folder: Path, exported: dict[str, Path]
-) -> None:
-    import torch
-
-    from srdeploy.runs import load_network, open_run
-
-    report = bench([run_folder, exported["uint8-labels"]], rounds=2, threads=1)
-    run, export = report.entries
-    assert (run.backend, export.backend) == ("torch", "onnxruntime")
-    stored = load_network(open_run(run_folder)).state_dict().values()
-    assert run.weights == sum(value.numel() for value in stored if value.dtype == torch.float32)
-    assert 0.9 * run.weights < export.weights < run.weights
-
-
-def test_artifacts_with_one_name_are_told_apart_by_path(make_graph: MakeGraph) -> None:
-    a, b = make_graph("a/model.onnx"), make_graph("b/model.onnx")
-    report = bench([a, b], rounds=2, threads=1)
-    assert [entry.name for entry in report.entries] == [str(a), str(b)]
-
-
-def test_a_fixed_shape_sets_the_size(make_graph: MakeGraph) -> None:
-    report = bench([make_graph(size=(1, 64, 32))], rounds=2, threads=1)
-    assert report.size == (64, 32)
+def test_measuring_stops_when_the_spread_is_small_enough() -> None:
+    clock = Clock()
+    plan = Plan(budget_s=1e6)
+    calm = measure(
+        [side(clock, "a", noise=0.003), side(clock, "b", noise=0.003)],
+        IMAGES,
+        plan,
+        clock=lambda: clock.now,
+    )
+    assert len(calm.end_to_end) == plan.least_rounds
+    assert "small enough" in calm.stopped
+    wild = measure(
+        [side(clock, "a", noise=0.03), side(clock, "b", noise=0.03)],
+        IMAGES,
+        plan,
+        clock=lambda: clock.now,
+    )
+    assert len(wild.end_to_end) > plan.least_rounds
+    assert "small enough" in wild.stopped
 
 
-def test_images_are_the_data_sets_photos_brought_to_the_size(
-    make_graph: MakeGraph, tiny_data: Path
-) -> None:
-    dataset = open_dataset(tiny_data, "val")
-    runtime = open_runtime(make_graph())
-    images = bench_images(runtime, dataset, None, 4)
-    assert images.shape == (4, 40, 48, 3)
-    assert (images[0] == dataset.read(0)[0]).all()
-    assert (images[3] == images[0]).all()
-    assert bench_images(runtime, dataset, (64, 70), 1).shape == (1, 64, 70, 3)
+def test_a_row_without_verdict_does_not_prolong_the_measuring() -> None:
+    clock = Clock()
+    found = measure(
+        [side(clock, "a", noise=0.003), side(clock, "b", noise=2.0, judged=False)],
+        IMAGES,
+        Plan(budget_s=1e6),
+        clock=lambda: clock.now,
+    )
+    assert len(found.end_to_end) == Plan().least_rounds
 
 
-def test_the_table_names_ratio_interval_and_floor(make_graph: MakeGraph) -> None:
-    report = bench([make_graph("a.onnx"), make_graph("b.onnx")], rounds=2, threads=1)
-    table = report.table()
-    assert table.row_count == 2
-    assert str(report.floor) in str(table.caption)
-    assert str(report.entries[1].ratio) in [cell for c in table.columns for cell in c.cells]
+def test_the_budget_is_kept_and_named() -> None:
+    clock = Clock()
+    found = measure(
+        [side(clock, "a", noise=0.5), side(clock, "b", noise=0.5)],
+        IMAGES,
+        Plan(budget_s=30),
+        clock=lambda: clock.now,
+    )
+    assert "30 s" in found.stopped
+    assert found.seconds < 30 * 1.2
+
+
+def test_two_rounds_are_run_whatever_the_budget() -> None:
+    clock = Clock()
+    found = measure([side(clock, "a", 50.0)], IMAGES, Plan(budget_s=1), clock=lambda: clock.now)
+    assert len(found.end_to_end) == 2
+    assert found.blocks == 1  # a run of a minute: more blocks would take an hour
+
+
+def test_quick_artifacts_get_many_blocks_per_round() -> None:
+    clock = Clock()
+    found = measure([side(clock, "a", 0.001)], IMAGES, Plan(), clock=lambda: clock.now)
+    assert found.blocks == MOST_BLOCKS
+
+
+def test_warming_up_goes_on_while_runs_get_faster_and_is_not_timed() -> None:
+    clock = Clock()
+
+    class Slowish(Fake):
+        runs = 0
+
+        def timed_run(self, images: Pixels) -> tuple[Pixels, dict[str, float] | None]:
+            self.runs += 1
+            clock.now += 0.1 * max(0, 10 - self.runs)
+            return super().timed_run(images)
+
+    slow = Side("a", lambda opening: Slowish(clock, "a", opening, 0.1, 0.0, None))
+    found = measure([slow], IMAGES, Plan(), clock=lambda: clock.now)
+    assert found.settled == [True, True]
+    assert max(max(one) for one in found.runs((0, 1))) == pytest.approx(100)
+
+
+def test_a_session_that_never_ceases_to_get_faster_is_reported() -> None:
+    clock = Clock()
+
+    class Faster(Fake):
+        runs = 0
+
+        def timed_run(self, images: Pixels) -> tuple[Pixels, dict[str, float] | None]:
+            self.runs += 1
+            self.seconds = 0.9**self.runs
+            return super().timed_run(images)
+
+    sides = [side(clock, "a"), Side("b", lambda n: Faster(clock, "b", n, 1.0, 0.0, None))]
+    found = measure(sides, IMAGES, Plan(budget_s=20), clock=lambda: clock.now)
+    assert found.settled == [True, True, False]
+
+
+def test_the_devices_own_time_is_kept_apart_where_every_session_tells_it() -> None:
+    clock = Clock()
+    told = [side(clock, "a", device=7.0), side(clock, "b", device=14.0)]
+    found = measure(told, IMAGES, Plan(), clock=lambda: clock.now)
+    assert found.ratios(2, device=True) == pytest.approx([np.log(2)] * len(found.end_to_end))
+    assert found.runs((2,), device=True)[0][0] == 14.0
+    silent = [side(clock, "a", device=7.0), side(clock, "b")]
+    assert measure(silent, IMAGES, Plan(), clock=lambda: clock.now).device is None
+
+
+def test_the_machine_is_looked_at_after_each_round_while_its_sessions_are_open() -> None:
+    clock = Clock()
+    seen: list[int] = []
+    found = measure(
+        [side(clock, "a")],
+        IMAGES,
+        Plan(),
+        sample=lambda: seen.append(len(clock.log) if clock.open else 0),
+        clock=lambda: clock.now,
+    )
+    assert len(seen) == len(found.end_to_end)
+    assert seen == sorted(set(seen))
+    assert seen[-1] == len(clock.log)
+
+
+def test_a_graph_with_more_work_is_found_slower_and_its_twin_is_not(make_graph: MakeGraph) -> None:
+    quick, slow = make_graph("quick.onnx", work=2), make_graph("slow.onnx", work=20)
+    images = np.zeros((1, 128, 128, 3), np.uint8)
+    sides = [
+        Side("quick", lambda _: open_runtime(quick, threads=1)),
+        Side("slow", lambda _: open_runtime(slow, threads=1)),
+    ]
+    found = measure(sides, images, Plan(budget_s=2))
+    assert np.mean(found.ratios(2)) > np.log(2) > np.mean(found.ratios(1))

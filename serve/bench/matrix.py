@@ -1,0 +1,338 @@
+"""A whole benchmark: every setting in turn, then cost and accuracy, as one report."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from srdeploy import console
+from srdeploy.environment import PACKAGES, describe_environment
+from srdeploy.errors import UserError
+from srdeploy.imaging import Pixels, fit
+from srdeploy.serve.artifact import open_artifact
+from srdeploy.serve.bench.accuracy import DifferingPhoto, measure_accuracy
+from srdeploy.serve.bench.footprint import measure_footprint
+from srdeploy.serve.bench.machine import MachineWatch
+from srdeploy.serve.bench.macs import artifact_macs
+from srdeploy.serve.bench.measure import Measured, Plan, Side, measure
+from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Footprint, Row, Timing
+from srdeploy.serve.bench.statistics import judge, quantiles, ratio_interval
+from srdeploy.serve.evaluate import check_same_classes
+from srdeploy.serve.runtime import Runtime, open_runtime
+from srdeploy.spec import Spec
+
+if TYPE_CHECKING:
+    from srdeploy.data import DataSet
+
+
+NO_GRAPH = ("torch", "tensorrt")
+"""Runtimes that do not run a graph's file."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one cell of the matrix is run."""
+
+    runtime: str
+    precision: str | None
+    """None: what the artifacts say."""
+    batch: int
+    size: tuple[int, int] | None
+    """(height, width); None: the first artifact's usual one."""
+
+    @property
+    def arithmetic(self) -> str | None:
+        """What open_runtime is told: OpenVINO alone has a choice, elsewhere the file decides."""
+        return self.precision if self.runtime == "openvino" else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact of the comparison."""
+
+    name: str
+    path: Path
+    checkpoint: Path | None = None
+    """The run that it was exported from, which it must match."""
+    spec: Spec | None = None
+    """For a file that carries none."""
+    judged: bool = True
+    """False: a row to be looked at, without verdict or accuracy."""
+    forms: Mapping[tuple[str, str | None], tuple[Path, ...]] = field(default_factory=dict)
+    """By (runtime, precision), where that does not run `path` itself: what it runs instead, such as
+    the checkpoint in torch. Several are builds of one artifact, and take turns."""
+
+    def file(self, setting: Setting, opening: int = 0) -> Path:
+        """What is opened under `setting` at the `opening`th time."""
+        builds = self.forms.get((setting.runtime, setting.precision), (self.path,))
+        return builds[opening % len(builds)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells share."""
+
+    device: str = "cpu"
+    threads: int | None = None
+    plan: Plan = Plan()
+    dataset: "DataSet | None" = None
+    limit: int | None = None
+    """Photos to score; None: all."""
+    costs: bool = True
+    """Whether multiply-accumulates, memory and time to first inference are measured."""
+
+    def open(self, entry: Entry, setting: Setting, opening: int = 0) -> Runtime:
+        """A fresh runtime, not open yet. Raises UserError as open_runtime."""
+        return open_runtime(
+            entry.file(setting, opening),
+            self.device,
+            setting.runtime,
+            entry.spec,
+            self.threads,
+            setting.arithmetic,
+        )
+
+    def run(
+        self, entries: Sequence[Entry], settings: Sequence[Setting], command: str
+    ) -> tuple[BenchReport, list[DifferingPhoto]]:
+        """Measures everything; the first entry is the baseline of every cell.
+
+        Every artifact runs once under every setting before anything is timed, so that what can't
+        be run is said at once. Raises UserError.
+        """
+        trials = [self._try(entries, setting) for setting in settings]
+        with MachineWatch(self.device, self.threads) as watch:
+            measured = [self._measure(trial, watch.sample) for trial in trials]
+        cells = [self._cell(*one) for one in zip(trials, measured, strict=True)]
+        accuracy, photos = self._accuracy(entries, settings[0])
+        report = BenchReport(
+            made=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=command,
+            environment=describe_environment([*PACKAGES, "openvino", "tensorrt", "scipy"]),
+            threads=self.threads,
+            cells=tuple(cells),
+            accuracy=accuracy,
+            machine=watch.report(),
+        )
+        return report, photos
+
+    def _try(self, entries: Sequence[Entry], setting: Setting) -> "_Trial":
+        images: Pixels | None = None
+        rows: list[_Tried] = []
+        for entry in entries:
+            if not entry.judged and rows[0].backend in NO_GRAPH:
+                continue  # in another library, its time would say nothing
+            runtime = self.open(entry, setting)
+            if self.dataset is not None and entry.judged:
+                check_same_classes(runtime, self.dataset)
+            if images is None:
+                images = bench_images(runtime, self.dataset, setting.size, setting.batch)
+            with runtime:
+                runtime.run(images)
+                backend, precision = runtime.backend, runtime.precision
+            costs = self._costs(entry, setting, images) if self.costs else (None, None)
+            rows.append(_Tried(entry, backend, precision, *costs))
+        assert images is not None
+        return _Trial(setting, images, rows)
+
+    def _costs(
+        self, entry: Entry, setting: Setting, images: Pixels
+    ) -> tuple[int | None, Footprint]:
+        """Multiply-accumulates and footprint."""
+        console.say(f"cost of {entry.name}: multiply-accumulates, memory, first inference")
+        path, size = entry.file(setting), (images.shape[1], images.shape[2])
+        footprint = measure_footprint(
+            path,
+            setting.batch,
+            size,
+            device=self.device,
+            runtime=setting.runtime,
+            threads=self.threads,
+            precision=setting.arithmetic,
+            spec=entry.spec,
+        )
+        return artifact_macs(open_artifact(path), setting.batch, size), footprint
+
+    def _measure(self, trial: "_Trial", sample: Callable[[], object]) -> Measured:
+        sides = [
+            Side(one.entry.name, _opener(self, one.entry, trial.setting), one.entry.judged)
+            for one in trial.rows
+        ]
+        console.say(f"timing {', '.join(side.name for side in sides)}: {trial}")
+        return measure(sides, trial.images, self.plan, sample=sample)
+
+    def _cell(self, trial: "_Trial", found: Measured) -> Cell:
+        setting = trial.setting
+        floor = found.ratios(1)
+        device_floor = found.ratios(1, device=True) if found.device is not None else None
+        return Cell(
+            runtime=setting.runtime,
+            precision=setting.precision,
+            batch=setting.batch,
+            size=trial.size,
+            rows=tuple(self._row(index, trial, found) for index in range(len(trial.rows))),
+            floor=ratio_interval(floor),
+            device_floor=None if device_floor is None else ratio_interval(device_floor),
+            floor_rounds=tuple(np.exp(floor).tolist()),
+            device_floor_rounds=()
+            if device_floor is None
+            else tuple(np.exp(device_floor).tolist()),
+            margin=self.plan.margin,
+            rounds=len(found.end_to_end),
+            blocks=found.blocks,
+            seconds=found.seconds,
+            stopped=found.stopped,
+        )
+
+    def _row(self, index: int, trial: "_Trial", found: Measured) -> Row:
+        setting, one = trial.setting, trial.rows[index]
+        entry = one.entry
+        path = entry.file(setting)
+        artifact = open_artifact(path)
+        whole = _timing(found, index, entry.judged, self.plan.margin, device=False)
+        return Row(
+            name=entry.name,
+            path=str(path),
+            backend=one.backend,
+            device=self.device,
+            precision=one.precision,
+            end_to_end=whole,
+            device_time=None
+            if found.device is None
+            else _timing(found, index, entry.judged, self.plan.margin, device=True),
+            images_per_s=1000 * setting.batch / whole.quantiles.median.value,
+            settled=all(found.settled[session] for session in _sessions(index)),
+            file_bytes=artifact.file.stat().st_size,
+            parameters=artifact.count_weights(),
+            gmacs=None if one.macs is None else one.macs / 1e9,
+            footprint=one.footprint,
+        )
+
+    def _accuracy(
+        self, entries: Sequence[Entry], setting: Setting
+    ) -> tuple[Accuracy | None, list[DifferingPhoto]]:
+        if self.dataset is None:
+            return None, []
+        scored = [entry for entry in entries if entry.judged]
+        opened: dict[Path, Runtime] = {}
+        with ExitStack() as stack:
+            for entry in scored:
+                path = entry.file(setting)
+                if path not in opened:
+                    opened[path] = stack.enter_context(self.open(entry, setting))
+            for entry in scored:
+                if entry.checkpoint is not None and entry.checkpoint not in opened:
+                    opened[entry.checkpoint] = stack.enter_context(
+                        open_runtime(entry.checkpoint, self.device, "torch", threads=self.threads)
+                    )
+            return measure_accuracy(
+                [opened[entry.file(setting)] for entry in scored],
+                [entry.name for entry in scored],
+                self.dataset,
+                self.limit,
+                [
+                    None
+                    if entry.checkpoint is None or entry.file(setting) == entry.checkpoint
+                    else (str(entry.checkpoint), opened[entry.checkpoint])
+                    for entry in scored
+                ],
+            )
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """An entry that ran once under a setting, and what its runtime said then."""
+
+    entry: Entry
+    backend: str
+    precision: str
+    macs: int | None
+    footprint: Footprint | None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A setting that every entry ran once under, but those that were left out."""
+
+    setting: Setting
+    images: Pixels
+    rows: list[_Tried]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[1], self.images.shape[2]
+
+    def __str__(self) -> str:
+        setting, (height, width) = self.setting, self.size
+        words = [setting.runtime, *filter(None, [setting.precision])]
+        return f"{' '.join(words)}, batch {setting.batch}, {height}x{width}"
+
+
+def every_setting(
+    runtimes: Sequence[str],
+    precisions: Sequence[str | None],
+    batches: Sequence[int],
+    sizes: Sequence[tuple[int, int] | None],
+) -> list[Setting]:
+    """All combinations, the last varying fastest."""
+    return [Setting(*one) for one in itertools.product(runtimes, precisions, batches, sizes)]
+
+
+def bench_images(
+    runtime: Runtime, dataset: "DataSet | None", size: tuple[int, int] | None, batch: int
+) -> Pixels:
+    """uint8 [batch, H, W, 3]: the data set's first photos, brought to the size, or noise."""
+    _, height, width, _ = runtime.input_shape
+    usual = runtime.spec.input.usual
+    wanted = size if size is not None else (height or usual[0], width or usual[1])
+    if dataset is None:
+        noise = np.random.default_rng(0).integers(0, 256, (batch, *wanted, 3))
+        return noise.astype(np.uint8)
+    photos = [dataset.read(index % len(dataset))[0] for index in range(batch)]
+    return np.stack([_resized(fit(photo, runtime.spec), wanted) for photo in photos])
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths; whole paths where those are not told apart by them."""
+    short = [path.resolve().name for path in paths]
+    if len(set(short)) < len(short):
+        short = [str(path) for path in paths]
+    if len(set(short)) < len(short):
+        twice = next(name for name in short if short.count(name) > 1)
+        raise UserError(
+            f"{twice} is given twice: every benchmark compares the first artifact with itself"
+        )
+    return short
+
+
+def _opener(bench: Bench, entry: Entry, setting: Setting) -> Callable[[int], Runtime]:
+    return lambda opening: bench.open(entry, setting, opening)
+
+
+def _sessions(index: int) -> tuple[int, ...]:
+    """Of the row `index`: the first has two."""
+    return (0, 1) if index == 0 else (index + 1,)
+
+
+def _timing(found: Measured, index: int, judged: bool, margin: float, device: bool) -> Timing:
+    rounds = found.runs(_sessions(index), device)
+    ratios = found.ratios(index + 1, device) if index else []
+    return Timing(
+        quantiles=quantiles(rounds),
+        ratio=ratio_interval(ratios) if index else None,
+        verdict=judge(ratios, found.ratios(1, device), margin) if index and judged else None,
+        round_ratios=tuple(np.exp(ratios).tolist()),
+        rounds_ms=tuple(tuple(round(ms, 4) for ms in one) for one in rounds),
+    )
+
+
+def _resized(photo: Pixels, size: tuple[int, int]) -> Pixels:
+    from PIL import Image
+
+    picture = Image.fromarray(photo).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
