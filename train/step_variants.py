@@ -5,6 +5,7 @@ photos, validation and checkpoints are the same for all variants, and left out.
 """
 
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -150,7 +151,9 @@ def explained(config: TrainConfig) -> Iterator[None]:
     height, width = config.crop
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except UserError:
+        raise
+    except Exception as error:  # a user's network may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
             raise UserError(
@@ -186,7 +189,8 @@ class Memory(NamedTuple):
 def memory_of(name: str, config: TrainConfig, classes: int, threads: int | None) -> Memory:
     """Peak memory of a variant's training, alone in a fresh process. Raises UserError."""
     # One process per call: what an earlier variant left behind would count as this one's.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_quietly) as pool:
         try:
             return pool.submit(measure_memory, name, config, classes, threads).result()
         except BrokenProcessPool as error:
@@ -212,6 +216,11 @@ def measure_memory(name: str, config: TrainConfig, classes: int, threads: int | 
         return Memory(torch.cuda.max_memory_allocated(device) / 2**20, None)
     peak = _peak_resident_mib()
     return Memory(peak - before, peak)
+
+
+def _end_quietly() -> None:
+    """On Ctrl-C, of which the process that waits for this one tells people."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _first_step_of_all(device: torch.device) -> None:

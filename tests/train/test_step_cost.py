@@ -59,6 +59,13 @@ class Detached(Net):
             return super().forward(images)
 
 
+class Fussy(Net):
+    def forward(self, images):
+        if self.training and len(images) > 1:
+            raise ValueError("one image at a time")
+        return super().forward(images)
+
+
 def killed(classes):
     os.kill(os.getpid(), 9)
 """
@@ -206,9 +213,12 @@ def test_memory_that_does_not_suffice_is_said_in_one_line(
 
 
 @pytest.mark.usefixtures("own_code")
-def test_a_network_of_ones_own_that_cannot_be_trained_is_named() -> None:
-    trainee = Trainee("baseline", small(network="step_nets:Detached", options={}), 3)
-    with pytest.raises(UserError, match="'step_nets:Detached': a step of training failed"):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("Detached", "does not require grad"), ("Fussy", "one image at a time")]
+)
+def test_a_network_of_ones_own_that_cannot_be_trained_is_named(name: str, reason: str) -> None:
+    trainee = Trainee("baseline", small(network=f"step_nets:{name}", options={}), 3)
+    with pytest.raises(UserError, match=f"'step_nets:{name}': a step .* failed .*{reason}"):
         trainee.step()
 
 
