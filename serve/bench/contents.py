@@ -61,7 +61,7 @@ def measures(cell: Cell) -> Iterator[tuple[Row, str, Timing]]:
 def warnings(report: BenchReport) -> list[str]:
     """What makes the figures weak, in sentences: of the machine, and of sessions that never became
     steady."""
-    found = list(report.machine.warnings)
+    found = [sentence(warning) for warning in report.machine.warnings]
     unsettled = Counter(row.name for cell in report.cells for row in cell.rows if not row.settled)
     if unsettled:
         count = len(report.cells)
@@ -78,6 +78,11 @@ def artifact_names(report: BenchReport) -> list[str]:
     rows = [row.name for cell in report.cells for row in cell.rows]
     scored = [row.name for row in report.accuracy.rows] if report.accuracy is not None else []
     return list(dict.fromkeys([*rows, *scored]))
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter in front and a full stop behind it."""
+    return f"{text[0].upper()}{text[1:].removesuffix('.')}."
 
 
 def label(cell: Cell) -> str:

@@ -12,6 +12,7 @@ from srdeploy.serve.bench.contents import (
     label,
     margin_text,
     points,
+    sentence,
     warnings,
 )
 from srdeploy.serve.bench.report_tables import (
@@ -35,7 +36,7 @@ def to_markdown(report: BenchReport) -> str:
     if len(report.cells) > 1:
         parts.append(_table(overview_table(report)))
     for cell in report.cells:
-        parts += [f"### {_escaped(label(cell))}", _escaped(design(cell))]
+        parts += [f"### {_escaped(label(cell))}", _escaped(sentence(design(cell)))]
         tables = (latency_table(cell), verdict_table(cell), cost_table(cell))
         parts += [_table(table) for table in tables if table is not None]
     if report.accuracy is not None:
@@ -63,7 +64,7 @@ def _verdicts(report: BenchReport) -> str:
             f"- **{MARKS[answer.verdict.outcome]}** "
             + _escaped(
                 f"{answer.claim}{where}: ratio {answer.ratio}, margin {margin}. "
-                f"{answer.verdict.reason}"
+                f"{sentence(answer.verdict.reason)}"
             )
         )
     for row in report.accuracy.rows if report.accuracy is not None else ():

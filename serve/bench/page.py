@@ -16,6 +16,7 @@ from srdeploy.serve.bench.contents import (
     margin_text,
     measures,
     points,
+    sentence,
     warnings,
 )
 from srdeploy.serve.bench.gallery import gallery
@@ -44,6 +45,26 @@ def bench_page(
 ) -> Report:
     """The page's contents. photos: those on which the artifacts differ most, with one mask per row
     of the accuracy; spec: their classes and colours, needed where there are photos."""
+    return Report(
+        title="Benchmark: " + ", ".join(artifact_names(report)),
+        lead=conditions(report),
+        verdicts=bench_cards(report),
+        sections=bench_sections(report, photos, spec),
+        command=report.command,
+        environment=report.environment,
+        warnings=warnings(report),
+    )
+
+
+def bench_cards(report: BenchReport) -> list[Verdict]:
+    """The verdicts: on latency, on exports against their checkpoints, and the gains of mIoU."""
+    return [*_latency_cards(report), *_accuracy_cards(report)]
+
+
+def bench_sections(
+    report: BenchReport, photos: Sequence["DifferingPhoto"], spec: Spec | None
+) -> list[Section]:
+    """Overview of several settings, each setting, accuracy, photos, machine; as in bench_page."""
     colours = {
         name: charts.COLOURS[index % len(charts.COLOURS)]
         for index, name in enumerate(artifact_names(report))
@@ -63,15 +84,7 @@ def bench_page(
         rows = [*report.machine.figures.items()]
         table = Table("While the latencies were measured", ("figure", "value"), rows, prose=True)
         sections.append(Section("Machine", tables=[table]))
-    return Report(
-        title="Benchmark: " + ", ".join(artifact_names(report)),
-        lead=conditions(report),
-        verdicts=[*_latency_cards(report), *_accuracy_cards(report)],
-        sections=sections,
-        command=report.command,
-        environment=report.environment,
-        warnings=warnings(report),
-    )
+    return sections
 
 
 def _latency_cards(report: BenchReport) -> list[Verdict]:
@@ -101,7 +114,7 @@ def _card(answer: Answer, several: bool) -> Verdict:
         verdict.outcome.value,
         PASSED[verdict.outcome],
         undecided=verdict.outcome is Outcome.NOT_SHOWN,
-        detail=verdict.reason,
+        detail=sentence(verdict.reason),
     )
 
 
@@ -147,7 +160,7 @@ def _cell(cell: Cell, anchor: str, colours: Mapping[str, str]) -> list[Section]:
     found = [
         Section(
             f"Latency: {label(cell)}",
-            text=_sentence(design(cell)),
+            text=sentence(design(cell)),
             tables=[table for table in tables if table is not None],
             charts=_latency_charts(cell, "end to end", colours),
             key=key,
@@ -257,7 +270,3 @@ def _hundredfold(share: float | None) -> float | None:
 
 def _key(names: Sequence[str], colours: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, colours[name]) for name in names]
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."

@@ -14,6 +14,7 @@ from srdeploy.serve.bench.contents import (
     milliseconds,
     points,
     ratio_text,
+    sentence,
     ways,
 )
 from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Footprint
@@ -71,7 +72,7 @@ def verdict_table(cell: Cell) -> Table | None:
                 f"{verdict.p_equivalent:.2g}",
                 f"{verdict.p_different:.2g}",
                 "-" if verdict.rounds_needed is None else str(verdict.rounds_needed),
-                verdict.reason,
+                sentence(verdict.reason),
             )
         )
     if not rows:

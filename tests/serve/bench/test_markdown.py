@@ -32,13 +32,13 @@ def test_verdicts_come_first_with_ratio_margin_and_reason(bench_report: BenchRep
     lines = [line for line in to_markdown(bench_report).splitlines() if line.startswith("- **")]
     starts = [line.split("**")[1] for line in lines]
     assert starts == ["✓ EQUIVALENT", "? NOT SHOWN", "✗ DIFFERENT", "✗ DIFFERS", "✓ matches"]
-    assert r"ratio 1.001 \[0.998, 1.004\], margin 1 %. The ratio lies within" in lines[0]
-    assert "about 31 rounds are needed" in lines[1]
+    assert r"ratio 1.001 \[0.998, 1.004\], margin 1 %. The ratio lies between 0.9982" in lines[0]
+    assert "about 31 rounds would tell, 12 were run." in lines[1]
 
 
 def test_warnings_environment_command_and_gain_are_there(bench_report: BenchReport) -> None:
     text = to_markdown(bench_report)
-    assert "> - The CPU governor is powersave" in text
+    assert "> - The CPU's governor is powersave" in text
     assert f"```sh\n{bench_report.command}\n```" in text
     assert "| onnxruntime | 1.24.1 |" in text
     assert r"mIoU gain in points \[95 %\]: +1.23 \[+0.51, +1.98\]" in text

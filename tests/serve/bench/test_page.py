@@ -101,7 +101,8 @@ def test_verdicts_carry_ratio_margin_and_reason(bench_report: BenchReport, page:
     assert len(cards) == len(asked) == 3
     for timing in asked:
         assert timing.verdict is not None
-        claim = cards[timing.verdict.reason]
+        reason = timing.verdict.reason
+        claim = cards[f"{reason[0].upper()}{reason[1:]}."]
         assert f"ratio {timing.ratio}, margin {100 * timing.verdict.margin:.3g} %" in claim
 
 
