@@ -3,7 +3,7 @@
     python benchmarks/camvid.py ../data/camvid --pretrained mobilenet_v2.safetensors
 
 Trains DeepLab-v2 on MobileNetV2 twice, equal but for self-regulation, exports and certifies both,
-scores checkpoints and files on val and test, and times the files against each other. Runs that
+scores checkpoints and files on val, and benchmarks the files against each other on test. Runs that
 are there are resumed or kept; exports are made anew. Every step is a `srdeploy` command, and the
 commands stand in the result.
 """
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from journal import Journal
+from journal import Journal, without_runs
 
 from srdeploy.environment import describe_environment
 from srdeploy.files import write_json
 
 KINDS = {"baseline": "--no-sr", "regulated": "--sr"}
-SPLITS = ("val", "test")
 
 
 def train(journal: Journal, kind: str, data: Path, pretrained: Path, steps: int, run: Path) -> None:
@@ -38,9 +37,10 @@ def main(
     data: Annotated[Path, typer.Argument(help="CamVid in the folder layout.")],
     pretrained: Annotated[Path, typer.Option(help="MobileNetV2's weights.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 600,
-    rounds: Annotated[int, typer.Option(help="Blocks of the latency comparison.")] = 100,
+    budget: Annotated[float, typer.Option(help="Seconds of the latency comparison.")] = 150,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     deploy: Annotated[Path, typer.Option(help="Folder of the exports.")] = Path("deploy"),
+    report: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("bench"),
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("camvid.json"),
 ) -> None:
     """Train, export, certify, evaluate and bench on CamVid."""
@@ -56,18 +56,17 @@ def main(
     }
     files = [deploy / name for name in names.values()]
     same_graph = journal.run("certify", *files)
-    scores: dict[str, Any] = {}
-    for kind, name in names.items():
-        for split in SPLITS:
-            for place, folder in (("torch", runs / name), ("onnx", deploy / name)):
-                found = journal.run("evaluate", folder, data, "--split", split)
-                scores.setdefault(kind, {}).setdefault(split, {})[place] = found
-    latency = journal.run(
-        *("bench", *map(str, files), "--exits-left-in", str(runs / names["regulated"])),
-        *("--rounds", str(rounds), "--threads", "1"),
-    )
-    for entry in latency["entries"]:
-        del entry["samples_ms"], entry["path"]  # long, and of a temporary folder
+    val: dict[str, Any] = {
+        kind: {
+            place: journal.run("evaluate", folder / name, data, "--split", "val")
+            for place, folder in (("torch", runs), ("onnx", deploy))
+        }
+        for kind, name in names.items()
+    }
+    words = ["bench", *map(str, files), "--data", str(data), "--split", "test", "--threads", "1"]
+    for name in names.values():
+        words += ["--checkpoint", str(runs / name)]
+    test = journal.run(*words, "--budget", str(budget), "--out", str(report))
     write_json(
         out,
         {
@@ -75,8 +74,8 @@ def main(
             "commands": journal.commands,
             "certificates": certificates,
             "same_graph": same_graph,
-            "scores": scores,
-            "latency": latency,
+            "val": val,
+            "test": without_runs(test),
         },
     )
 

@@ -9,6 +9,7 @@ graph in the same runtime: all variants run in turn, in one process.
 """
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +30,10 @@ from srdeploy.files import read_json, write_json, write_whole
 from srdeploy.imaging import fit, restore
 from srdeploy.metrics import Score
 from srdeploy.runs import open_run
-from srdeploy.serve.bench.measure import bench_images, compare_latency
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.serve.bench.matrix import bench_images
+from srdeploy.serve.bench.measure import Plan, Side, measure
+from srdeploy.serve.bench.statistics import ratio_interval
+from srdeploy.serve.runtime import Runtime, open_runtime
 
 TYPES = {
     "fp16": TypeOptions(precision="fp16"),
@@ -46,7 +49,7 @@ def main(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, one for each network.")],
     data: Annotated[Path, typer.Option(help="The data set that they were trained on.")],
     limit: Annotated[int, typer.Option(help="Photos of val to compare on.", min=1)] = 101,
-    rounds: Annotated[int, typer.Option(help="Blocks of each latency comparison.", min=2)] = 10,
+    budget: Annotated[float, typer.Option(help="Seconds of each latency comparison.")] = 60.0,
     calibration: Annotated[int, typer.Option(help="Photos that int8 is calibrated on.")] = 64,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all by default.")] = None,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("precisions.json"),
@@ -67,7 +70,7 @@ def main(
             files = convert_all(folder, run, calibration)
             rows = compare(files, dataset, limit, threads)
             for runtime in ("onnxruntime", "openvino"):
-                for variant, ratio in latency(files, runtime, dataset, rounds, threads).items():
+                for variant, ratio in latency(files, runtime, dataset, budget, threads).items():
                     rows[variant][runtime] = ratio
         networks[name] = rows
         write_json(
@@ -75,7 +78,7 @@ def main(
             {
                 "environment": describe_environment([*PACKAGES, "openvino"]),
                 "photos": min(limit, len(dataset)),
-                "rounds": rounds,
+                "budget_s": budget,
                 "calibration": calibration,
                 "threads": threads,
                 "networks": networks,
@@ -144,7 +147,7 @@ def compare(
 
 
 def latency(
-    files: dict[str, Path], runtime: str, dataset: DataSet, rounds: int, threads: int | None
+    files: dict[str, Path], runtime: str, dataset: DataSet, budget: float, threads: int | None
 ) -> dict[str, dict[str, Any]]:
     """Ratio to float32 of each variant that the runtime takes. OpenVINO computes bf16 in bf16 where
     the processor does, else in float32, and says so."""
@@ -155,28 +158,39 @@ def latency(
     }
     if runtime == "openvino" and computes_in_bf16(files["fp32"]):
         chosen["bf16"] = (files["fp32"], "bf16")
-    with ExitStack() as stack:
-        opened = [
-            stack.enter_context(
-                open_runtime(file, runtime=runtime, threads=threads, precision=precision)
-            )
-            for file, precision in chosen.values()
-        ]
-        twin = stack.enter_context(open_runtime(files["fp32"], runtime=runtime, threads=threads))
-        images = bench_images(opened[0], dataset, None, 1)
-        report = compare_latency(opened, images, rounds, names=list(chosen), twin=twin)
-    assert report.floor is not None
-    return {
-        entry.name: {
-            "computed_in": entry.precision,
-            "median_ms": entry.median_ms,
-            "ratio": [1.0, 1.0, 1.0]
-            if entry.ratio is None
-            else [entry.ratio.value, entry.ratio.low, entry.ratio.high],
-            "floor": [report.floor.value, report.floor.low, report.floor.high],
+    sides = [
+        Side(variant, opener(file, runtime, threads, precision))
+        for variant, (file, precision) in chosen.items()
+    ]
+    first = open_runtime(files["fp32"], runtime=runtime, threads=threads)
+    images = bench_images(first, dataset, None, 1)
+    found = measure(sides, images, Plan(budget_s=budget))
+    floor = interval(found.ratios(1))
+    rows = {}
+    for index, (variant, (file, precision)) in enumerate(chosen.items()):
+        with open_runtime(file, runtime=runtime, threads=threads, precision=precision) as opened:
+            computed = opened.precision
+        session = index + 1 if index else 0
+        rows[variant] = {
+            "computed_in": computed,
+            "median_ms": float(np.median(found.runs((session,)))),
+            "ratio": [1.0, 1.0, 1.0] if index == 0 else interval(found.ratios(session)),
+            "floor": floor,
         }
-        for entry in report.entries
-    }
+    return rows
+
+
+def opener(
+    file: Path, runtime: str, threads: int | None, precision: str | None
+) -> Callable[[int], Runtime]:
+    """Opens the same file again and again."""
+    return lambda _: open_runtime(file, runtime=runtime, threads=threads, precision=precision)
+
+
+def interval(log_ratios: list[float]) -> list[float]:
+    """[ratio, low, high], 95 %."""
+    found = ratio_interval(log_ratios)
+    return [found.value, found.low, found.high]
 
 
 def computes_in_bf16(file: Path) -> bool:

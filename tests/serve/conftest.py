@@ -3,6 +3,7 @@
 The colour graph's classes are the colours of the tiny data set: field is green, box red, disc blue.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,35 @@ def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
             paths[f"{kind}-{output}"] = folder / f"{kind}-{output}.onnx"
             onnx.save(model, str(paths[f"{kind}-{output}"]))
     return paths
+
+
+@pytest.fixture(scope="session")
+def with_exits(regulated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The regulated run's graph with the exits in."""
+    from srdeploy.cli.with_exits import export_with_exits
+
+    path = tmp_path_factory.mktemp("exits") / "with-exits.onnx"
+    export_with_exits(regulated_run, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def regulated_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The narrow run again, with exits beside its weights."""
+    import yaml
+
+    from srdeploy.models.weights import save_weights
+    from srdeploy.runs import load_network, open_run
+    from srdeploy.train.regulation import SelfRegulation
+    from srdeploy.train.regulation_config import RegulationConfig
+
+    folder = tmp_path_factory.mktemp("runs") / "regulated"
+    shutil.copytree(run_folder, folder)
+    settings = RegulationConfig(width=8)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["regulation"] = settings.model_dump(mode="json")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    regulated = SelfRegulation(load_network(open_run(folder)), 3, settings=settings)
+    assert regulated.exits is not None
+    save_weights(regulated.exits, folder / "exits.safetensors")
+    return folder

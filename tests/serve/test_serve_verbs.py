@@ -1,13 +1,11 @@
 """The verbs evaluate, predict and bench: one JSON object, exit codes, one line for bad input."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from srdeploy.runs import load_network, open_run
 
@@ -68,20 +66,6 @@ def test_predict_exits_with_1_where_a_photo_was_skipped(
     assert f"warning: skipped {broken}: not a readable image" in err
 
 
-def test_bench_prints_and_writes_one_report(
-    srdeploy: Verb, make_graph: MakeGraph, tiny_data: Path, tmp_path: Path
-) -> None:
-    graphs = make_graph("a.onnx"), make_graph("b.onnx")
-    options = ("--data", tiny_data, "--rounds", 2, "--threads", 1, "--out", tmp_path / "bench.json")
-    code, out, _ = srdeploy("bench", *graphs, *options, "--json")
-    assert code == 0
-    assert only_json(out) == json.loads((tmp_path / "bench.json").read_text())
-    code, out, _ = srdeploy("bench", *graphs, *options, "--size", "64x32")
-    assert code == 0
-    assert "latency, 32x64, batch 1" in out
-    assert "noise floor" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,9 +79,6 @@ def test_bench_prints_and_writes_one_report(
         (("predict", "{fixed}", "{data}/images", "--out", "{tmp}/out"), "not [1, 40, 48, 3]"),
         (("predict", "{graph}", "{tmp}/none", "--out", "{tmp}/out"), "no such file or folder"),
         (("predict", "{graph}", "{tmp}/empty", "--out", "{tmp}/out"), "no photos in"),
-        (("bench", "{graph}", "{fixed}", "--size", "40x48"), "not [1, 40, 48, 3]"),
-        (("bench", "{graph}", "--size", "big"), "height x width in pixels"),
-        (("bench", "{graph}", "--exits-left-in", "{tmp}/none"), "no such run folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -126,41 +107,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert all(line.startswith("warning: skipped") for line in err.splitlines()[:-1])
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "predict", "bench"])
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
 def test_every_verb_shows_an_example(srdeploy: Verb, verb: str) -> None:
     code, out, _ = srdeploy(verb, "--help")
     assert code == 0
     assert f"Example: srdeploy {verb} " in " ".join(out.split())
-
-
-def test_bench_times_the_graph_with_its_exits_left_in(
-    srdeploy: Verb,
-    exported: dict[str, Path],
-    regulated_run: Path,
-    with_exits: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def copy(run: Path, path: Path) -> None:
-        """In place of a second export, which takes seconds."""
-        assert run == regulated_run
-        shutil.copy(with_exits, path)
-
-    monkeypatch.setattr("srdeploy.cli.with_exits.export_with_exits", copy)
-    plain = exported["uint8-labels"]
-    short = ("--rounds", 2, "--threads", 1)
-    code, out, err = srdeploy("bench", plain, "--exits-left-in", regulated_run, *short, "--json")
-    assert code == 0, err
-    first, second = only_json(out)["entries"]
-    assert second["name"] == "exits left in"
-    assert second["weights"] > first["weights"]
-
-
-def test_exits_left_in_refuses_a_baseline(
-    srdeploy: Verb, run_folder: Path, make_graph: MakeGraph
-) -> None:
-    code, _, err = srdeploy("bench", make_graph(), "--exits-left-in", run_folder)
-    assert code == 2
-    assert "has no exits to leave in: it is a baseline run" in err
 
 
 def test_the_graph_with_exits_gives_the_plain_labels_and_every_exit(
@@ -183,32 +134,3 @@ def test_the_graph_with_exits_gives_the_plain_labels_and_every_exit(
         plain = Deployable(network, spec)(torch.from_numpy(images)).numpy()
     assert (labels == plain).mean() > 0.999
     assert all(one.shape[:2] == (2, 3) for one in exits)
-
-
-@pytest.fixture(scope="session")
-def with_exits(regulated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The regulated run's graph with the exits in."""
-    from srdeploy.cli.with_exits import export_with_exits
-
-    path = tmp_path_factory.mktemp("exits") / "with-exits.onnx"
-    export_with_exits(regulated_run, path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def regulated_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The narrow run again, with exits beside its weights."""
-    from srdeploy.models.weights import save_weights
-    from srdeploy.train.regulation import SelfRegulation
-    from srdeploy.train.regulation_config import RegulationConfig
-
-    folder = tmp_path_factory.mktemp("runs") / "regulated"
-    shutil.copytree(run_folder, folder)
-    settings = RegulationConfig(width=8)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["regulation"] = settings.model_dump(mode="json")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    regulated = SelfRegulation(load_network(open_run(folder)), 3, settings=settings)
-    assert regulated.exits is not None
-    save_weights(regulated.exits, folder / "exits.safetensors")
-    return folder
