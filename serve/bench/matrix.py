@@ -1,6 +1,7 @@
 """A whole benchmark: every setting in turn, then cost and accuracy, as one report."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ import numpy as np
 
 from srdeploy import console
 from srdeploy.environment import PACKAGES, describe_environment
-from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.serve.artifact import open_artifact
 from srdeploy.serve.bench.accuracy import DifferingPhoto, measure_accuracy
@@ -298,16 +298,17 @@ def bench_images(
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths; whole paths where those are not told apart by them."""
+    """The last parts of the paths; whole paths where those are not told apart by them. One that is
+    given twice is numbered."""
     short = [path.resolve().name for path in paths]
-    if len(set(short)) < len(short):
+    if len(set(short)) < len({path.resolve() for path in paths}):
         short = [str(path) for path in paths]
-    if len(set(short)) < len(short):
-        twice = next(name for name in short if short.count(name) > 1)
-        raise UserError(
-            f"{twice} is given twice: every benchmark compares the first artifact with itself"
-        )
-    return short
+    seen = Counter[str]()
+    names = []
+    for name in short:
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
 
 
 def _opener(bench: Bench, entry: Entry, setting: Setting) -> Callable[[int], Runtime]:

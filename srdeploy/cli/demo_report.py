@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from srdeploy.cli.with_exits import load_regulated
 from srdeploy.data import open_dataset
-from srdeploy.environment import describe_environment
 from srdeploy.export.certificate import Certificate
 from srdeploy.imaging import Pixels, colour_table, fit, restore
-from srdeploy.metrics import Scores, percent
+from srdeploy.metrics import percent
 from srdeploy.serve import charts
-from srdeploy.serve.bench.measure import Latency, LatencyReport
+from srdeploy.serve.bench.contents import warnings
+from srdeploy.serve.bench.page import bench_cards, bench_sections
+from srdeploy.serve.bench.results import BenchReport
 from srdeploy.serve.report import Picture, Report, Section, Table, Verdict, chart, drawing, photo
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import Spec
@@ -35,8 +34,8 @@ class DemoFindings:
     exports: dict[str, Certificate]
     same_graph: Certificate
     """Baseline's file against the regulated network's file."""
-    scores: dict[str, dict[str, Scores]]
-    latency: LatencyReport
+    bench: BenchReport
+    """Latency of both files and of the graph with its exits left in; accuracy on the test split."""
     curves: dict[str, list[dict[str, Any]]]
     """Records of metrics.jsonl."""
 
@@ -52,13 +51,13 @@ def demo_report(findings: DemoFindings) -> Report:
         verdicts=list(demo_verdicts(findings)),
         sections=[
             _pictures(findings),
-            _accuracy(findings),
-            _latency(findings),
+            *bench_sections(findings.bench, (), None),
             _certificates(findings),
             _training(findings),
         ],
-        command=f"srdeploy demo --steps {findings.steps} --seed {findings.seed}",
-        environment=describe_environment(),
+        command=findings.bench.command,
+        environment=findings.bench.environment,
+        warnings=warnings(findings.bench),
     )
 
 
@@ -76,26 +75,15 @@ def demo_verdicts(findings: DemoFindings) -> Iterator[Verdict]:
         "both certified" if certified else "not certified",
         certified,
     )
-    plain, left_in = findings.latency.entries[1:3]
-    yield _ratio_verdict("latency of regulated over baseline", plain)
-    yield _ratio_verdict("latency with the exits left in, over baseline", left_in)
-    gain = _miou(findings, "regulated") - _miou(findings, "baseline")
+    yield from bench_cards(findings.bench)
+    left_in = findings.bench.cells[0].rows[2].end_to_end.ratio
+    assert left_in is not None  # only the first artifact has none
     yield Verdict(
-        "points of test mIoU, regulated against baseline: one seed, so a sample, not a proof",
-        f"{100 * gain:+.2f} mIoU",
+        f"latency with the exits left in, over baseline; 95 % interval {left_in.low:.3f} to "
+        f"{left_in.high:.3f}: what stripping saves",
+        f"× {left_in.value:.3f}",
         None,
     )
-
-
-def _ratio_verdict(claim: str, entry: Latency) -> Verdict:
-    ratio = entry.ratio
-    assert ratio is not None  # only the first artifact has none
-    interval = f"95 % interval {ratio.low:.3f} to {ratio.high:.3f}"
-    return Verdict(f"{claim}; {interval}", f"× {ratio.value:.3f}", None)
-
-
-def _miou(findings: DemoFindings, kind: str) -> float:
-    return findings.scores[kind]["file"].miou
 
 
 def _pictures(findings: DemoFindings) -> Section:
@@ -140,70 +128,6 @@ def _mask(mask: Pixels, image: Pixels, truth: Pixels, spec: Spec) -> Picture:
     valid = truth != spec.ignore_index
     accuracy = float((own[valid] == truth[valid]).mean()) if valid.any() else None
     return drawing(colour_table(spec)[own], f"{percent(accuracy)} %")
-
-
-def _accuracy(findings: DemoFindings) -> Section:
-    scores = findings.scores
-    names = list(scores["baseline"]["file"].iou)
-    rows = []
-    for kind, found in scores.items():
-        for place, label in (("checkpoint", "torch"), ("file", "ONNX")):
-            one = found[place]
-            figures = (one.miou, one.pixel_accuracy, one.failure1, one.failure2)
-            rows.append([f"{kind}, {label}", *map(percent, figures)])
-    bars = {
-        kind: [None if v is None else 100 * v for v in found["file"].iou.values()]
-        for kind, found in scores.items()
-    }
-    return Section(
-        title="Accuracy on the test split",
-        text=(
-            "Failure-1: share of small objects that are missed. Failure-2: share of large objects' "
-            "pixels that are given to another class. For both, less is better."
-        ),
-        tables=[
-            Table(
-                "All figures in percent",
-                ("network", "mIoU", "pixel accuracy", "Failure-1", "Failure-2"),
-                rows,
-            )
-        ],
-        charts=[chart(charts.grouped_bars(names, bars, "IoU, %"), "IoU per class, ONNX files")],
-    )
-
-
-def _latency(findings: DemoFindings) -> Section:
-    report = findings.latency
-    rows = [
-        [
-            entry.name,
-            f"{entry.median_ms:.2f}",
-            f"{entry.p90_ms:.2f}",
-            f"{entry.p99_ms:.2f}",
-            "1" if entry.ratio is None else str(entry.ratio),
-            f"{entry.file_bytes / 1e6:.2f}",
-        ]
-        for entry in report.entries
-    ]
-    samples = {entry.name: np.asarray(entry.samples_ms) for entry in report.entries}
-    floor = "" if report.floor is None else f" The baseline against itself: {report.floor}."
-    height, width = report.size
-    return Section(
-        title="Latency",
-        text=(
-            f"onnxruntime on the CPU, {width}x{height}, batch {report.batch}; {report.rounds} "
-            f"interleaved blocks, each artifact twice in each.{floor} The graphs are identical, so "
-            "any further difference is noise of the machine."
-        ),
-        tables=[
-            Table(
-                "Wall time per image, milliseconds",
-                ("artifact", "median", "p90", "p99", "ratio of medians [95 %]", "file, MB"),
-                rows,
-            )
-        ],
-        charts=[chart(charts.distributions(samples, "ms"), "Latency of all runs")],
-    )
 
 
 def _certificates(findings: DemoFindings) -> Section:

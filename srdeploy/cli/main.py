@@ -13,6 +13,7 @@ import typer
 from srdeploy import __version__, console
 from srdeploy.cli import (
     bench_train_verb,
+    bench_verb,
     certify_verb,
     data_verbs,
     demo_verb,
@@ -62,6 +63,7 @@ export_verbs.register(app)
 certify_verb.register(app)
 strip_verb.register(app)
 serve_verbs.register(app)
+bench_verb.register(app)
 bench_train_verb.register(app)
 inspect_verb.register(app)
 model_verbs.register(app)
