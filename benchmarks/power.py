@@ -24,7 +24,7 @@ from srdeploy.files import write_json
 from srdeploy.imaging import Pixels
 from srdeploy.serve.bench.measure import Plan, Session, Side, measure
 from srdeploy.serve.bench.results import Outcome
-from srdeploy.serve.bench.statistics import judge
+from srdeploy.serve.bench.verdict import judge
 from srdeploy.validation import Settings
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)

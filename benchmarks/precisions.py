@@ -32,7 +32,7 @@ from srdeploy.metrics import Score
 from srdeploy.runs import open_run
 from srdeploy.serve.bench.matrix import bench_images
 from srdeploy.serve.bench.measure import Plan, Side, measure
-from srdeploy.serve.bench.statistics import ratio_interval
+from srdeploy.serve.bench.verdict import ratio_interval
 from srdeploy.serve.runtime import Runtime, open_runtime
 
 TYPES = {

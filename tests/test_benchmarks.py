@@ -40,7 +40,8 @@ def test_step_cost_reports_time_and_memory_of_every_variant(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "script", ["step_cost.py", "camvid.py", "verdicts.py", "precisions.py", "power.py"]
+    "script",
+    ["step_cost.py", "camvid.py", "verdicts.py", "precisions.py", "power.py", "one_convolution.py"],
 )
 def test_every_benchmark_says_what_it_does(script: str) -> None:
     result = run(script, "--help")

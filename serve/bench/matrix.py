@@ -21,7 +21,7 @@ from srdeploy.serve.bench.machine import MachineWatch
 from srdeploy.serve.bench.macs import artifact_macs
 from srdeploy.serve.bench.measure import Measured, Plan, Side, measure
 from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Footprint, Row, Timing
-from srdeploy.serve.bench.statistics import judge, quantiles, ratio_interval
+from srdeploy.serve.bench.verdict import judge, quantiles, ratio_interval
 from srdeploy.serve.evaluate import check_same_classes
 from srdeploy.serve.runtime import Runtime, open_runtime
 from srdeploy.spec import Spec

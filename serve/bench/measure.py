@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from srdeploy import console
 from srdeploy.imaging import Pixels
-from srdeploy.serve.bench.statistics import enough, plainly_different, round_log_ratio
+from srdeploy.serve.bench.verdict import enough, plainly_different, round_log_ratio
 from srdeploy.validation import Settings
 
 Floats = npt.NDArray[np.float64]

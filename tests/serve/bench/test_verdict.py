@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from srdeploy.serve.bench.results import Outcome
-from srdeploy.serve.bench.statistics import (
+from srdeploy.serve.bench.verdict import (
     enough,
     judge,
     noise_floor,
