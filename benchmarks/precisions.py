@@ -30,7 +30,7 @@ from srdeploy.files import read_json, write_json, write_whole
 from srdeploy.imaging import fit, restore
 from srdeploy.metrics import Score
 from srdeploy.runs import open_run
-from srdeploy.serve.bench.matrix import bench_images
+from srdeploy.serve.bench.entries import bench_images
 from srdeploy.serve.bench.measure import Plan, Side, measure
 from srdeploy.serve.bench.verdict import ratio_interval
 from srdeploy.serve.runtime import Runtime, open_runtime

@@ -1,76 +1,34 @@
 """A whole benchmark: every setting in turn, then cost and accuracy, as one report."""
 
-import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from srdeploy import console
 from srdeploy.environment import PACKAGES, describe_environment
-from srdeploy.imaging import Pixels, fit
+from srdeploy.files import sha256_of
+from srdeploy.imaging import Pixels
 from srdeploy.serve.artifact import open_artifact
 from srdeploy.serve.bench.accuracy import DifferingPhoto, measure_accuracy
+from srdeploy.serve.bench.entries import NO_GRAPH, Entry, Setting, bench_images
 from srdeploy.serve.bench.footprint import measure_footprint
 from srdeploy.serve.bench.machine import MachineWatch
 from srdeploy.serve.bench.macs import artifact_macs
 from srdeploy.serve.bench.measure import Measured, Plan, Side, measure
+from srdeploy.serve.bench.partial import PartialFile
 from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Footprint, Row, Timing
 from srdeploy.serve.bench.verdict import judge, quantiles, ratio_interval
 from srdeploy.serve.evaluate import check_same_classes
 from srdeploy.serve.runtime import Runtime, open_runtime
-from srdeploy.spec import Spec
 
 if TYPE_CHECKING:
     from srdeploy.data import DataSet
-
-
-NO_GRAPH = ("torch", "tensorrt")
-"""Runtimes that do not run a graph's file."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How one cell of the matrix is run."""
-
-    runtime: str
-    precision: str | None
-    """None: what the artifacts say."""
-    batch: int
-    size: tuple[int, int] | None
-    """(height, width); None: the first artifact's usual one."""
-
-    @property
-    def arithmetic(self) -> str | None:
-        """What open_runtime is told: OpenVINO alone has a choice, elsewhere the file decides."""
-        return self.precision if self.runtime == "openvino" else None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One artifact of the comparison."""
-
-    name: str
-    path: Path
-    checkpoint: Path | None = None
-    """The run that it was exported from, which it must match."""
-    spec: Spec | None = None
-    """For a file that carries none."""
-    judged: bool = True
-    """False: a row to be looked at, without verdict or accuracy."""
-    forms: Mapping[tuple[str, str | None], tuple[Path, ...]] = field(default_factory=dict)
-    """By (runtime, precision), where that does not run `path` itself: what it runs instead, such as
-    the checkpoint in torch. Several are builds of one artifact, and take turns."""
-
-    def file(self, setting: Setting, opening: int = 0) -> Path:
-        """What is opened under `setting` at the `opening`th time."""
-        builds = self.forms.get((setting.runtime, setting.precision), (self.path,))
-        return builds[opening % len(builds)]
 
 
 @dataclass(frozen=True)
@@ -98,17 +56,25 @@ class Bench:
         )
 
     def run(
-        self, entries: Sequence[Entry], settings: Sequence[Setting], command: str
+        self,
+        entries: Sequence[Entry],
+        settings: Sequence[Setting],
+        command: str,
+        partial: PartialFile | None = None,
     ) -> tuple[BenchReport, list[DifferingPhoto]]:
         """Measures everything; the first entry is the baseline of every cell.
 
         Every artifact runs once under every setting before anything is timed, so that what can't
-        be run is said at once. Raises UserError.
+        be run is said at once. partial: keeps each cell, and gives those that are there already.
+        Raises UserError.
         """
-        trials = [self._try(entries, setting) for setting in settings]
+        kept = partial if partial is not None else PartialFile(None, resume=False)
+        cells = [*kept.begin(self._request(entries, settings))]
+        trials = [self._try(entries, setting) for setting in settings[len(cells) :]]
         with MachineWatch(self.device, self.threads) as watch:
-            measured = [self._measure(trial, watch.sample) for trial in trials]
-        cells = [self._cell(*one) for one in zip(trials, measured, strict=True)]
+            for trial in trials:
+                cells.append(self._cell(trial, self._measure(trial, watch.sample)))
+                kept.add(cells[-1])
         accuracy, photos = self._accuracy(entries, settings[0])
         report = BenchReport(
             made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -120,6 +86,25 @@ class Bench:
             machine=watch.report(),
         )
         return report, photos
+
+    def _request(self, entries: Sequence[Entry], settings: Sequence[Setting]) -> dict[str, Any]:
+        """What the cells depend on, as JSON."""
+        files = {
+            f"{entry.name} for {setting.runtime} {setting.precision}": sha256_of(
+                open_artifact(entry.file(setting)).file
+            )
+            for entry in entries
+            for setting in settings
+        }
+        request = {
+            "files": files,
+            "settings": [asdict(one) for one in settings],
+            "plan": self.plan.model_dump(),
+            "device": self.device,
+            "threads": self.threads,
+            "costs": self.costs,
+        }
+        return cast(dict[str, Any], json.loads(json.dumps(request)))
 
     def _try(self, entries: Sequence[Entry], setting: Setting) -> "_Trial":
         images: Pixels | None = None
@@ -273,44 +258,6 @@ class _Trial:
         return f"{' '.join(words)}, batch {setting.batch}, {height}x{width}"
 
 
-def every_setting(
-    runtimes: Sequence[str],
-    precisions: Sequence[str | None],
-    batches: Sequence[int],
-    sizes: Sequence[tuple[int, int] | None],
-) -> list[Setting]:
-    """All combinations, the last varying fastest."""
-    return [Setting(*one) for one in itertools.product(runtimes, precisions, batches, sizes)]
-
-
-def bench_images(
-    runtime: Runtime, dataset: "DataSet | None", size: tuple[int, int] | None, batch: int
-) -> Pixels:
-    """uint8 [batch, H, W, 3]: the data set's first photos, brought to the size, or noise."""
-    _, height, width, _ = runtime.input_shape
-    usual = runtime.spec.input.usual
-    wanted = size if size is not None else (height or usual[0], width or usual[1])
-    if dataset is None:
-        noise = np.random.default_rng(0).integers(0, 256, (batch, *wanted, 3))
-        return noise.astype(np.uint8)
-    photos = [dataset.read(index % len(dataset))[0] for index in range(batch)]
-    return np.stack([_resized(fit(photo, runtime.spec), wanted) for photo in photos])
-
-
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths; whole paths where those are not told apart by them. One that is
-    given twice is numbered."""
-    short = [path.resolve().name for path in paths]
-    if len(set(short)) < len({path.resolve() for path in paths}):
-        short = [str(path) for path in paths]
-    seen = Counter[str]()
-    names = []
-    for name in short:
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return names
-
-
 def _opener(bench: Bench, entry: Entry, setting: Setting) -> Callable[[int], Runtime]:
     return lambda opening: bench.open(entry, setting, opening)
 
@@ -330,10 +277,3 @@ def _timing(found: Measured, index: int, judged: bool, margin: float, device: bo
         round_ratios=tuple(np.exp(ratios).tolist()),
         rounds_ms=tuple(tuple(round(ms, 4) for ms in one) for one in rounds),
     )
-
-
-def _resized(photo: Pixels, size: tuple[int, int]) -> Pixels:
-    from PIL import Image
-
-    picture = Image.fromarray(photo).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(picture)

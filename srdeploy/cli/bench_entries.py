@@ -11,7 +11,7 @@ from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.serve.artifact import Artifact, open_artifact
 from srdeploy.serve.bench.checkpoints import find_checkpoints
-from srdeploy.serve.bench.matrix import NO_GRAPH, Entry, Setting, short_names
+from srdeploy.serve.bench.entries import NO_GRAPH, Entry, Setting, short_names
 from srdeploy.serve.runtime import choose_runtime, parse_device
 from srdeploy.spec import Spec
 

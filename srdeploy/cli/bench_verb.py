@@ -88,6 +88,9 @@ def bench(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown; with --out, write report.md too.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a benchmark that was stopped in --out.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -114,8 +117,10 @@ def bench(
     from srdeploy.cli.bench_entries import entries_for
     from srdeploy.data import open_dataset, spec_for
     from srdeploy.serve.artifact import spec_from_classes
-    from srdeploy.serve.bench.matrix import Bench, every_setting
+    from srdeploy.serve.bench.entries import every_setting
+    from srdeploy.serve.bench.matrix import Bench
     from srdeploy.serve.bench.measure import Plan
+    from srdeploy.serve.bench.partial import PartialFile
     from srdeploy.validation import parse_size
 
     console.set_quiet(quiet or as_json)
@@ -126,6 +131,7 @@ def bench(
         _several(batch, "--batch", _count),
         [None] if size is None else _several(size, "--size", lambda one: parse_size(one, "--size")),
     )
+    partial = PartialFile(out, resume)
     dataset = open_dataset(data, split) if data is not None else None
     plan = Plan(margin=margin / 100, budget_s=budget)
     job = Bench(device, threads, plan, dataset, limit, costs)
@@ -138,10 +144,13 @@ def bench(
         device=device,
         spec=spec_from_classes(classes) if classes is not None else None,
     ) as entries:
-        report, photos = job.run(entries, settings, shlex.join(["srdeploy", *sys.argv[1:]]))
+        report, photos = job.run(
+            entries, settings, shlex.join(["srdeploy", *sys.argv[1:]]), partial
+        )
     if out is not None:
         spec = spec_for(dataset) if dataset is not None else None
         _write(report, photos, spec, out, markdown)
+        partial.end()
     if as_json:
         console.print_json(report.model_dump(mode="json"))
     elif markdown:

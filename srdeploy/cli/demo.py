@@ -17,7 +17,8 @@ from srdeploy.export.pipeline import export_run
 from srdeploy.files import read_json, write_json
 from srdeploy.runs import METRICS, STATE, NetworkConfig
 from srdeploy.serve.artifact import MODEL
-from srdeploy.serve.bench.matrix import Bench, Entry, Setting
+from srdeploy.serve.bench.entries import Entry, Setting
+from srdeploy.serve.bench.matrix import Bench
 from srdeploy.serve.bench.measure import Plan
 from srdeploy.serve.bench.results import BenchReport, CheckpointMatch
 from srdeploy.serve.predict import predict_folder

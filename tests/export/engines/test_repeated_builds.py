@@ -9,7 +9,7 @@ import pytest
 from srdeploy.cli.bench_entries import entries_for
 from srdeploy.errors import UserError
 from srdeploy.export.engines.build import BuildOptions, build_engine
-from srdeploy.serve.bench.matrix import Setting
+from srdeploy.serve.bench.entries import Setting
 from srdeploy.serve.engine_file import Profile, read_sidecar
 
 MakeTyped = Callable[..., Path]

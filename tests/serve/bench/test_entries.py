@@ -9,7 +9,7 @@ import pytest
 from srdeploy.cli.bench_entries import entries_for
 from srdeploy.errors import UserError
 from srdeploy.files import sha256_of, write_json
-from srdeploy.serve.bench.matrix import Setting, every_setting
+from srdeploy.serve.bench.entries import Setting, every_setting
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.serve.signature import read_signature
 from srdeploy.spec import Spec

@@ -1,22 +1,25 @@
 """A whole benchmark on graphs with known answers: what stands in its report."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from srdeploy.data import open_dataset
 from srdeploy.errors import UserError
-from srdeploy.serve.bench.matrix import (
-    Bench,
+from srdeploy.serve.bench.entries import (
     Entry,
     Setting,
     bench_images,
     every_setting,
     short_names,
 )
-from srdeploy.serve.bench.measure import Plan
+from srdeploy.serve.bench.matrix import Bench
+from srdeploy.serve.bench.measure import Measured, Plan, measure
+from srdeploy.serve.bench.partial import PartialFile
 from srdeploy.serve.bench.results import BenchReport, Outcome
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import Spec
@@ -192,3 +195,46 @@ def test_names_are_short_where_that_tells_them_apart() -> None:
     assert short_names([Path("a/x.onnx"), Path("a/y.onnx")]) == ["x.onnx", "y.onnx"]
     assert short_names([Path("a/m.onnx"), Path("b/m.onnx")]) == ["a/m.onnx", "b/m.onnx"]
     assert short_names([Path("m.onnx"), Path("m.onnx")]) == ["m.onnx", "m.onnx (2)"]
+
+
+def test_a_stopped_benchmark_goes_on_with_the_settings_that_are_left(
+    make_graph: MakeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Bench(threads=1, plan=BRIEF, costs=False)
+    chosen = entries(make_graph())
+    settings = every_setting(["auto"], [None], [1, 2], [(32, 32)])
+    calls: list[int] = []
+
+    def stopped_at_the_second(*arguments: Any, **options: Any) -> Measured:
+        calls.append(arguments[1].shape[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr("srdeploy.serve.bench.matrix.measure", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(chosen, settings, "srdeploy bench", PartialFile(tmp_path, resume=False))
+    kept = (tmp_path / "partial.json").read_text()
+    file = PartialFile(tmp_path, resume=True)
+    report, _ = job.run(chosen, settings, "srdeploy bench", file)
+    assert calls == [1, 2, 2]
+    assert [cell.batch for cell in report.cells] == [1, 2]
+    assert report.cells[0].model_dump(mode="json") == json.loads(kept)["cells"][0]
+    file.end()
+    assert not (tmp_path / "partial.json").exists()
+
+
+def test_only_the_same_benchmark_is_resumed(make_graph: MakeGraph, tmp_path: Path) -> None:
+    chosen = entries(make_graph())
+    job = Bench(threads=1, plan=BRIEF, costs=False)
+    job.run(chosen, [AUTO], "srdeploy bench", PartialFile(tmp_path, resume=False))
+    make_graph(work=1)  # another graph under the same name
+    with pytest.raises(UserError, match="of another benchmark .files differs"):
+        job.run(chosen, [AUTO], "srdeploy bench", PartialFile(tmp_path, resume=True))
+
+
+def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no partial.json"):
+        PartialFile(tmp_path, resume=True)
+    with pytest.raises(UserError, match="--out names no folder"):
+        PartialFile(None, resume=True)

@@ -1,0 +1,104 @@
+"""What is compared, under which settings, and on which images."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from srdeploy.imaging import Pixels, fit
+from srdeploy.serve.runtime import Runtime
+from srdeploy.spec import Spec
+
+if TYPE_CHECKING:
+    from srdeploy.data import DataSet
+
+NO_GRAPH = ("torch", "tensorrt")
+"""Runtimes that do not run a graph's file."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one cell of the matrix is run."""
+
+    runtime: str
+    precision: str | None
+    """None: what the artifacts say."""
+    batch: int
+    size: tuple[int, int] | None
+    """(height, width); None: the first artifact's usual one."""
+
+    @property
+    def arithmetic(self) -> str | None:
+        """What open_runtime is told: OpenVINO alone has a choice, elsewhere the file decides."""
+        return self.precision if self.runtime == "openvino" else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact of the comparison."""
+
+    name: str
+    path: Path
+    checkpoint: Path | None = None
+    """The run that it was exported from, which it must match."""
+    spec: Spec | None = None
+    """For a file that carries none."""
+    judged: bool = True
+    """False: a row to be looked at, without verdict or accuracy."""
+    forms: Mapping[tuple[str, str | None], tuple[Path, ...]] = field(default_factory=dict)
+    """By (runtime, precision), where that does not run `path` itself: what it runs instead, such as
+    the checkpoint in torch. Several are builds of one artifact, and take turns."""
+
+    def file(self, setting: Setting, opening: int = 0) -> Path:
+        """What is opened under `setting` at the `opening`th time."""
+        builds = self.forms.get((setting.runtime, setting.precision), (self.path,))
+        return builds[opening % len(builds)]
+
+
+def every_setting(
+    runtimes: Sequence[str],
+    precisions: Sequence[str | None],
+    batches: Sequence[int],
+    sizes: Sequence[tuple[int, int] | None],
+) -> list[Setting]:
+    """All combinations, the last varying fastest."""
+    return [Setting(*one) for one in itertools.product(runtimes, precisions, batches, sizes)]
+
+
+def bench_images(
+    runtime: Runtime, dataset: "DataSet | None", size: tuple[int, int] | None, batch: int
+) -> Pixels:
+    """uint8 [batch, H, W, 3]: the data set's first photos, brought to the size, or noise."""
+    _, height, width, _ = runtime.input_shape
+    usual = runtime.spec.input.usual
+    wanted = size if size is not None else (height or usual[0], width or usual[1])
+    if dataset is None:
+        noise = np.random.default_rng(0).integers(0, 256, (batch, *wanted, 3))
+        return noise.astype(np.uint8)
+    photos = [dataset.read(index % len(dataset))[0] for index in range(batch)]
+    return np.stack([_resized(fit(photo, runtime.spec), wanted) for photo in photos])
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths; whole paths where those are not told apart by them. One that is
+    given twice is numbered."""
+    short = [path.resolve().name for path in paths]
+    if len(set(short)) < len({path.resolve() for path in paths}):
+        short = [str(path) for path in paths]
+    seen = Counter[str]()
+    names = []
+    for name in short:
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def _resized(photo: Pixels, size: tuple[int, int]) -> Pixels:
+    from PIL import Image
+
+    picture = Image.fromarray(photo).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
