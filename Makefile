@@ -52,12 +52,18 @@ check-wheel: $(READY)
 # make bench CAMVID=folder MOBILENET=file.safetensors also repeats what needs data and weights.
 CAMVID ?=
 MOBILENET ?=
+SCRIPT := $(BIN)/python benchmarks
 bench: $(READY)
 	mkdir -p bench
-	$(BIN)/python benchmarks/step_cost.py --out bench/step-cost.json
+	$(SCRIPT)/power.py --out bench/power.json
+	$(SCRIPT)/step_cost.py --out bench/step-cost.json
 ifneq ($(CAMVID),)
-	$(BIN)/python benchmarks/certify_networks.py $(CAMVID) --out bench/certificates.json
-	$(BIN)/python benchmarks/camvid.py $(CAMVID) --pretrained $(MOBILENET) --out bench/camvid.json
+	$(SCRIPT)/camvid.py $(CAMVID) --pretrained $(MOBILENET) --runs bench/runs --deploy bench/deploy \
+		--report bench/camvid --out bench/camvid.json
+	$(SCRIPT)/one_convolution.py bench/deploy/camvid-baseline backbone.features.1 \
+		--out bench/one-convolution.json
+	$(SCRIPT)/precisions.py bench/runs/camvid-baseline --data $(CAMVID) --out bench/precisions.json
+	$(SCRIPT)/verdicts.py $(CAMVID) --out bench/verdicts.json
 else
 	@echo "CamVid's figures were NOT repeated: give CAMVID=folder and MOBILENET=file.safetensors"
 endif

@@ -18,7 +18,8 @@ README = ROOT / "README.md"
 SMALLER = {
     ("data", "synth"): "--train 8 --val 3 --test 3",
     ("train",): "--steps 3 --batch 2 --crop 64x64",
-    ("bench",): "--rounds 2",
+    ("bench", "train"): "--rounds 3 --size 32x32 --option width_mult=0.25",
+    ("bench",): "--budget 1 --threads 1",
 }
 
 
@@ -36,6 +37,7 @@ def smaller(command: str) -> list[str]:
     for verb, more in SMALLER.items():
         if tuple(words[: len(verb)]) == verb:
             words = [*words, *shlex.split(more)]
+            break
     if words[0] == "train" and "--network" not in words:
         words += ["--option", "width_mult=0.25"]
     return words
@@ -115,6 +117,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             failed = [line["name"] for line in certificate["lines"] if line["passed"] is False]
             assert failed == ["verification"], told
+        elif result.returncode == 1 and command.startswith("srdeploy bench "):
+            # A second of a busy machine shows nothing, and says so.
+            assert "NOT SHOWN" in result.stderr or "DIFFERENT" in result.stderr, told
         else:
             assert result.returncode == 0, told
     return folder
@@ -142,6 +147,8 @@ def test_the_commands_of_the_readme_leave_what_they_promise(workshop: Path) -> N
         assert (workshop / name).is_file()
     for name in ("fp16/differences.html", "int8/model.onnx"):
         assert (workshop / f"deploy/regulated-{name}").is_file()
+    for name in ("bench/report.html", "bench/report.json", "matrix/report.html"):
+        assert (workshop / name).is_file()
     assert (workshop / "deploy" / "rtx" / "model.sm89.engine.json").is_file()
     assert (workshop / "repository" / "regulated" / "config.pbtxt").is_file()
 
