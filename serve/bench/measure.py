@@ -132,9 +132,9 @@ def measure(
     """Times `sides` on `images` uint8 [N, H, W, 3]; the first is the baseline.
 
     sample: called after each round's last run, while the device is still as it was. clock: seconds.
-    Measuring goes on until the spread of the
-    rounds is small enough to show equality within the margin (the ratio itself is not looked at),
-    a difference is beyond all doubt, or the budget is spent.
+    Measuring goes on until the spread of the rounds is small enough to show equality within the
+    margin (the ratio itself is not looked at), a difference is beyond all doubt, or the budget is
+    spent.
     """
     assert sides
     found = Measured(settled=[True] * (len(sides) + 1))
