@@ -1,6 +1,7 @@
 """A whole benchmark: every setting in turn, then cost and accuracy, as one report."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,7 +23,15 @@ from srdeploy.serve.bench.machine import MachineWatch
 from srdeploy.serve.bench.macs import artifact_macs
 from srdeploy.serve.bench.measure import Measured, Plan, Side, measure
 from srdeploy.serve.bench.partial import PartialFile
-from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Footprint, Row, Timing
+from srdeploy.serve.bench.results import (
+    Accuracy,
+    BenchReport,
+    Cell,
+    Footprint,
+    Row,
+    Timing,
+    Verdict,
+)
 from srdeploy.serve.bench.verdict import judge, quantiles, ratio_interval
 from srdeploy.serve.evaluate import check_same_classes
 from srdeploy.serve.runtime import Runtime, open_runtime
@@ -273,7 +282,17 @@ def _timing(found: Measured, index: int, judged: bool, margin: float, device: bo
     return Timing(
         quantiles=quantiles(rounds),
         ratio=ratio_interval(ratios) if index else None,
-        verdict=judge(ratios, found.ratios(1, device), margin) if index and judged else None,
+        verdict=_verdict(found, ratios, margin, device) if index and judged else None,
         round_ratios=tuple(np.exp(ratios).tolist()),
         rounds_ms=tuple(tuple(round(ms, 4) for ms in one) for one in rounds),
     )
+
+
+def _verdict(found: Measured, ratios: Sequence[float], margin: float, device: bool) -> Verdict:
+    """The verdict, with the budget that the rounds it asks for would take on this machine."""
+    verdict = judge(ratios, found.ratios(1, device), margin)
+    if verdict.rounds_needed is None:
+        return verdict
+    seconds = 1.1 * found.seconds * verdict.rounds_needed / len(found.end_to_end)
+    budget = 10 * math.ceil(seconds / 10)
+    return verdict.model_copy(update={"reason": f"{verdict.reason} (--budget {budget})"})

@@ -48,7 +48,7 @@ class Plan(Settings):
     """No round begins that would probably end after this."""
     least_rounds: int = 8
     """Before stopping early is thought of: a spread of fewer rounds is known too badly."""
-    most_rounds: int = 120
+    most_rounds: int = 2000
 
 
 class Session(Protocol):

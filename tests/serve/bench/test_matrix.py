@@ -238,3 +238,18 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
         PartialFile(tmp_path, resume=True)
     with pytest.raises(UserError, match="--out names no folder"):
         PartialFile(None, resume=True)
+
+
+def test_what_is_not_shown_says_which_budget_would_show_it(make_graph: MakeGraph) -> None:
+    chosen = entries(make_graph("a.onnx"), make_graph("b.onnx"))
+    job = Bench(threads=1, plan=Plan(margin=1e-3, budget_s=0.5), costs=False)
+    report, _ = job.run(chosen, [AUTO], "srdeploy bench")
+    (cell,) = report.cells
+    verdict = cell.rows[1].end_to_end.verdict
+    assert verdict is not None
+    if verdict.rounds_needed is None:
+        assert "--budget" not in verdict.reason
+    else:
+        budget = int(verdict.reason.split("--budget ")[1].rstrip(")"))
+        least = cell.seconds * verdict.rounds_needed / cell.rounds
+        assert least <= budget <= 1.1 * least + 10
