@@ -57,13 +57,13 @@ bench: $(READY)
 	mkdir -p bench
 	$(SCRIPT)/power.py --out bench/power.json
 	$(SCRIPT)/step_cost.py --out bench/step-cost.json
+	$(SCRIPT)/verdicts.py --out bench/verdicts.json
 ifneq ($(CAMVID),)
 	$(SCRIPT)/camvid.py $(CAMVID) --pretrained $(MOBILENET) --runs bench/runs --deploy bench/deploy \
 		--report bench/camvid --out bench/camvid.json
 	$(SCRIPT)/one_convolution.py bench/deploy/camvid-baseline backbone.features.1 \
 		--out bench/one-convolution.json
 	$(SCRIPT)/precisions.py bench/runs/camvid-baseline --data $(CAMVID) --out bench/precisions.json
-	$(SCRIPT)/verdicts.py $(CAMVID) --out bench/verdicts.json
 else
 	@echo "CamVid's figures were NOT repeated: give CAMVID=folder and MOBILENET=file.safetensors"
 endif

@@ -100,6 +100,8 @@ def test_a_browser_shows_the_demos_report(
         wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
         browser.close()
     assert faults == []
-    assert verdicts == ["identical graphs", "both certified"]
+    # Whether latency is shown to be equal depends on what else the machine does.
+    certain = [verdict for verdict in verdicts if verdict != "EQUIVALENT"]
+    assert certain == ["identical graphs", "both certified", "matches", "matches"]
     assert pictures == 6 * (4 + 5)
     assert not wide
