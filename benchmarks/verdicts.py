@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from journal import Journal, without_runs
 
+from srdeploy.data.synth import synthesise
 from srdeploy.environment import describe_environment
 from srdeploy.files import read_json, write_json
 
@@ -35,7 +36,7 @@ def examine(
 ) -> dict[str, Any]:
     """Certificates and benchmark of one network."""
     data = folder / "scenes"
-    journal.run("data", "synth", data, "--train", "8", "--val", "4", "--test", "1")
+    synthesise(data, train=8, val=4, test=1)
     certificates = {}
     for kind, flag in (("baseline", "--no-sr"), ("regulated", "--sr")):
         journal.run(
