@@ -191,12 +191,12 @@ def _cpu_warnings(
     if shares.others is not None and shares.others > OTHERS:
         found.append(
             f"other processes took {100 * shares.others:.0f} % of the CPU while measuring: close "
-            "them, or take more rounds"
+            "them, or give a larger --budget"
         )
     if shares.stolen is not None and shares.stolen > STOLEN:
         found.append(
             f"{100 * shares.stolen:.0f} % steal time: the host gave this virtual machine's cores "
-            "to others; take more rounds, or a machine of your own"
+            "to others; give a larger --budget, or a machine of your own"
         )
     if slow := end.governors - {"performance"}:
         found.append(
