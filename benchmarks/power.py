@@ -112,8 +112,11 @@ def one_benchmark(noise: Noise, shift: float, seed: int, plan: Plan) -> dict[str
     found = measure(sides, IMAGES, plan, clock=lambda: machine.now)
     ratios = found.ratios(2)
     verdict = judge(ratios, found.ratios(1), plan.margin)
+    beyond = shift > verdict.margin
+    wrong = verdict.outcome is (Outcome.EQUIVALENT if beyond else Outcome.DIFFERENT)
     return {
         "outcome": verdict.outcome,
+        "wrong": wrong,
         "margin": verdict.margin,
         "rounds": len(ratios),
         "seconds": found.seconds,
@@ -122,13 +125,15 @@ def one_benchmark(noise: Noise, shift: float, seed: int, plan: Plan) -> dict[str
 
 
 def rates(noise: Noise, shift: float, benches: int, plan: Plan) -> dict[str, Any]:
-    """Shares of the outcomes over `benches` benchmarks, and medians of the rest."""
+    """Shares of the outcomes, and of those that are wrong by their own margin (which may have been
+    raised to the floor), over `benches` benchmarks; medians of the rest."""
     found = [one_benchmark(noise, shift, seed, plan) for seed in range(benches)]
     outcomes = Counter(one["outcome"] for one in found)
     return {
         "shift": shift,
         "benches": benches,
         **{outcome.value: outcomes[outcome] / benches for outcome in Outcome},
+        "wrong": sum(one["wrong"] for one in found) / benches,
         **{
             f"median_{name}": float(np.median([one[name] for one in found]))
             for name in ("margin", "rounds", "seconds", "deviation")
@@ -139,7 +144,7 @@ def rates(noise: Noise, shift: float, benches: int, plan: Plan) -> dict[str, Any
 def main(
     shifts: Annotated[str, typer.Option(help="True shifts in percent.")] = "0,0.5,1,3",
     benches: Annotated[int, typer.Option(help="Benchmarks per shift.", min=1)] = 100,
-    machine: Annotated[str, typer.Option(help=f"Of {', '.join(MACHINES)}.")] = "shared",
+    machines: Annotated[str, typer.Option(help="Which machines.")] = ",".join(MACHINES),
     budget: Annotated[float, typer.Option(help="Simulated seconds, as --budget.")] = 120.0,
     out: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON on stdout.")] = False,
@@ -147,27 +152,39 @@ def main(
     """Count the verdicts of simulated benchmarks."""
     console.set_quiet(True)
     plan = Plan(budget_s=budget)
-    rows = [
-        rates(MACHINES[machine], float(shift) / 100, benches, plan) for shift in shifts.split(",")
-    ]
-    result = {"machine": machine, "plan": plan.model_dump(), "rates": rows}
+    found = {
+        name: [
+            rates(MACHINES[name], float(shift) / 100, benches, plan) for shift in shifts.split(",")
+        ]
+        for name in machines.split(",")
+    }
+    noise = {name: MACHINES[name].model_dump() for name in found}
+    result = {"plan": plan.model_dump(), "noise": noise, "rates": found}
     if out is not None:
         write_json(out, {"environment": describe_environment(), **result})
     if as_json:
         console.print_json(result)
         return
-    table = Table(title=f"a {machine} machine, {benches} benchmarks each, at most {budget:g} s")
-    for name in ("true shift", *Outcome, "rounds", "seconds", "spread of rounds"):
+    for name, rows in found.items():
+        console.print_table(table_of(f"a {name} machine, {benches} benchmarks each", rows))
+
+
+def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One row per true shift."""
+    table = Table(title=title)
+    headers = ("true shift", *Outcome, "wrong", "rounds", "seconds", "spread of rounds")
+    for name in headers:
         table.add_column(str(name), justify="right")
     for row in rows:
         table.add_row(
             f"{100 * row['shift']:g} %",
             *(f"{100 * row[outcome]:.0f} %" for outcome in Outcome),
+            f"{100 * row['wrong']:.0f} %",
             f"{row['median_rounds']:.0f}",
             f"{row['median_seconds']:.0f}",
             f"{100 * row['median_deviation']:.1f} %",
         )
-    console.print_table(table)
+    return table
 
 
 if __name__ == "__main__":
