@@ -9,7 +9,7 @@ conditions of the comparison and not at some other time.
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -25,13 +25,13 @@ from srdeploy.validation import Settings
 
 Floats = npt.NDArray[np.float64]
 
-ROUND_MS = 1500
+ROUND_MS = 3000
 """A round's blocks last about this long: less, and opening sessions would be most of the work."""
 FEWEST_BLOCKS = 3
 MOST_BLOCKS = 40
 WARM_UP_MOST = 30
 """Runs of one session after which warming up is given up."""
-FASTER = 0.98
+FASTER = 0.95
 """A run below this share of the quickest so far says that the session is still getting faster."""
 QUIET_RUNS = 2
 """Runs in a row that were not faster: the session is warm."""
@@ -77,7 +77,8 @@ class Side:
     """The number of the opening, from 0 -> a session that is not open yet. Where several builds of
     one artifact are there, the number chooses."""
     judged: bool = True
-    """Whether a verdict is wanted, so that its spread decides how long to measure."""
+    """Whether a verdict is wanted, so that its spread decides how long to measure. Others run in
+    the first `least_rounds` rounds alone: time is for the verdicts."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Measured:
     other sides' in their order. Milliseconds."""
 
     end_to_end: list[Floats] = field(default_factory=list)
-    """By round: float [sessions, blocks, 2]."""
+    """By round: float [sessions, blocks, 2]; NaN for a session that did not run in it."""
     device: list[Floats] | None = field(default_factory=list)
     """The same runs' time on the GPU alone; None where a session does not tell it."""
     settled: list[bool] = field(default_factory=list)
@@ -104,6 +105,8 @@ class Measured:
         baselines = (0,) if session == 1 else (0, 1)
         known = self._known.setdefault((session, device), [])
         for one in times[len(known) :]:
+            if np.isnan(one[session]).any():
+                break  # it ran in the first rounds alone
             known.append(round_log_ratio([one[b] for b in baselines], one[session]))
         return known
 
@@ -118,6 +121,7 @@ class Measured:
                 for ms in one[list(sessions), block].ravel()
             ]
             for one in times
+            if not np.isnan(one[list(sessions)]).any()
         ]
 
 
@@ -139,17 +143,19 @@ def measure(
     assert sides
     found = Measured(settled=[True] * (len(sides) + 1))
     openers = [(sides[0].open, 2, 0), (sides[0].open, 2, 1), *((s.open, 1, 0) for s in sides[1:])]
+    lasting = [0, 1, *(index for index, side in enumerate(sides[1:], 2) if side.judged)]
     start = clock()
     with console.progress("{task.fields[rounds]} rounds") as bar:
         task = bar.add_task("bench, seconds", total=round(plan.budget_s), rounds=0)
         while not found.stopped:
             number = len(found.end_to_end)
+            present = range(len(openers)) if number < plan.least_rounds else lasting
             with ExitStack() as stack:
-                sessions = [
-                    stack.enter_context(make(number * step + offset))
-                    for make, step, offset in openers
-                ]
-                _round(sessions, images, found, clock)
+                sessions = {}
+                for index in present:
+                    make, step, offset = openers[index]
+                    sessions[index] = stack.enter_context(make(number * step + offset))
+                _round(sessions, lasting, images, found, clock)
                 sample()
             found.seconds = clock() - start
             found.stopped = _why_stop(found, sides, plan)
@@ -164,35 +170,41 @@ def block_order(count: int, block: int) -> list[int]:
 
 
 def _round(
-    sessions: Sequence[Session], images: Pixels, found: Measured, clock: Callable[[], float]
+    sessions: Mapping[int, Session],
+    lasting: Sequence[int],
+    images: Pixels,
+    found: Measured,
+    clock: Callable[[], float],
 ) -> None:
-    """Warms fresh sessions up, times them, and adds the times to `found`."""
+    """Warms fresh sessions up, by their index, times them, and adds the times to `found`. lasting:
+    those that run in every round."""
     number = len(found.end_to_end)
     least = 0.0 if number else FIRST_WARM_UP_MS / len(sessions)
-    typical = 0.0
-    for index, session in enumerate(sessions):
-        warm, settled = _warm_up(session, images, least, clock)
-        typical += 2 * warm
+    quickest: dict[int, float] = {}
+    for index, session in sessions.items():
+        quickest[index], settled = _warm_up(session, images, least, clock)
         found.settled[index] &= settled
     if not number:
+        typical = sum(2 * quickest[index] for index in lasting)
         found.blocks = int(np.clip(round(ROUND_MS / typical), FEWEST_BLOCKS, MOST_BLOCKS))
-        if typical * FEWEST_BLOCKS > 10 * ROUND_MS:
+        if typical * FEWEST_BLOCKS > 5 * ROUND_MS:
             found.blocks = 1
-    shape = (len(sessions), found.blocks, 2)
-    whole, device = np.zeros(shape), np.zeros(shape)
+    shape = (len(found.settled), found.blocks, 2)
+    whole, device = np.full(shape, np.nan), np.full(shape, np.nan)
+    who = list(sessions)
     gc.disable()  # a collection would hit one of them at random
     try:
         for block in range(found.blocks):
-            order = block_order(len(sessions), number * found.blocks + block)
-            for position, index in enumerate(order):
-                place = index, block, int(position >= len(sessions))
-                whole[place], device[place] = _timed(sessions[index], images, clock)
+            order = block_order(len(who), number * found.blocks + block)
+            for position, chosen in enumerate(order):
+                place = who[chosen], block, int(position >= len(who))
+                whole[place], device[place] = _timed(sessions[who[chosen]], images, clock)
     finally:
         gc.enable()
     found.end_to_end.append(whole)
     if found.device is not None:
         found.device.append(device)
-        if np.isnan(device).any():
+        if np.isnan(device[who]).any():
             found.device = None
 
 

@@ -36,12 +36,13 @@ RESAMPLES = 1000
 def round_log_ratio(baselines: Sequence[Floats], other: Floats) -> float:
     """log(other / baseline) of one round; each float [blocks, 2], a session's two runs per block.
 
-    Blocks are compared one by one, so that a drift cancels. Against each baseline session by
-    itself, for the median of a difference of two like things is zero however skewed their noise
-    is; against their mean it would not be.
+    The median of all differences between runs of the same block, so that a drift cancels and no
+    slow run spoils more than its own pairs. Against each baseline session by itself, for the median
+    of a difference of two like things is zero however skewed their noise is; against their mean it
+    would not be.
     """
-    logs = np.log(other).mean(axis=1)
-    return float(np.mean([np.median(logs - np.log(base).mean(axis=1)) for base in baselines]))
+    logs = np.log(other)[:, :, None]
+    return float(np.mean([np.median(logs - np.log(base)[:, None, :]) for base in baselines]))
 
 
 def ratio_interval(log_ratios: Sequence[float], confidence: float = 0.95) -> Interval:

@@ -145,6 +145,22 @@ def test_a_row_without_verdict_does_not_prolong_the_measuring() -> None:
     assert len(found.end_to_end) == Plan().least_rounds
 
 
+def test_a_row_without_verdict_runs_in_the_first_rounds_alone() -> None:
+    clock = Clock()
+    sides = [
+        side(clock, "a", noise=0.03),
+        side(clock, "b", 0.2, judged=False),
+        side(clock, "c", noise=0.03),
+    ]
+    found = measure(sides, IMAGES, Plan(budget_s=1e6), clock=lambda: clock.now)
+    rounds, least = len(found.end_to_end), Plan().least_rounds
+    assert rounds > least
+    assert {opening for name, opening in clock.log if name == "b"} == set(range(least))
+    assert len(found.ratios(2)) == len(found.runs((2,))) == least
+    assert len(found.ratios(3)) == len(found.ratios(1)) == len(found.runs((0, 1))) == rounds
+    assert np.exp(np.mean(found.ratios(2))) == pytest.approx(2, rel=0.05)
+
+
 def test_the_budget_is_kept_and_named() -> None:
     clock = Clock()
     found = measure(

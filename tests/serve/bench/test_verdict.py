@@ -44,7 +44,7 @@ def test_slow_runs_of_a_few_blocks_do_not_move_a_rounds_ratio(seed: int) -> None
     other = base * rng.uniform(0.99, 1.01, (11, 1))
     held_up = other.copy()
     held_up[:4] *= 50
-    assert abs(round_log_ratio([base], held_up) - round_log_ratio([base], other)) < 0.02
+    assert abs(round_log_ratio([base], held_up) - round_log_ratio([base], other)) < 0.1
 
 
 def test_skewed_noise_alike_on_both_sides_gives_no_ratio() -> None:
