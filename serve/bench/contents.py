@@ -137,7 +137,8 @@ def design(cell: Cell) -> str:
     return (
         f"{cell.rounds} rounds of freshly opened sessions, {cell.blocks} interleaved blocks each, "
         f"two runs per artifact and block; {cell.seconds:.0f} s; stopped: {cell.stopped}; {floor}; "
-        f"margin asked for: {margin_text(cell.margin)}"
+        f"margin asked for: {margin_text(cell.margin)}; ratios are of runs of the same moment, and "
+        "medians of all runs, so that the two part where the machine's own speed changed"
         + (f"; never steady while warming up: {', '.join(unsettled)}" if unsettled else "")
     )
 

@@ -256,7 +256,8 @@ def _accuracy(accuracy: Accuracy, colours: Mapping[str, str]) -> Section:
         text=(
             "Failure-1: share of small objects that are missed. Failure-2: share of large objects' "
             "pixels that are given to another class. For both, less is better. Intervals are of "
-            "the paired bootstrap over images."
+            "the paired bootstrap over images: they are about these files, and another training "
+            "would give other files."
         ),
         tables=[table for table in tables if table is not None],
         charts=pictures,
