@@ -49,8 +49,17 @@ def test_every_benchmark_says_what_it_does(script: str) -> None:
     assert "Usage" in result.stdout
 
 
-def test_without_data_nothing_is_measured_in_silence(tmp_path: Path) -> None:
-    absent = str(tmp_path / "absent")
-    result = run("camvid.py", absent, "--pretrained", "absent.safetensors")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("camvid.py", "{absent}", "--pretrained", "absent.safetensors"),
+        ("precisions.py", "{absent}", "--data", "{absent}"),
+        ("one_convolution.py", "{absent}", "stages.0"),
+    ],
+)
+def test_without_data_nothing_is_measured_in_silence(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    result = run(*(word.format(absent=tmp_path / "absent") for word in words))
     assert result.returncode == 1
     assert "nothing was measured" in result.stderr
