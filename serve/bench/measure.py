@@ -1,6 +1,7 @@
 """Runs sessions of several artifacts in turn, round after round, until the figures can tell.
 
-A round opens fresh sessions of every artifact, two of the first, and warms them up; its blocks run
+A round opens fresh sessions of every artifact, two of the first, in an order that rotates from
+round to round, and warms them up; its blocks run
 all of them forth and back (A B A' A' B A), each block starting with another one, so that a machine
 that slows down or speeds up steadily treats them alike. The two sessions of the first artifact are
 the A/A run: what their ratio can't tell from 1 is the noise floor, measured under the very
@@ -149,10 +150,11 @@ def measure(
         task = bar.add_task("bench, seconds", total=round(plan.budget_s), rounds=0)
         while not found.stopped:
             number = len(found.end_to_end)
-            present = range(len(openers)) if number < plan.least_rounds else lasting
+            present = [*range(len(openers))] if number < plan.least_rounds else lasting
+            first = number % len(present)  # what is opened first may lie better in memory
             with ExitStack() as stack:
                 sessions = {}
-                for index in present:
+                for index in present[first:] + present[:first]:
                     make, step, offset = openers[index]
                     sessions[index] = stack.enter_context(make(number * step + offset))
                 _round(sessions, lasting, images, found, clock)
@@ -191,7 +193,7 @@ def _round(
             found.blocks = 1
     shape = (len(found.settled), found.blocks, 2)
     whole, device = np.full(shape, np.nan), np.full(shape, np.nan)
-    who = list(sessions)
+    who = sorted(sessions)
     gc.disable()  # a collection would hit one of them at random
     try:
         for block in range(found.blocks):

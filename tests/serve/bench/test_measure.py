@@ -90,6 +90,23 @@ def test_every_round_has_fresh_sessions_and_two_of_the_first() -> None:
     assert not clock.open
 
 
+def test_sessions_take_turns_in_being_opened_first() -> None:
+    clock = Clock()
+    opened: list[str] = []
+
+    class Noted(Fake):
+        def __enter__(self) -> Self:
+            opened.append(f"{self.name}{self.opening % 2}" if self.name == "a" else self.name)
+            return super().__enter__()
+
+    sides = [
+        Side("a", lambda opening: Noted(clock, "a", opening, 0.1, 0.0, None)),
+        Side("b", lambda opening: Noted(clock, "b", opening, 0.1, 0.0, None)),
+    ]
+    measure(sides, IMAGES, Plan(), clock=lambda: clock.now)
+    assert opened[:9] == ["a0", "a1", "b", "a1", "b", "a0", "b", "a0", "a1"]
+
+
 def test_every_timed_run_is_kept_in_the_order_of_the_blocks() -> None:
     clock = Clock()
     found = measure(
