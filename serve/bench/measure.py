@@ -1,11 +1,10 @@
 """Runs sessions of several artifacts in turn, round after round, until the figures can tell.
 
 A round opens fresh sessions of every artifact, two of the first, in an order that rotates from
-round to round, and warms them up; its blocks run
-all of them forth and back (A B A' A' B A), each block starting with another one, so that a machine
-that slows down or speeds up steadily treats them alike. The two sessions of the first artifact are
-the A/A run: what their ratio can't tell from 1 is the noise floor, measured under the very
-conditions of the comparison and not at some other time.
+round to round, and warms them up. Its blocks run all of them forth and back (A B A' A' B A), each
+block starting with another one, so that a machine that slows down or speeds up steadily treats them
+alike. The two sessions of the first artifact are the A/A run: what their ratio can't tell from 1 is
+the noise floor, measured under the very conditions of the comparison and not at some other time.
 """
 
 import gc
