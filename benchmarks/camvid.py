@@ -63,7 +63,7 @@ def main(
         }
         for kind, name in names.items()
     }
-    words = ["bench", *map(str, files), "--data", str(data), "--split", "test", "--threads", "1"]
+    words = ["bench", *map(str, files), "--data", str(data), "--split", "test"]
     for name in names.values():
         words += ["--checkpoint", str(runs / name)]
     test = journal.run(*words, "--budget", str(budget), "--out", str(report))

@@ -73,7 +73,7 @@ def main(
 ) -> None:
     """Train, export, certify and benchmark each network against its baseline."""
     found: dict[str, Any] = read_json(out)["networks"] if out.exists() else {}
-    words = ["--size", size, "--budget", str(budget)]
+    words = ["--size", size, "--budget", str(budget), "--no-costs"]
     for network in networks or SYSTEMS:
         if network in found:
             continue
