@@ -26,7 +26,8 @@ from srdeploy.validation import Settings
 Floats = npt.NDArray[np.float64]
 
 ROUND_MS = 3000
-"""A round's blocks last about this long: less, and opening sessions would be most of the work."""
+"""A round's blocks last about this long: less, and opening sessions would be most of the work. With
+a small budget less all the same, so that there are rounds enough."""
 FEWEST_BLOCKS = 3
 MOST_BLOCKS = 40
 WARM_UP_MOST = 30
@@ -49,6 +50,11 @@ class Plan(Settings):
     least_rounds: int = 8
     """Before stopping early is thought of: a spread of fewer rounds is known too badly."""
     most_rounds: int = 2000
+
+    @property
+    def round_ms(self) -> float:
+        """Milliseconds that a round's blocks last, about."""
+        return min(ROUND_MS, 1000 * self.budget_s / self.least_rounds)
 
 
 class Session(Protocol):
@@ -156,7 +162,7 @@ def measure(
                 for index in present[first:] + present[:first]:
                     make, step, offset = openers[index]
                     sessions[index] = stack.enter_context(make(number * step + offset))
-                _round(sessions, lasting, images, found, clock)
+                _round(sessions, lasting, images, plan.round_ms, found, clock)
                 sample()
             found.seconds = clock() - start
             found.stopped = _why_stop(found, sides, plan)
@@ -174,20 +180,21 @@ def _round(
     sessions: Mapping[int, Session],
     lasting: Sequence[int],
     images: Pixels,
+    round_ms: float,
     found: Measured,
     clock: Callable[[], float],
 ) -> None:
     """Warms fresh sessions up, by their index, times them, and adds the times to `found`. lasting:
     those that run in every round."""
     number = len(found.end_to_end)
-    least = 0.0 if number else FIRST_WARM_UP_MS / len(sessions)
+    least = 0.0 if number else min(FIRST_WARM_UP_MS, round_ms) / len(sessions)
     quickest: dict[int, float] = {}
     for index, session in sessions.items():
         quickest[index], settled = _warm_up(session, images, least, clock)
         found.settled[index] &= settled
     if not number:
         typical = sum(2 * quickest[index] for index in lasting)
-        found.blocks = int(np.clip(round(ROUND_MS / typical), FEWEST_BLOCKS, MOST_BLOCKS))
+        found.blocks = int(np.clip(round(round_ms / typical), FEWEST_BLOCKS, MOST_BLOCKS))
         if typical * FEWEST_BLOCKS > 5 * ROUND_MS:
             found.blocks = 1
     shape = (len(found.settled), found.blocks, 2)

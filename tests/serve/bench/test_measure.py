@@ -203,6 +203,14 @@ def test_quick_artifacts_get_many_blocks_per_round() -> None:
     assert found.blocks == MOST_BLOCKS
 
 
+def test_a_small_budget_has_rounds_enough_all_the_same() -> None:
+    clock = Clock()
+    sides = [side(clock, "a", 0.01, noise=0.05), side(clock, "b", 0.01, noise=0.05)]
+    found = measure(sides, IMAGES, Plan(budget_s=4), clock=lambda: clock.now)
+    assert len(found.end_to_end) >= 4
+    assert found.seconds < 4 * 1.3
+
+
 def test_warming_up_goes_on_while_runs_get_faster_and_is_not_timed() -> None:
     clock = Clock()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "power.py"
-BENCHES = 60
+BENCHES = 40
 BUDGET_S = 120
 """Simulated seconds of measuring per benchmark; what --budget is by default."""
 
@@ -45,8 +45,8 @@ def test_a_shift_of_three_percent_is_hardly_ever_called_equivalent_and_mostly_fo
 
 @pytest.mark.parametrize("shift", [0, 0.5, 1, 3])
 def test_verdicts_are_hardly_ever_wrong_by_their_own_margin(shift: float) -> None:
-    # 0.05 is the rate where the ratio stands right on the margin; 60 benchmarks scatter.
-    assert rates("shared", shift)["wrong"] <= 0.12
+    # 0.05 is the rate where the ratio stands right on the margin; 40 benchmarks scatter.
+    assert rates("shared", shift)["wrong"] <= 0.15
 
 
 def test_the_more_two_differ_the_less_often_they_are_called_equivalent() -> None:
