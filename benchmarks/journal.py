@@ -36,9 +36,11 @@ class Journal:
 
 
 def without_runs(report: dict[str, Any]) -> dict[str, Any]:
-    """A benchmark's JSON but for the time of every run: what a figure rests on, in few lines."""
+    """A benchmark's JSON but for the time of every run, and for paths, some of them temporary: what
+    a figure rests on, in few lines."""
     for cell in report["cells"]:
         for row in cell["rows"]:
+            del row["path"]
             for timing in (row["end_to_end"], row["device_time"]):
                 if timing is not None:
                     del timing["rounds_ms"]

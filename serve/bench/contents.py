@@ -1,6 +1,7 @@
 """What a benchmark has to say, in words: the page, the Markdown text and the terminal say it
 alike."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ def points(interval: Interval) -> str:
     """A difference of shares with its interval on one line, in percentage points."""
     value, low, high = (100 * one for one in (interval.value, interval.low, interval.high))
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def equal_labels(share: float) -> str:
+    """Share of equal labels in percent, rounded down: 100 says that all of them are."""
+    return f"{math.floor(1e6 * share) / 1e4:.4f}"
 
 
 def conditions(report: BenchReport) -> str:

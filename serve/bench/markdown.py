@@ -9,6 +9,7 @@ from srdeploy.serve.bench.contents import (
     answers,
     conditions,
     design,
+    equal_labels,
     label,
     margin_text,
     points,
@@ -69,7 +70,9 @@ def _verdicts(report: BenchReport) -> str:
         )
     for row in report.accuracy.rows if report.accuracy is not None else ():
         if row.checkpoint is not None:
-            text = f"{row.name}, its own checkpoint: {100 * row.checkpoint.agreement:.4f} % equal"
+            text = (
+                f"{row.name}, its own checkpoint: {equal_labels(row.checkpoint.agreement)} % equal"
+            )
             lines.append(f"- **{MATCHES[row.checkpoint.passed]}** {_escaped(text)}")
         if row.gains is not None and "miou" in row.gains:
             text = f"{row.name}, mIoU gain in points [95 %]: {points(row.gains['miou'])}"

@@ -12,6 +12,7 @@ from srdeploy.serve.bench.contents import (
     artifact_names,
     conditions,
     design,
+    equal_labels,
     label,
     margin_text,
     measures,
@@ -125,7 +126,7 @@ def _accuracy_cards(report: BenchReport) -> list[Verdict]:
     first = report.accuracy.rows[0].name
     for row in report.accuracy.rows:
         if row.checkpoint is not None:
-            share = f"{100 * row.checkpoint.agreement:.4f} % of labels are equal"
+            share = f"{equal_labels(row.checkpoint.agreement)} % of labels are equal"
             claim = f"{share}: {row.name} against its own checkpoint"
             figure = "matches" if row.checkpoint.passed else "DIFFERS"
             cards.append(Verdict(claim, figure, row.checkpoint.passed))

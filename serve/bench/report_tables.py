@@ -8,6 +8,7 @@ from srdeploy.serve.bench.contents import (
     MARKS,
     MATCHES,
     broken,
+    equal_labels,
     label,
     margin_text,
     measures,
@@ -153,7 +154,7 @@ def checkpoint_table(accuracy: Accuracy) -> Table | None:
         (
             row.name,
             MATCHES[row.checkpoint.passed],
-            f"{100 * row.checkpoint.agreement:.4f}",
+            equal_labels(row.checkpoint.agreement),
             f"{100 * row.checkpoint.miou_difference:+.4f}",
             row.checkpoint.checkpoint,
         )

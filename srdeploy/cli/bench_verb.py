@@ -214,7 +214,7 @@ def _write(
 def _show(report: "BenchReport") -> None:
     """Tables on stdout; verdicts and warnings, the last thing read, on stderr."""
     from srdeploy import console
-    from srdeploy.serve.bench.contents import answers, label, warnings
+    from srdeploy.serve.bench.contents import answers, equal_labels, label, warnings
     from srdeploy.serve.bench.results import Outcome
     from srdeploy.serve.bench.tables import tables
 
@@ -233,7 +233,7 @@ def _show(report: "BenchReport") -> None:
             tell = console.done if row.checkpoint.passed else console.failed
             tell(
                 f"{row.name} against its checkpoint {row.checkpoint.checkpoint}: "
-                f"{100 * row.checkpoint.agreement:.3f} % equal labels, "
+                f"{equal_labels(row.checkpoint.agreement)} % equal labels, "
                 f"{100 * row.checkpoint.miou_difference:+.3f} points of mIoU"
             )
 
