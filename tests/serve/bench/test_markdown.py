@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from srdeploy.serve.bench.contents import equal_labels
 from srdeploy.serve.bench.markdown import to_markdown
 from srdeploy.serve.bench.results import BenchReport
 from srdeploy.serve.bench.tables import tables
@@ -93,3 +94,8 @@ def test_names_of_any_length_fit_120_columns_and_figures_stay_whole(
 
 def test_square_brackets_in_a_name_are_shown(make_report: Factory) -> None:
     assert "[red]x[/red]" in in_terminal(make_report(names=("a", "[red]x[/red]", "c")))
+
+
+def test_only_equal_labels_are_a_hundred_percent() -> None:
+    assert equal_labels(1.0) == "100.0000"
+    assert equal_labels(1 - 1e-8) == "99.9999"
