@@ -98,13 +98,14 @@ class Bench:
 
     def _request(self, entries: Sequence[Entry], settings: Sequence[Setting]) -> dict[str, Any]:
         """What the cells depend on, as JSON."""
-        files = {
-            f"{entry.name} for {setting.runtime} {setting.precision}": sha256_of(
-                open_artifact(entry.file(setting)).file
-            )
+        named = {
+            f"{entry.name} for {setting.runtime} {setting.precision}": entry.file(setting)
             for entry in entries
             for setting in settings
         }
+        # One file stands under many settings, and may be large.
+        hashes = {path: sha256_of(open_artifact(path).file) for path in set(named.values())}
+        files = {name: hashes[path] for name, path in named.items()}
         request = {
             "files": files,
             "settings": [asdict(one) for one in settings],
