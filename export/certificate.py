@@ -18,7 +18,6 @@ from srdeploy.files import explain_os_error, sha256_of, write_json
 from srdeploy.serve.artifact import MODEL
 from srdeploy.validation import Settings
 
-MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 
 _LISTED = 20

@@ -9,7 +9,7 @@ from typing import Any
 
 from srdeploy import console
 from srdeploy.errors import UserError
-from srdeploy.export.certificate import CERTIFICATE, MANIFEST, Certificate, Line
+from srdeploy.export.certificate import CERTIFICATE, Certificate, Line
 from srdeploy.export.engines.build import BuildOptions, build_engine, target_name
 from srdeploy.export.engines.profiles import parse_profile, profiles_of
 from srdeploy.export.pipeline import ExportResult, describe_files
@@ -17,6 +17,7 @@ from srdeploy.export.source import Source
 from srdeploy.export.typed import TypeOptions
 from srdeploy.export.verify import verification_line
 from srdeploy.files import write_json
+from srdeploy.serve.artifact import MANIFEST
 from srdeploy.serve.engine_file import Builder, EngineSidecar, sidecar_path
 from srdeploy.spec import Spec
 from srdeploy.validation import validated

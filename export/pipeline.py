@@ -21,7 +21,6 @@ from srdeploy.errors import UserError
 from srdeploy.export.beside import beside
 from srdeploy.export.certificate import (
     CERTIFICATE,
-    MANIFEST,
     Certificate,
     Line,
     identity_lines,
@@ -35,7 +34,7 @@ from srdeploy.export.to_onnx import NETWORK_KEY, export_onnx
 from srdeploy.export.typed import DIFFERENCES, TypeOptions, write_typed
 from srdeploy.files import sha256_of, whole_folder, write_json
 from srdeploy.models.auxiliary import AuxiliaryHead
-from srdeploy.serve.artifact import MODEL
+from srdeploy.serve.artifact import MANIFEST, MODEL
 
 FLOAT32 = TypeOptions()
 

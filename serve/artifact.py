@@ -17,6 +17,8 @@ from srdeploy.validation import validated
 
 MODEL = "model.onnx"
 """The graph's file in a deploy folder."""
+MANIFEST = "manifest.json"
+"""What made a deploy folder, beside the graph."""
 ENGINE_SUFFIX = ".engine"
 """Of a TensorRT plan; its sidecar is NAME.engine.json."""
 

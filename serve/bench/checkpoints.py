@@ -7,9 +7,7 @@ from pathlib import Path
 from srdeploy.errors import UserError
 from srdeploy.files import read_json, sha256_of
 from srdeploy.runs import WEIGHTS, is_run
-from srdeploy.serve.artifact import MODEL
-
-MANIFEST = "manifest.json"
+from srdeploy.serve.artifact import MANIFEST, MODEL
 
 
 def find_checkpoints(artifacts: Sequence[Path], given: Sequence[Path] = ()) -> list[Path | None]:
