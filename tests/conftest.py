@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,16 @@ def _tiny_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     colours = np.array([*TINY_PALETTE, *[[128, 128, 128]] * 253], np.int64)[labels]
     noise = rng.integers(-30, 31, (height, width, 3))
     return np.clip(colours + noise, 0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """Verbs silence the console for the whole process: no test may inherit that from another."""
+    from srdeploy import console
+
+    console.set_quiet(False)
+    yield
+    console.set_quiet(False)
 
 
 @pytest.fixture

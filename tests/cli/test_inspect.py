@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy import console
 from srdeploy.cli.inspection import load_subjects, shown_size, view_photos
 from srdeploy.cli.inspection_figure import figure_png
 from srdeploy.cli.inspection_pictures import heat_picture
@@ -52,7 +51,6 @@ def call(arguments: tuple[object, ...], patch: pytest.MonkeyPatch) -> int:
     patch.setattr(sys, "argv", ["srdeploy", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
         main()
-    console.set_quiet(False)
     return int(exit.value.code or 0)
 
 

@@ -10,20 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from srdeploy import console
 from srdeploy.cli.main import app
 from srdeploy.data.check import IGNORED, check_dataset
 from srdeploy.errors import UserError
 
 NAMES = ["sky", "road", "car"]
-
-
-@pytest.fixture(autouse=True)
-def loud() -> Any:
-    """Verbs silence the console for the whole process; each test starts and ends with it on."""
-    console.set_quiet(False)
-    yield
-    console.set_quiet(False)
 
 
 @pytest.fixture

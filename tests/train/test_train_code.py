@@ -12,7 +12,6 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from srdeploy import console
 from srdeploy.cli.main import app
 from srdeploy.data import open_dataset
 from srdeploy.errors import UserError
@@ -78,7 +77,6 @@ def _package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name in [name for name in sys.modules if name.startswith("trained_pkg")]:
         del sys.modules[name]
     torch.set_num_threads(threads)
-    console.set_quiet(False)
 
 
 def config_for(data: Path, *settings: str, network: dict[str, Any] | None = None) -> TrainConfig:

@@ -7,7 +7,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from srdeploy import console
 from srdeploy.cli import train_verbs
 from srdeploy.errors import UserError
 from srdeploy.runs import open_run
@@ -30,12 +29,6 @@ def app() -> typer.Typer:
 
 def _root() -> None:
     """The command above the verbs."""
-
-
-@pytest.fixture(autouse=True)
-def _not_quiet_afterwards() -> object:
-    yield
-    console.set_quiet(False)
 
 
 def test_json_is_one_object_and_the_only_thing_on_stdout(
