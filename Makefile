@@ -18,7 +18,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,interop]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,serve,dev,interop]'
 	-$(call bindings,10,10.16.1.11)
 	-$(call bindings,11,11.4.0.106)
 	touch $@
@@ -45,7 +45,7 @@ check-wheel: $(READY)
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --wheel --quiet
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[cpu,dev]"
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[cpu,serve,dev]"
 	.venv-wheel/bin/python -P -c "import srdeploy; assert 'site-packages' in srdeploy.__file__, srdeploy.__file__"
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 .venv-wheel/bin/pytest -o pythonpath= -m wheel -n auto --dist loadgroup
 

@@ -1,0 +1,20 @@
+"""The work of one image or tensor, in the three steps that the scheduler places."""
+
+from typing import Generic, Protocol, TypeVar
+
+from srdeploy.imaging import Pixels
+
+Answer_co = TypeVar("Answer_co", covariant=True)
+
+
+class Task(Protocol, Generic[Answer_co]):
+    """prepare and finish run on a codec thread, what lies between them on a model's thread.
+
+    Both may raise a UserError, which is this task's alone.
+    """
+
+    def prepare(self) -> Pixels:
+        """The images as the network takes them, uint8 [N, H, W, 3]."""
+
+    def finish(self, labels: Pixels) -> Answer_co:
+        """The answer, from labels uint8 [N, H, W] of what prepare gave."""
