@@ -1,12 +1,10 @@
 """Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and
 encoded.
 
-Images in memory are RGB uint8 [H, W, 3]; labels are uint8 [H, W]. H height, W width, N batch, K
-classes.
+Images in memory are RGB uint8 [H, W, 3]; labels uint8 [H, W]. H height, W width, N batch, K classes.
 """
 
-import struct
-import zlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -14,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from srdeploy.errors import UserError
+from srdeploy.photo_header import check_header, format_of, opener, raise_pillows_limit, webp_size
 from srdeploy.spec import Spec
 
 Pixels = npt.NDArray[np.uint8]
@@ -28,26 +27,61 @@ class UnreadableImageError(UserError):
     """A file that can't be decoded as an image; the message names it."""
 
 
+class OversizedImageError(UnreadableImageError):
+    """An image of more pixels than are allowed, as its header says; the message names both."""
+
+
 def read_photo(path: Path) -> Pixels:
     """Decodes a photo to RGB uint8 [H, W, 3], upright as its EXIF orientation says.
 
     Gray, gray + alpha, palette, RGBA, CMYK and 16-bit files are handled: alpha is laid over white,
-    16 bits keep their upper byte (values are not stretched). Raises UnreadableImageError.
+    16 bits keep their upper byte (values are not stretched). The array may be read-only. Raises
+    UnreadableImageError.
     """
     with _opened(path, "image") as file:
-        turn = _TURNS.get(_orientation(file))
-        return to_rgb(file if turn is None else file.transpose(turn))
+        return _upright(file)
+
+
+def decode_photo(content: bytes, name: str, pixels: int | None = None) -> Pixels:
+    """An image in memory, decoded as `read_photo` does a file, RGB uint8 [H, W, 3].
+
+    For images of strangers: the formats of PHOTO_SUFFIXES alone are opened, told by their first
+    bytes, and headers that ask for undue work are refused. name: what messages call the image.
+    pixels: the most that are decoded, whatever Pillow's own limit is; None: any number. Threads may
+    decode at once. Raises UnreadableImageError, or OversizedImageError before any pixel is decoded.
+    """
+    with _said_of(name, "image"):
+        format = format_of(content)
+        if format is None:
+            raise ValueError("unknown format: give JPEG, PNG, WebP, BMP or TIFF")
+        check_header(content, format)
+        if pixels is not None:
+            raise_pillows_limit(pixels)
+            # libwebp takes the memory of the whole canvas when it is given the file.
+            declared = webp_size(content) if format == "WEBP" else None
+            if declared is not None:
+                _check_pixels(declared, name, pixels)
+        with opener(format)(BytesIO(content), "") as file:
+            if pixels is not None:
+                _check_pixels(file.size, name, pixels)
+            return _upright(file)
 
 
 def photo_size(path: Path) -> tuple[int, int]:
     """(height, width) as of `read_photo`, from the header alone. Raises UnreadableImageError."""
     with _opened(path, "image") as file:
         width, height = file.size
+        if isinstance(file, TiffImagePlugin.TiffImageFile):
+            # Some versions of Pillow have turned the size already, others turn it with the pixels.
+            width, height = (
+                file.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
+            )
         return (width, height) if _orientation(file) >= 5 else (height, width)
 
 
 def to_rgb(image: Image.Image) -> Pixels:
-    """Any Pillow image as RGB uint8 [H, W, 3]. Raises ValueError for more than 16 bits a pixel."""
+    """Any Pillow image as RGB uint8 [H, W, 3], which may be read-only. Raises ValueError for more
+    than 16 bits a pixel."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.size and not 0 <= values.min() <= values.max() <= 65535:
@@ -60,7 +94,8 @@ def to_rgb(image: Image.Image) -> Pixels:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, layered)
-    return np.array(image.convert("RGB"))
+    # Copies cost as much as decoding does: the memory is fresh each time.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_labels(path: Path) -> Pixels:
@@ -97,42 +132,52 @@ _TURNS = {
 }
 """What sets an image upright, by its EXIF orientation; 5 and above swap height and width."""
 
-# Pillow raises all of these for broken files, by format; none may pass as a bug of ours.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
 
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong in the block is said of the file."""
+    with _said_of(path, what), Image.open(path) as file:
+        yield file
+
+
+@contextmanager
+def _said_of(name: object, what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is said of the image."""
     try:
-        with Image.open(path) as file:
-            yield file
+        yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
-        raise UnreadableImageError(f"no such file: {path}") from error
-    except _BROKEN as error:
-        raise UnreadableImageError(f"{path}: not a readable {what} ({_reason(error)})") from error
+        raise UnreadableImageError(f"no such file: {name}") from error
+    # Broken files raise nearly everything, by format and version: none may pass as a bug of ours.
+    except Exception as error:
+        raise UnreadableImageError(f"{name}: not a readable {what} ({_reason(error)})") from error
+
+
+def _upright(file: Image.Image) -> Pixels:
+    """The pixels as the EXIF orientation says."""
+    file.load()  # first: this sets a TIFF upright, and takes the orientation off it
+    turn = _TURNS.get(_orientation(file))
+    return to_rgb(file if turn is None else file.transpose(turn))
 
 
 def _orientation(file: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none or the EXIF block is broken, as viewers do."""
     try:
         value = file.getexif().get(ExifTags.Base.Orientation, 1)
-    except _BROKEN:
+    except Exception:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _check_pixels(size: tuple[int, int], name: str, most: int) -> None:
+    """Raises OversizedImageError. size: (width, height)."""
+    count = size[0] * size[1]
+    if count > most:
+        raise OversizedImageError(
+            f"{name}: the image has {size[0]}x{size[1]} = {count / 1e6:.1f} megapixels, "
+            f"{most / 1e6:g} are allowed"
+        )
 
 
 def fitted_size(height: int, width: int, spec: Spec) -> tuple[int, int]:
@@ -212,10 +257,17 @@ def encode_mask(labels: Pixels, spec: Spec) -> bytes:
 def overlay(photo: Pixels, labels: Pixels, spec: Spec, opacity: float = 0.5) -> Pixels:
     """The photo with the class colours laid over it, uint8 [H, W, 3]; ignored pixels show the
     photo."""
-    colours = colour_table(spec)[labels].astype(np.float32)
-    mixed = photo * (1 - opacity) + colours * opacity
-    mixed = np.where((labels < spec.class_count)[..., None], mixed, photo)
-    return mixed.round().astype(np.uint8)
+    table, mixed = colour_table(spec).astype(np.float32), np.empty_like(photo)
+    for top in range(0, len(photo), _BAND):
+        rows = slice(top, top + _BAND)
+        band = photo[rows] * (1 - opacity) + table[labels[rows]] * opacity
+        band = np.where((labels[rows] < spec.class_count)[..., None], band, photo[rows])
+        mixed[rows] = band.round()
+    return mixed
+
+
+_BAND = 64
+"""Rows that are mixed at a time: floating-point numbers of a whole large photo are gigabytes."""
 
 
 def encode_png(image: Pixels) -> bytes:
@@ -232,7 +284,17 @@ def encode_jpeg(image: Pixels, quality: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
+    """One short line without addresses of objects."""
     if isinstance(error, UnidentifiedImageError):
         return "unknown format"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, MemoryError):
+        return "more memory than there is"
+    if not isinstance(error, _SPOKEN) or not str(error).strip():
+        return "damaged data"
+    line = "".join(c if c.isprintable() else "?" for c in str(error).strip().splitlines()[0])
+    return re.sub(r"<[^<>]* at 0x[^<>]*>", "the image", line)[:160]
+
+
+_SPOKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning)
+"""Errors whose text is meant for people; KeyError's, for one, is not."""

@@ -86,11 +86,12 @@ def test_floating_point_photos_are_refused_because_their_range_is_unknown(tmp_pa
         imaging.read_photo(tmp_path / "depth.tif")
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_set_upright_as_pillow_does(
-    tmp_path: Path, orientation: int
+    tmp_path: Path, orientation: int, suffix: str
 ) -> None:
-    path = tmp_path / "turned.png"
+    path = tmp_path / f"turned.{suffix}"
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(photo_of(np.random.default_rng(0), 3, 5)).save(path, exif=exif)
@@ -98,6 +99,7 @@ def test_every_exif_orientation_is_set_upright_as_pillow_does(
         expected = np.asarray(ImageOps.exif_transpose(file))
     np.testing.assert_array_equal(imaging.read_photo(path), expected)
     assert imaging.photo_size(path) == expected.shape[:2]
+    np.testing.assert_array_equal(imaging.decode_photo(path.read_bytes(), "it"), expected)
 
 
 @pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp", "photo.bmp"])
@@ -275,6 +277,15 @@ def test_an_overlay_mixes_colours_and_leaves_ignored_pixels_as_they_are() -> Non
     photo = np.full((1, 2, 3), 100, np.uint8)
     mixed = imaging.overlay(photo, np.array([[1, 255]], np.uint8), SPEC, opacity=0.5)
     assert mixed.tolist() == [[[150, 50, 50], [100, 100, 100]]]
+
+
+def test_a_tall_overlay_is_mixed_like_a_small_one() -> None:
+    rng = np.random.default_rng(0)
+    photo, labels = photo_of(rng, 200, 3), rng.integers(0, 4, (200, 3), np.uint8)
+    mixed = imaging.overlay(photo, labels, SPEC, 0.3)
+    for row in (0, 63, 64, 199):
+        alone = imaging.overlay(photo[row : row + 1], labels[row : row + 1], SPEC, 0.3)
+        np.testing.assert_array_equal(mixed[row : row + 1], alone)
 
 
 def test_png_round_trips_and_jpeg_comes_close() -> None:
