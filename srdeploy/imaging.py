@@ -1,7 +1,7 @@
 """Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and
 encoded.
 
-Images in memory are RGB uint8 [H, W, 3]; labels uint8 [H, W]. H height, W width, N batch, K classes.
+Images in memory are RGB uint8 [H, W, 3], labels uint8 [H, W]. H height, W width, N batch, K classes
 """
 
 import re
