@@ -64,6 +64,10 @@ ifneq ($(CAMVID),)
 	$(SCRIPT)/one_convolution.py bench/deploy/camvid-baseline backbone.features.1 \
 		--out bench/one-convolution.json
 	$(SCRIPT)/precisions.py bench/runs/camvid-baseline --data $(CAMVID) --out bench/precisions.json
+	$(SCRIPT)/serving.py bench/deploy/camvid-baseline --photos $(CAMVID)/images/test \
+		--out bench/serving.json
+	$(SCRIPT)/overload.py bench/deploy/camvid-baseline --photos $(CAMVID)/images/test \
+		--out bench/overload.json
 else
 	@echo "CamVid's figures were NOT repeated: give CAMVID=folder and MOBILENET=file.safetensors"
 endif
