@@ -40,3 +40,21 @@ class Expired(Refusal):
     """The deadline passed before the answer was there."""
 
     status = 504
+
+
+class Unauthorized(Refusal):
+    """The API key is absent or wrong."""
+
+    status = 401
+
+
+class Forbidden(Refusal):
+    """A page of another site asks."""
+
+    status = 403
+
+
+class UnsupportedMedia(Refusal):
+    """A form of body that is not read here."""
+
+    status = 415

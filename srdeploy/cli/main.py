@@ -21,6 +21,7 @@ from srdeploy.cli import (
     export_verbs,
     inspect_verb,
     model_verbs,
+    serve_verb,
     serve_verbs,
     strip_verb,
     train_verbs,
@@ -63,6 +64,7 @@ export_verbs.register(app)
 certify_verb.register(app)
 strip_verb.register(app)
 serve_verbs.register(app)
+serve_verb.register(app)
 bench_verb.register(app)
 bench_train_verb.register(app)
 inspect_verb.register(app)

@@ -1,0 +1,68 @@
+"""The server's log: one line for each event, for people or as JSON, each request with its id."""
+
+import json
+import logging
+import sys
+import time
+from typing import Any, Literal
+
+LogForm = Literal["text", "json"]
+LOG = logging.getLogger("srdeploy.serve")
+
+
+class _TextForm(logging.Formatter):
+    """12:00:01 message key=value ..."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        pairs = "".join(f" {key}={value}" for key, value in fields.items())
+        return f"{moment} {level}{_one_line(record)}{pairs}" + _traceback(self, record)
+
+
+class _JsonForm(logging.Formatter):
+    """One object a line, with time (UTC), level, message and the event's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        values: dict[str, Any] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": _one_line(record),
+            **getattr(record, "fields", {}),
+        }
+        if trace := _traceback(self, record):
+            values["traceback"] = trace.strip()
+        return json.dumps(values, default=str)
+
+
+def start_log(form: LogForm, quiet: bool = False) -> None:
+    """Sends the server's events to stderr; uvicorn's too, where they are warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonForm() if form == "json" else _TextForm())
+    LOG.handlers = [handler]
+    LOG.propagate = False
+    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
+    uvicorn = logging.getLogger("uvicorn")
+    uvicorn.handlers = [handler]
+    uvicorn.propagate = False
+    uvicorn.setLevel(logging.WARNING)
+
+
+def log(message: str, **fields: Any) -> None:
+    """One event."""
+    LOG.info(message, extra={"fields": fields})
+
+
+def log_fault(message: str, error: BaseException, **fields: Any) -> None:
+    """A bug of ours, with its traceback."""
+    LOG.error(message, extra={"fields": fields}, exc_info=error)
+
+
+def _one_line(record: logging.LogRecord) -> str:
+    return " ".join(record.getMessage().split())
+
+
+def _traceback(form: logging.Formatter, record: logging.LogRecord) -> str:
+    return "\n" + form.formatException(record.exc_info) if record.exc_info else ""

@@ -1,0 +1,119 @@
+"""What the OpenAPI description says beyond the routes' own signatures."""
+
+from typing import Any
+
+_ERROR: dict[str, Any] = {
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"error": {"type": "string"}},
+                "required": ["error"],
+            }
+        }
+    }
+}
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+_MEANINGS = {
+    400: "What was sent can't be used.",
+    401: "An API key is needed.",
+    403: "A page of another site asks.",
+    404: "No such model, version, sample or address.",
+    413: "More bytes, pixels or images than the limits allow.",
+    415: "A kind of body that is not read here.",
+    503: "The server is full, starting or stopping: try again after Retry-After seconds.",
+    504: "The deadline passed before the answer was there.",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": meaning, **_ERROR} for status, meaning in _MEANINGS.items()
+}
+"""Every refusal is {"error": "one line"}."""
+_TENSORS = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "inputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "shape", "datatype"],
+                "properties": {
+                    "name": {"const": "images"},
+                    "shape": {"type": "array", "items": {"type": "integer"}},
+                    "datatype": {"const": "UINT8"},
+                    "data": {"type": "array"},
+                    "parameters": {"type": "object"},
+                },
+            },
+        },
+        "outputs": {"type": "array", "items": {"type": "object"}},
+        "parameters": {"type": "object"},
+    },
+}
+
+SEGMENT: dict[str, Any] = {
+    "responses": {
+        200: {
+            "description": "A mask, an overlay, a zip of several, or JSON.",
+            "content": {
+                "image/png": _BYTES,
+                "image/jpeg": _BYTES,
+                "application/zip": _BYTES,
+                "application/json": {"schema": {"type": "object"}},
+            },
+        },
+        **ERRORS,
+    },
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "image/jpeg": _BYTES,
+                "image/png": _BYTES,
+                "application/octet-stream": _BYTES,
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {
+                            "image": {
+                                "type": "array",
+                                "items": {"type": "string", "format": "binary"},
+                            }
+                        },
+                    }
+                },
+            },
+        }
+    },
+}
+INFER: dict[str, Any] = {
+    "responses": {
+        200: {
+            "description": "Labels, as JSON or as JSON followed by binary data.",
+            "content": {
+                "application/json": {"schema": {"type": "object"}},
+                "application/octet-stream": _BYTES,
+            },
+        },
+        **ERRORS,
+    },
+    "openapi_extra": {
+        "parameters": [
+            {
+                "name": "Inference-Header-Content-Length",
+                "in": "header",
+                "required": False,
+                "schema": {"type": "integer"},
+                "description": "Bytes of JSON before the binary data.",
+            }
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": _TENSORS},
+                "application/octet-stream": _BYTES,
+            },
+        },
+    },
+}
