@@ -1,10 +1,10 @@
 """Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and
 encoded.
 
-Images in memory are RGB uint8 [H, W, 3], labels uint8 [H, W]. H height, W width, N batch, K classes
+Images in memory are RGB uint8 [H, W, 3], labels uint8 [H, W]. H height, W width, N batch,
+K classes.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
 from srdeploy.errors import UserError
-from srdeploy.photo_header import check_header, format_of, opener, raise_pillows_limit, webp_size
+from srdeploy.photo_header import check_header, format_of, opener, webp_size
+from srdeploy.pillow_remarks import raise_pillows_limit, reason_of
 from srdeploy.spec import Spec
 
 Pixels = npt.NDArray[np.uint8]
@@ -151,7 +152,7 @@ def _said_of(name: object, what: str) -> Iterator[None]:
         raise UnreadableImageError(f"no such file: {name}") from error
     # Broken files raise nearly everything, by format and version: none may pass as a bug of ours.
     except Exception as error:
-        raise UnreadableImageError(f"{name}: not a readable {what} ({_reason(error)})") from error
+        raise UnreadableImageError(f"{name}: not a readable {what} ({reason_of(error)})") from error
 
 
 def _upright(file: Image.Image) -> Pixels:
@@ -282,19 +283,3 @@ def encode_jpeg(image: Pixels, quality: int = 90) -> bytes:
     buffer = BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def _reason(error: Exception) -> str:
-    """One short line without addresses of objects."""
-    if isinstance(error, UnidentifiedImageError):
-        return "unknown format"
-    if isinstance(error, MemoryError):
-        return "more memory than there is"
-    if not isinstance(error, _SPOKEN) or not str(error).strip():
-        return "damaged data"
-    line = "".join(c if c.isprintable() else "?" for c in str(error).strip().splitlines()[0])
-    return re.sub(r"<[^<>]* at 0x[^<>]*>", "the image", line)[:160]
-
-
-_SPOKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning)
-"""Errors whose text is meant for people; KeyError's, for one, is not."""

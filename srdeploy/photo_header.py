@@ -4,16 +4,13 @@ Pillow bounds the pixels, but some small files ask for hours or gigabytes with f
 of a million scans, a TIFF of a million strips. Numbers here are far above those of real photos.
 """
 
-import logging
 import re
 import struct
-import warnings
 from collections.abc import Callable
 from typing import IO, Literal
 
 from PIL import (
     BmpImagePlugin,
-    Image,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -81,20 +78,6 @@ def check_header(content: bytes, format: Format) -> None:
         _check_png(content)
     elif format == "TIFF":
         _check_tiff(content)
-
-
-def raise_pillows_limit(pixels: int) -> None:
-    """Pillow's own limit of pixels is the whole process's: it is raised to ours and never lowered,
-    so that threads need not take turns, as they would to silence its warning for one image."""
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = pixels
-
-
-def ignore_remarks() -> None:
-    """Silences what Pillow says of damaged files, for the whole process: strangers would write its
-    log, and grow its list of warnings given. Call it once, before threads decode."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def webp_size(content: bytes) -> tuple[int, int] | None:

@@ -1,6 +1,8 @@
 """Decoding of images in memory, which strangers may have made."""
 
+import logging
 import struct
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from PIL import Image
 
 from srdeploy import imaging
 from srdeploy.imaging import UnreadableImageError
+from srdeploy.pillow_remarks import ignore_remarks, reason_of
 
 
 @pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO"])
@@ -106,3 +109,28 @@ def test_a_tiff_of_needlessly_many_strips_or_tags_is_refused(order: str, big: bo
         imaging.decode_photo(head + struct.pack(number, 1) + entry, "it")
     with pytest.raises(UnreadableImageError, match="more than 1000 tags"):
         imaging.decode_photo(head + struct.pack(number, 1001) + entry * 1001, "it")
+
+
+def test_reasons_are_short_lines_without_addresses_or_pillows_own_errors() -> None:
+    assert reason_of(OSError(f"no {object()} here\nsecond line")) == "no the image here"
+    assert reason_of(ValueError("x" * 1000)) == "x" * 160
+    assert reason_of(ValueError("a\x1b[31m\u202eb")) == "a?[31m?b"
+    passed_on = SyntaxError("320")
+    passed_on.__cause__ = KeyError(320)
+    for error in (passed_on, KeyError("x"), AttributeError("y"), ZeroDivisionError(), OSError()):
+        assert reason_of(error) == "damaged data"
+    assert reason_of(MemoryError()) == "more memory than there is"
+
+
+def test_remarks_on_damaged_files_can_be_silenced_for_the_whole_process() -> None:
+    content = saved(Image.new("L", (8, 8)), "TIFF").replace(
+        struct.pack("<HHI", 278, 4, 1), struct.pack("<HHI", 278, 4, 2)
+    )
+    with warnings.catch_warnings():
+        with pytest.raises(UnreadableImageError, match="Metadata Warning"):
+            imaging.decode_photo(content, "it")  # warnings are errors here
+        ignore_remarks()
+        try:
+            assert imaging.decode_photo(content, "it").shape == (8, 8, 3)
+        finally:
+            logging.getLogger("PIL").setLevel(logging.NOTSET)
