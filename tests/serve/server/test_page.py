@@ -2,196 +2,28 @@
 server's contract."""
 
 import io
-import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, cast
-from urllib.parse import parse_qs, urlsplit
+from http.server import ThreadingHTTPServer
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
-from srdeploy.imaging import Pixels
 from srdeploy.serve.server.page import render_page
+from tests.serve.server.page_stand_in import (
+    HEIGHT,
+    HOSTILE,
+    MODELS,
+    WIDTH,
+    StandIn,
+    labels_of,
+    names_at,
+    photo_bytes,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # playwright's own pipes
-
-WIDTH, HEIGHT = 160, 120
-HOSTILE = "<img src=x onerror=document.title='taken'>"
-MODELS = {
-    "plain": [("sky", (40, 90, 220)), ("road", (200, 40, 60)), (HOSTILE, (20, 160, 80))],
-    "small <b>": [("road", (200, 40, 60)), ("sky", (40, 90, 220))],
-}
-KEY = "a key of ours"
-
-
-def labels_of(model: str, height: int, width: int) -> Pixels:
-    """Sky on the left and road on the right; the plain model adds the third class in the upper
-    right corner. Both ignore the lowest rows, it twice as many. The models count their classes in different orders,
-    and set the border between sky and road at a half and at six tenths."""
-    labels = np.zeros((height, width), np.uint8)
-    if model == "plain":
-        labels[:, width // 2 :] = 1
-        labels[: height // 4, 7 * width // 10 :] = 2
-        labels[height - height // 10 :] = 255
-    else:
-        labels[:, : 6 * width // 10] = 1
-        labels[height - height // 20 :] = 255
-    return labels
-
-
-def names_at(model: str, labels: Pixels) -> Any:
-    """Class names instead of ids."""
-    table = np.array([name for name, _ in MODELS[model]] + [""] * 253, dtype=object)
-    return table[labels]
-
-
-def run_lengths(inside: Any) -> list[int]:
-    """Column-major, zeros first: pixel by pixel, as COCO says it."""
-    counts, current = [0], False
-    for value in inside.T.ravel().tolist():
-        if value != current:
-            counts.append(0)
-            current = value
-        counts[-1] += 1
-    return counts
-
-
-def photo_bytes(width: int = WIDTH, height: int = HEIGHT, orientation: int = 1) -> bytes:
-    """A PNG of one gray; with an orientation, a JPEG that viewers turn."""
-    buffer = io.BytesIO()
-    image = Image.new("RGB", (width, height), (100, 100, 100))
-    if orientation == 1:
-        image.save(buffer, "PNG")
-    else:
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        image.save(buffer, "JPEG", exif=exif)
-    return buffer.getvalue()
-
-
-class StandIn(BaseHTTPRequestHandler):
-    """Answers as the server does; what it should do is set on the class."""
-
-    models: ClassVar[list[str]] = [*MODELS]
-    key: ClassVar[str | None] = None
-    failure: ClassVar[tuple[int, str] | None] = None
-    gate: ClassVar[threading.Event] = threading.Event()
-    asked: ClassVar[list[str]] = []
-
-    @classmethod
-    def reset(cls) -> None:
-        cls.models, cls.key, cls.failure, cls.asked = [*MODELS], None, None, []
-        cls.gate.set()
-
-    def log_message(self, format: str, *values: Any) -> None:
-        pass
-
-    def answer(self, status: int, kind: str, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        fields = {"Content-Type": kind, "Content-Length": str(len(body))} | headers
-        for name, value in fields.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def answer_json(self, status: int, value: Any) -> None:
-        self.answer(status, "application/json", json.dumps(value).encode())
-
-    def locked(self) -> bool:
-        if self.key is None or self.headers["Authorization"] == f"Bearer {self.key}":
-            return False
-        self.answer_json(401, {"error": "this server asks for its API key"})
-        return True
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        if path == "/":
-            page, policy = render_page()
-            kind = "text/html; charset=utf-8"
-            self.answer(200, kind, page.encode(), Content_Security_Policy=policy)
-        elif self.locked():
-            pass
-        elif path == "/v1/models":
-            self.answer_json(200, self.description())
-        else:
-            self.answer(200, "image/jpeg", photo_bytes(64, 48, orientation=6))
-
-    def description(self) -> dict[str, Any]:
-        models = [
-            {
-                "name": name,
-                "version": "1",
-                "classes": classes_of(name),
-                "backend": "onnxruntime",
-                "device": "cpu",
-                "precision": "fp32",
-                "input": {
-                    "smallest": [32, 32],
-                    "usual": [360, 480],
-                    "largest": [720, 960],
-                    "longest_side": None,
-                },
-                "plan": {"sessions": 2, "threads_each": 1},
-            }
-            for name in self.models
-        ]
-        samples = [{"name": "upright.jpg", "url": "/v1/samples/0"}]
-        limits = {"body_mib": 1}
-        key = self.key is not None
-        return {"models": models, "samples": samples, "limits": limits, "key_needed": key}
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(self.path)
-        self.gate.wait(10)
-        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-        if self.locked():
-            return
-        if self.failure:
-            self.answer_json(self.failure[0], {"error": self.failure[1]})
-            return
-        with Image.open(io.BytesIO(body)) as file:
-            width, height = ImageOps.exif_transpose(file).size
-        labels = labels_of(query["model"], height, width)
-        if query["output"] == "mask":
-            buffer = io.BytesIO()
-            Image.fromarray(labels).save(buffer, "PNG")
-            self.answer(200, "image/png", buffer.getvalue())
-            return
-        assert (query["output"], query["regions"]) == ("json", "rle")
-        self.answer_json(200, segmented(query["model"], labels))
-
-
-def classes_of(model: str) -> list[dict[str, Any]]:
-    """As `/v1/models` lists them."""
-    return [
-        {"id": index, "name": name, "colour": colour}
-        for index, (name, colour) in enumerate(MODELS[model])
-    ]
-
-
-def segmented(model: str, labels: Pixels) -> dict[str, Any]:
-    """The answer of /v1/segment."""
-    classes = []
-    for known in classes_of(model):
-        inside = labels == known["id"]
-        rle = {"size": list(labels.shape), "counts": run_lengths(inside)}
-        sums = {"pixels": int(inside.sum()), "share": float(inside.mean())}
-        if inside.any():
-            classes.append(known | sums | {"rle": rle})
-    classes.sort(key=lambda each: -each["pixels"])
-    image = {
-        "name": None,
-        "width": labels.shape[1],
-        "height": labels.shape[0],
-        "classes": classes,
-        "ignored_pixels": int((labels == 255).sum()),
-    }
-    timing = {"decode": 2.5, "wait": 0.5, "compute": 12.0, "encode": 1.0, "total": 16.0, "batch": 1}
-    return {"model": model, "version": "1", "images": [image], "timing_ms": timing}
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +339,7 @@ def test_a_file_over_the_limit_is_not_sent(open_page: Open, desk: Any) -> None:
 
 
 def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desk: Any) -> None:
-    StandIn.key = KEY
+    StandIn.key = "a key of ours"
     page = open_page(desk)
     page.wait_for_selector("#key-form")
     assert page.inner_text("#error") == ""  # nothing went wrong yet
@@ -515,7 +347,7 @@ def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desk:
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()
     assert page.inner_text("#error") == "this server asks for its API key"
-    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").fill(StandIn.key)
     page.click("text=Use this key")
     page.wait_for_selector("#samples img")  # samples come with the key too
     upload(page)
