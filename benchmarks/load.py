@@ -54,6 +54,8 @@ class Outcome:
     """Requests of an open loop that were never sent, for want of a free connection."""
     unanswered: int = 0
     """Requests still without an answer when waiting for them ended."""
+    late: int = 0
+    """Answers of an open loop that came when it no longer sent."""
     lags_s: list[float] = field(default_factory=list)
     """Of an open loop: how much later than due each request was sent."""
     client_cpu_s: float = 0.0
@@ -66,8 +68,8 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Answers per second, of status 200."""
-        return self.answered / self.seconds if self.seconds else 0.0
+        """Answers per second, of status 200, while it sent."""
+        return (self.answered - self.late) / self.seconds if self.seconds else 0.0
 
     @property
     def client_cores(self) -> float:
@@ -303,6 +305,8 @@ class _OpenLoop(_Loop):
 
     def done(self, connection: Connection, reply: Reply | None, latency: float) -> None:
         self.outcome.take(reply, latency)
+        if reply is not None and reply.status == 200 and not self.window.open:
+            self.outcome.late += 1
         if connection.usable:
             self.ready(connection)
         else:
