@@ -30,6 +30,9 @@ MOST_STRIPS = 200_000
 """Of a TIFF, or tiles, each an object of Pillow's. 50 megapixels in tiles of 16x16 are 195,313."""
 MOST_TAGS = 1_000
 """Of a TIFF."""
+MOST_RUN_LENGTH = 1_000_000
+"""Pixels, and bytes, of a run-length coded BMP: Pillow decodes that in Python, which took 10 s for
+50 megapixels. Such files are drawings, not photos."""
 
 _MARKER = re.compile(rb"\xff([^\x00\xff])")
 _MARKER_AFTER_SCAN = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
@@ -78,6 +81,8 @@ def check_header(content: bytes, format: Format) -> None:
         _check_png(content)
     elif format == "TIFF":
         _check_tiff(content)
+    elif format == "BMP":
+        _check_bmp(content)
 
 
 def webp_size(content: bytes) -> tuple[int, int] | None:
@@ -153,3 +158,12 @@ def _check_tiff(content: bytes) -> None:
             return
         if tag in (_STRIP_OFFSETS, _TILE_OFFSETS) and count > MOST_STRIPS:
             raise ValueError(f"a TIFF of more than {MOST_STRIPS} strips or tiles")
+
+
+def _check_bmp(content: bytes) -> None:
+    if len(content) < 34:
+        return
+    width, height, compression = struct.unpack_from("<ii4xI", content, 18)
+    coded = compression in (1, 2)
+    if coded and max(abs(width * height), len(content)) > MOST_RUN_LENGTH:
+        raise ValueError(f"a run-length coded BMP of more than {MOST_RUN_LENGTH} pixels or bytes")

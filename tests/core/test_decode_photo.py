@@ -111,6 +111,26 @@ def test_a_tiff_of_needlessly_many_strips_or_tags_is_refused(order: str, big: bo
         imaging.decode_photo(head + struct.pack(number, 1001) + entry * 1001, "it")
 
 
+def run_length_bmp(width: int, height: int, runs: bytes) -> bytes:
+    """8 bits a pixel, coded, with a gray palette."""
+    palette = b"".join(bytes([value] * 3 + [0]) for value in range(256))
+    start = 14 + 40 + len(palette)
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    head = b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+    return head + info + palette + runs
+
+
+def test_a_large_run_length_coded_bmp_is_refused_and_a_small_one_decoded() -> None:
+    small = imaging.decode_photo(run_length_bmp(3, 2, b"\3\7\0\0\3\x09\0\1"), "it")
+    assert small[..., 0].tolist() == [[9] * 3, [7] * 3]
+    for hostile in (
+        run_length_bmp(10_000, 5_000, b"\1\7\0\0" * 5_000),
+        run_length_bmp(100, 100, bytes(1_000_000)),
+    ):
+        with pytest.raises(UnreadableImageError, match="run-length coded BMP of more than 1000000"):
+            imaging.decode_photo(hostile, "it")
+
+
 def test_reasons_are_short_lines_without_addresses_or_pillows_own_errors() -> None:
     assert reason_of(OSError(f"no {object()} here\nsecond line")) == "no the image here"
     assert reason_of(ValueError("x" * 1000)) == "x" * 160
