@@ -76,10 +76,13 @@ class StandIn(BaseHTTPRequestHandler):
     failure: ClassVar[tuple[int, str] | None] = None
     gate: ClassVar[threading.Event] = threading.Event()
     asked: ClassVar[list[str]] = []
+    sizes: ClassVar[list[tuple[int, int]]] = []
+    """(width, height) of the photos that came, upright."""
 
     @classmethod
     def reset(cls) -> None:
         cls.models, cls.key, cls.failure, cls.asked = [*MODELS], None, None, []
+        cls.sizes = []
         cls.gate.set()
 
     def log_message(self, format: str, *values: Any) -> None:
@@ -130,12 +133,18 @@ class StandIn(BaseHTTPRequestHandler):
                     "largest": [720, 960],
                     "longest_side": None,
                 },
-                "plan": {"sessions": 2, "threads_each": 1},
+                "plan": {
+                    "lone": {"sessions": 1, "threads": 2},
+                    "shared": {"sessions": 2, "threads": 1},
+                    "batch": 8,
+                    "max_wait_ms": 2.0,
+                    "measured": [],
+                },
             }
             for name in self.models
         ]
         samples = [{"name": "upright.jpg", "url": "/v1/samples/0"}]
-        limits = {"body_mib": 1}
+        limits = {"body_mib": 1, "megapixels": 50.0}
         key = self.key is not None
         return {"models": models, "samples": samples, "limits": limits, "key_needed": key}
 
@@ -151,6 +160,7 @@ class StandIn(BaseHTTPRequestHandler):
             return
         with Image.open(io.BytesIO(body)) as file:
             width, height = ImageOps.exif_transpose(file).size
+        self.sizes.append((width, height))
         labels = labels_of(query["model"], height, width)
         if query["output"] == "mask":
             buffer = io.BytesIO()

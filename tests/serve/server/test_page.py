@@ -260,7 +260,8 @@ def test_times_and_facts_of_a_model_are_shown(open_page: Open, desk: Any) -> Non
     assert parts[2] > parts[0] > parts[1]
     assert abs(sum(parts) - whole) <= 5
     facts = page.inner_text(".card dl")
-    for fact in ("onnxruntime", "cpu", "fp32", "sessions 2, threads each 1", "32×32 to 960×720"):
+    plan = "2 sessions of 1 thread, up to 8 images a run; 1 session of 2 threads for a lone request"
+    for fact in ("onnxruntime", "cpu", "fp32", plan, "32×32 to 960×720"):
         assert fact in facts
 
 
@@ -284,6 +285,20 @@ def test_a_photo_on_its_side_stands_upright_beneath_its_labels(open_page: Open, 
     assert page.get_attribute("#samples button", "aria-pressed") == "true"
     assert hover(page, 0.49, 0.5) == "sky"
     assert hover(page, 0.52, 0.5) == "road"
+
+
+def test_a_photo_larger_than_the_models_take_is_sent_smaller(open_page: Open, desk: Any) -> None:
+    page = open_page(desk)
+    upload(page, photo_bytes(2000, 1500))
+    width, height = StandIn.sizes[0]
+    assert StandIn.sizes == [(width, height)] * 2
+    assert 0.99 * 720 * 960 < width * height <= 720 * 960
+    assert width / height == pytest.approx(2000 / 1500, abs=0.01)
+    told = f"street.png, 2000×1500, sent as {width}×{height}: the models take no more"
+    assert page.inner_text("#size") == told
+    upload(page, photo_bytes(960, 720))
+    assert StandIn.sizes[2:] == [(960, 720)] * 2
+    assert page.inner_text("#size") == "street.png, 960×720"
 
 
 def test_dropped_and_pasted_photos_are_taken(open_page: Open, desk: Any) -> None:
