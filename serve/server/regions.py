@@ -92,7 +92,7 @@ def polygons(mask: Mask) -> list[Polygon]:
     padded[1:-1, 1:-1] = part
     generator = contour_generator(z=padded, fill_type=FillType.ChunkCombinedOffsetOffset)
     # All rings in one array, and in which of them polygons begin: noise makes very many.
-    filled = cast(tuple[list[Points], list[Offsets], list[Offsets]], generator.filled(0.5, np.inf))
+    filled = cast(tuple[list[Points], list[Offsets], list[Offsets]], generator.filled(0.5, 2.0))
     (points,), (rings,), (outer,) = filled
     corners, bounds = _corners(points, rings.astype(np.int64))
     # contourpy's coordinates are those of pixel centres, and of the padded part.
