@@ -25,7 +25,7 @@ import uvloop
 from answers import MODEL, Photos
 from load import Call, Outcome, closed_loop, open_loop
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import ServerProcess, harmless
+from server_process import ServerProcess, harmless, plan_of
 
 from srdeploy import console
 from srdeploy.environment import PACKAGES, describe_environment
@@ -79,6 +79,7 @@ def main(
     words += ["--precision", precision] if openvino_precision else []
     with ServerProcess("srdeploy", [*words, *(option or [])], "/v2/health/ready") as server:
         server.wait()
+        plan = plan_of(server)
         calls = prepared.image_calls(server.port)
         console.say(f"capacity, {CLIENTS} clients")
         before = uvloop.run(closed_loop(server.port, calls, CLIENTS, 2.0, capacity_seconds))
@@ -108,6 +109,7 @@ def main(
         "runtime": runtime,
         "precision": openvino_precision,
         "options": option or [],
+        "plan": plan,
         "seconds": seconds,
         "connections": connections,
         "capacity_per_s": {"before": before.rate, "after": after.rate},
@@ -126,7 +128,7 @@ def main(
             "before": at_rest,
             "peak": max(mib for _, mib in watch.memory),
             "after": settled,
-            "growth_per_minute": growth(watch.memory),
+            "growth_per_minute": growth([one for one in watch.memory if one[0] <= seconds]),
             "samples": [[round(at, 1), round(mib, 1)] for at, mib in watch.memory],
         },
     }

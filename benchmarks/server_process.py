@@ -1,6 +1,7 @@
 """Servers under test, each in a process group of its own."""
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -142,3 +143,9 @@ def harmless(command: str) -> str:
     """A command without the paths of this machine."""
     words = [Path(word).name if "/" in word else word for word in shlex.split(command)]
     return shlex.join(words)
+
+
+def plan_of(server: ServerProcess) -> Any:
+    """How `srdeploy serve` laid out the sessions of its first model, with what it measured."""
+    _, text = server.get("/v1/models")
+    return json.loads(text)["models"][0]["plan"]

@@ -29,7 +29,7 @@ from answers import MODEL, Photos, Verdict
 from load import Outcome, closed_loop
 from raw_rates import RawRuntime
 from scipy import stats
-from server_process import ServerProcess, harmless, script
+from server_process import ServerProcess, harmless, plan_of, script
 
 from srdeploy import console
 from srdeploy.environment import PACKAGES, describe_environment
@@ -62,7 +62,7 @@ def main(
     concurrency: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="Each loads every server once.", min=2)] = 4,
     seconds: Annotated[float, typer.Option(help="Of each load.")] = 5.0,
-    warm: Annotated[float, typer.Option(help="Seconds of load before it counts.")] = 1.0,
+    warm: Annotated[float, typer.Option(help="Seconds of load before it counts.")] = 2.0,
     raw: Annotated[float, typer.Option(help="Seconds of each raw measurement.")] = 1.5,
     count: Annotated[int, typer.Option(help="Photos that are sent in turn.", min=1)] = 32,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("serving.json"),
@@ -83,15 +83,19 @@ def main(
     cells: list[dict[str, Any]] = []
     judged: dict[tuple[str, int], Verdict] = {}
     with ExitStack() as stack:
-        started = {
-            name: stack.enter_context(server(name, artifact, graph, engine, option or []))
-            for name in chosen
-        }
-        raw_runtime = stack.enter_context(RawRuntime(graph, files, engine))
-        for one in started.values():
+        started = {}
+        plan = None
+        for (
+            name
+        ) in chosen:  # one after the other: ours measures at its start how to lay out sessions
+            console.say(f"start {name}")
+            one = stack.enter_context(server(name, artifact, graph, engine, option or []))
             one.wait()
-        for one in started.values():
+            if name == OURS:
+                plan = plan_of(one)
             one.pause()
+            started[name] = one
+        raw_runtime = stack.enter_context(RawRuntime(graph, files, engine))
         before = raw_runtime.measure(raw)
         order = list(chosen)
         for number in range(rounds):
@@ -123,6 +127,7 @@ def main(
         "rounds": rounds,
         "servers": {name: harmless(command) for name, command in commands.items()},
         "memory_mib": memory,
+        "plan": plan,
         "raw": raw_summary(cells),
         "rows": rows(cells, judged, chosen, clients),
         "cells": [{key: one for key, one in cell.items() if key != "times"} for cell in cells],
