@@ -85,9 +85,8 @@ def main(
     with ExitStack() as stack:
         started = {}
         plan = None
-        for (
-            name
-        ) in chosen:  # one after the other: ours measures at its start how to lay out sessions
+        # One after the other: ours measures at its start how to lay out its sessions.
+        for name in chosen:
             console.say(f"start {name}")
             one = stack.enter_context(server(name, artifact, graph, engine, option or []))
             one.wait()
