@@ -5,6 +5,7 @@ and once after it was trained and stripped, and everything here looks at those t
 """
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +27,27 @@ from srdeploy.export.precision.rounding import emulate
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.export.typed import types_line
 from srdeploy.models import NETWORKS, make_network
+from srdeploy.models.resnet import RESNETS
 from srdeploy.precision import HalfPrecision, Target
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.losses import pixel_cross_entropy
 from srdeploy.train.regulation import ExitOutputs, Losses, SelfRegulation
 
 SAME_WHEN_SMALL = {
+    "deeplabv2-resnet101": "deeplabv2-resnet50",
     "hrnet-w32": "hrnet-w18",
     "hrnet-w48": "hrnet-w18",
     "ocrnet-hrnet-w48": "ocrnet-hrnet-w18",
 }
-"""Networks that differ in width alone: at one width they are one network, which goes once."""
+"""Networks that differ in width or depth alone: at one width and depth they are one network, which
+goes once."""
 NAMES = tuple(name for name in NETWORKS if name not in SAME_WHEN_SMALL)
 """As built in: conftest adds one for other tests."""
 SMALL: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "small_networks.json").read_text()
 )
+SHALLOW = {"resnet50": (2, 2, 2, 2), "resnet101": (2, 2, 2, 2)}
+"""Blocks per layer: the first of a layer is unlike the others, and tracing takes time for each."""
 CLASSES = 4
 SIZES = ((32, 32), (64, 96), (128, 160))
 """(H, W): smallest, usual and largest."""
@@ -89,9 +95,20 @@ def policy() -> Spec:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shallow() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, depths in SHALLOW.items():
+            patch.setitem(RESNETS, name, (RESNETS[name][0], depths))
+        yield
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def journey(
-    request: pytest.FixtureRequest, policy: Spec, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    shallow: None,
+    policy: Spec,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Journey:
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
