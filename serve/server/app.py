@@ -25,6 +25,7 @@ from srdeploy.serve.server.gate import Gate
 from srdeploy.serve.server.guard import CLIENT_GONE, Guard, answer_refusal
 from srdeploy.serve.server.hub import ClientGone, Hub
 from srdeploy.serve.server.journal import LOG, log
+from srdeploy.serve.server.openapi import describe
 from srdeploy.serve.server.page import render_page
 from srdeploy.serve.server.plan import Plan
 from srdeploy.serve.server.refusals import BadRequest, Refusal
@@ -59,6 +60,7 @@ def make_app(config: ServerConfig, desk: Desk) -> ASGIApp:
         lifespan=_lifespan,
     )
     app.state.desk = desk
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.include_router(routes_v1.router)
     app.include_router(routes_v2.router)
     app.add_api_route("/", _page, include_in_schema=False)
@@ -81,13 +83,26 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await loading  # a worker takes requests once it can answer them
         if desk.fault is not None:
             raise desk.fault
+        loop.add_signal_handler(
+            signal.SIGTERM, _drain_worker, desk, signal.getsignal(signal.SIGTERM)
+        )
     elif threading.current_thread() is threading.main_thread():
         loop.add_signal_handler(signal.SIGHUP, partial(_reload_all, desk))
     yield
     desk.hub.stopping = True
     await loading
     await asyncio.to_thread(desk.hub.close)
+    desk.watch.leave()
     log("stopped")
+
+
+def _drain_worker(desk: Desk, stop: Any) -> None:
+    """On a worker's SIGTERM: it goes on for a while, telling clients to ask elsewhere, and then
+    does what uvicorn does. (Without workers, `run.Server` does the same.)"""
+    if not desk.hub.stopping:
+        desk.hub.stopping = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(desk.limits.drain_s, stop, signal.SIGTERM, None)
 
 
 def _load(desk: Desk) -> None:
@@ -97,6 +112,7 @@ def _load(desk: Desk) -> None:
         desk.fault = error
         desk.stop()
         return
+    desk.refresh_gauges()
     log("ready", models=",".join(desk.hub.names))
 
 
@@ -136,10 +152,7 @@ async def _page() -> HTMLResponse:
 async def _metrics(request: Request) -> PlainTextResponse:
     """Prometheus's metrics."""
     desk = desk_of(request)
-    desk.watch.waiting.set(desk.gate.requests)
-    desk.watch.ready.set(int(desk.hub.ready))
-    for name, count in desk.hub.waiting_images().items():
-        desk.watch.queued.labels(name).set(count)
+    desk.refresh_gauges()
     return PlainTextResponse(desk.watch.text(), media_type=desk.watch.content_type)
 
 

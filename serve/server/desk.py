@@ -53,6 +53,14 @@ class Desk:
     stop: Callable[[], None] = _nobody_to_tell
     """Ends the server, as SIGTERM does."""
 
+    def refresh_gauges(self) -> None:
+        """Sets the metrics that say how things stand; with several workers, any of them is asked
+        for all, so each keeps its own up to date."""
+        self.watch.waiting.set(self.gate.requests)
+        self.watch.ready.set(int(self.hub.ready))
+        for name, count in self.hub.waiting_images().items():
+            self.watch.queued.labels(name).set(count)
+
     async def run(
         self, request: Request, model: str, tasks: Sequence[Task[Any]], timeout_s: float | None
     ) -> list[Any]:

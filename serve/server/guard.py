@@ -97,9 +97,12 @@ class Guard:
             )
 
     def _record(self, scope: Scope, visit: Visit, status: int, seconds: float) -> None:
+        if scope["path"].startswith("/v2/health/"):
+            return  # asked every few seconds, by machines
         watch = self._desk.watch
         route = getattr(scope.get("route"), "path", "none")
         watch.requests.labels(visit.model, route, status).inc()
+        self._desk.refresh_gauges()
         if visit.jobs:
             watch.duration.labels(visit.model, route).observe(seconds)
         if status >= 400:

@@ -103,10 +103,11 @@ def _read_shape(tensor: JsonObject, card: ModelCard, limits: Limits) -> ImagesSh
         raise TooLarge(
             f"{where}[0]: {shown(images)} images in one request, at most {limits.images} are taken"
         )
-    if height * width > limits.pixels:
+    most = limits.network_pixels(card.spec)
+    if height * width > most:
         raise TooLarge(
             f"{where}: {shown(height)} x {shown(width)} (height x width) are more than "
-            f"{limits.megapixels:g} million pixels, the most that one image may have"
+            f"{most / 1e6:.3g} million pixels, the most that model {card.name} takes here"
         )
     least = card.spec.input.smallest
     if height < least[0] or width < least[1]:

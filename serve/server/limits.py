@@ -3,6 +3,7 @@ serve`."""
 
 from pydantic import Field
 
+from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
 MAX_BODY_MIB = 32
@@ -10,6 +11,9 @@ MAX_BODY_MIB = 32
 MAX_MEGAPIXELS = 50.0
 """Of one photo, in millions: what large phone cameras make. Read from the header, before the pixels
 are decoded, so that a small file can't ask for much memory."""
+MAX_NETWORK_MEGAPIXELS = 4.2
+"""Of one image as the network sees it, in millions: 2048x2048. A model whose own largest size has
+more pixels takes those. Networks need hundreds of bytes of memory for each pixel."""
 MAX_IMAGES = 16
 """Of one request."""
 MAX_WAITING = 64
@@ -27,6 +31,7 @@ class Limits(Settings):
 
     body_mib: float = Field(default=MAX_BODY_MIB, gt=0)
     megapixels: float = Field(default=MAX_MEGAPIXELS, gt=0)
+    network_megapixels: float = Field(default=MAX_NETWORK_MEGAPIXELS, gt=0)
     images: int = Field(default=MAX_IMAGES, ge=1)
     waiting: int = Field(default=MAX_WAITING, ge=1)
     waiting_mib: float = Field(default=MAX_WAITING_MIB, gt=0)
@@ -42,6 +47,11 @@ class Limits(Settings):
     def pixels(self) -> int:
         """Of one photo."""
         return int(self.megapixels * 1e6)
+
+    def network_pixels(self, spec: Spec) -> int:
+        """Of one image as that network sees it."""
+        height, width = spec.input.largest
+        return max(int(self.network_megapixels * 1e6), height * width)
 
     @property
     def waiting_bytes(self) -> int:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
 _ERROR: dict[str, Any] = {
     "content": {
         "application/json": {
@@ -51,6 +54,28 @@ _TENSORS = {
         "parameters": {"type": "object"},
     },
 }
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The description of the API: FastAPI's, in which every route may refuse as ours do."""
+    if app.openapi_schema is None:
+        found = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+        )
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                responses = operation["responses"]
+                responses.pop("422", None)  # told as 400, in our one form
+                for status in (400, 401, 403):
+                    responses.setdefault(str(status), ERRORS[status])
+        for name in ("HTTPValidationError", "ValidationError"):
+            found.get("components", {}).get("schemas", {}).pop(name, None)
+        app.openapi_schema = found
+    return app.openapi_schema
+
 
 SEGMENT: dict[str, Any] = {
     "responses": {

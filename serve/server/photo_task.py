@@ -134,12 +134,11 @@ class PhotoTask:
     def _check_network_takes(self, height: int, width: int) -> None:
         policy = self._spec.input
         fitted = fitted_size(height, width, self._spec)
-        most = policy.largest
-        if policy.longest_side is None and fitted[0] * fitted[1] > most[0] * most[1]:
+        most = self._limits.network_pixels(self._spec)
+        if policy.longest_side is None and fitted[0] * fitted[1] > most:
             raise TooLarge(
                 f"{self._called}: an image of {width}x{height} is too large: the network takes up "
-                f"to {most[1]}x{most[0]} (width x height), or as many pixels in another shape: "
-                "scale it down"
+                f"to {most / 1e6:.3g} megapixels here: scale it down"
             )
 
     def _described(self, labels: Pixels) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from srdeploy.serve.runtime import ImageShapeError, Runtime, parse_device
 from srdeploy.serve.server.plan import Layout, Measured, Plan
 from srdeploy.serve.server.sessions import Source, open_sessions
 
-TRY_S = 0.4
+TRY_S = 0.3
 """How long each layout is tried, and at least `LEAST_RUNS` in each session."""
 LEAST_RUNS = 2
 PASSES = 3

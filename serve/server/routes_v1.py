@@ -104,7 +104,9 @@ def sample(request: Request, index: int) -> Response:
     if not 0 <= index < len(samples):
         raise NotFound(f"no sample {index}: there are {len(samples)}, from 0")
     return Response(
-        samples[index].jpeg, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"}
+        samples[index].jpeg,
+        media_type="image/jpeg",
+        headers={"Cache-Control": "private, max-age=3600"},
     )
 
 
@@ -217,6 +219,7 @@ def _model(desk: Desk, card: ModelCard) -> dict[str, Any]:
             {"id": index, "name": name, "colour": list(colour)}
             for index, (name, colour) in enumerate(zip(spec.classes, spec.palette, strict=True))
         ],
+        "void_colour": list(spec.void_colour),
         "backend": card.backend,
         "device": card.device,
         "precision": card.precision,

@@ -11,6 +11,7 @@ import uvicorn
 from uvicorn.supervisors.multiprocess import Multiprocess
 
 from srdeploy.errors import UserError
+from srdeploy.pillow_remarks import ignore_remarks
 from srdeploy.serve.server.app import make_app, make_desk
 from srdeploy.serve.server.config import ServerConfig
 from srdeploy.serve.server.desk import Desk
@@ -24,6 +25,11 @@ BACKLOG = 2048
 """Connections that the kernel holds until they are taken: bursts must not be turned away."""
 WORKER_START_S = 600
 """Until a worker counts as hung: large models take their time to load."""
+
+
+LINGER_S = 0.25
+"""From the last connection taken to the end of those that have asked nothing: a request may be on
+its way."""
 
 
 class Server(uvicorn.Server):
@@ -44,6 +50,9 @@ class Server(uvicorn.Server):
         log("stopping", waiting=self._desk.gate.requests)
         if self._desk.fault is None and not self.force_exit:
             await asyncio.sleep(self._desk.limits.drain_s)
+            for server in self.servers:
+                server.close()
+            await asyncio.sleep(LINGER_S)
         await super().shutdown(sockets)
 
 
@@ -53,12 +62,17 @@ def run_server(config: ServerConfig) -> None:
     Raises UserError where the address can't be used or a model can't be run.
     """
     start_log(config.log, config.quiet)
+    ignore_remarks()
     for source in config.sources:
         source.runtime_of(None)  # refuses what can't work, before an address is taken
-    listener = _listen(config)
-    if config.workers > 1:
-        _run_workers(config, listener)
-        return
+    with _listen(config) as listener:
+        if config.workers > 1:
+            _run_workers(config, listener)
+        else:
+            _run_here(config, listener)
+
+
+def _run_here(config: ServerConfig, listener: socket.socket) -> None:
     desk = make_desk(config)
     app = make_app(config, desk)
     # uvicorn sends itself the signal again once it has stopped: that must not be the end of a

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from srdeploy.serve.server.job import Job
 from srdeploy.serve.server.tally import Tally
@@ -97,6 +97,11 @@ class Watch:
             self._batch.labels(model).observe(timing.batch)
             for step in ("decode", "wait", "compute", "encode"):
                 self._steps.labels(model, step).observe(getattr(timing, step) / 1000)
+
+    def leave(self) -> None:
+        """A worker ends: what it said of the present counts no longer."""
+        if WORKERS_FOLDER in os.environ:
+            mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
 
     def text(self) -> bytes:
         """In Prometheus's text form; of all workers, where there are several."""

@@ -66,6 +66,14 @@ def serve(
             help="Of one photo; read before it is decoded.", min=0.001, rich_help_panel=_NUMBERS
         ),
     ] = 50,
+    max_network_megapixels: Annotated[
+        float,
+        typer.Option(
+            help="Of one image as the network sees it; a model's own largest size is always taken.",
+            min=0.001,
+            rich_help_panel=_NUMBERS,
+        ),
+    ] = 4.2,
     max_images: Annotated[
         int, typer.Option(help="Of one request.", min=1, rich_help_panel=_NUMBERS)
     ] = 16,
@@ -146,6 +154,7 @@ def serve(
             limits=Limits(
                 body_mib=max_body_mib,
                 megapixels=max_megapixels,
+                network_megapixels=max_network_megapixels,
                 images=max_images,
                 waiting=max_waiting,
                 waiting_mib=max_waiting_mib,

@@ -41,7 +41,7 @@ SPEC = Spec(
     input=InputPolicy(smallest=(2, 2), usual=(8, 8), largest=(64, 64)),
 )
 CARD = ModelCard("night", "1", SPEC, "onnxruntime", "cpu", "float32", (None, None, None, 3))
-LIMITS = Limits(images=4, megapixels=0.01)
+LIMITS = Limits(images=4, network_megapixels=0.01)
 
 IMAGES = hnp.arrays(
     np.uint8,
@@ -405,7 +405,7 @@ def test_more_than_the_limits_is_too_large_whatever_the_body_holds(
 
 
 def test_a_shape_alone_takes_no_memory() -> None:
-    limits = Limits(images=1000, megapixels=1000)
+    limits = Limits(images=1000, network_megapixels=1000)
     body, length = joined(binary(10**9 * 3, shape=[1, 10**5, 10**4, 3]), b"7")
     data, _ = joined(plain(shape=[1000, 10**5, 10**4, 3]))
     tracemalloc.start()

@@ -148,11 +148,13 @@ def test_an_image_too_small_for_the_network_is_a_bad_request() -> None:
 def test_an_image_beyond_the_networks_largest_size_is_too_large_unless_it_is_scaled() -> None:
     policy = {"smallest": (16, 16), "usual": (64, 64), "largest": (64, 128)}
     own_size = SPEC.model_copy(update={"input": InputPolicy.model_validate(policy)})
-    words = r"image of 120x90 is too large: the network takes up to 128x64 .*: scale it down$"
+    limits = Limits(network_megapixels=0.001)  # the network's own largest size is larger
+    words = "image of 120x90 is too large: .* up to 0.00819 megapixels here: scale it down$"
     with pytest.raises(TooLarge, match=words):
-        PhotoTask(photo_file(), None, own_size, Limits(), Wanted()).prepare()
+        PhotoTask(photo_file(), None, own_size, limits, Wanted()).prepare()
+    assert PhotoTask(photo_file(), None, own_size, Limits(), Wanted()).prepare().size == 32400
     # As many pixels in another shape.
-    tall = PhotoTask(photo_file(200, 40), None, own_size, Limits(), Wanted()).prepare()
+    tall = PhotoTask(photo_file(200, 40), None, own_size, limits, Wanted()).prepare()
     assert tall.shape == (1, 200, 40, 3)
     scaled = SPEC.model_copy(
         update={"input": InputPolicy.model_validate(policy | {"longest_side": 100})}

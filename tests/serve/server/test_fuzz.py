@@ -1,0 +1,77 @@
+"""The server under requests that no client would send: no 500, no crash, no leak."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from PIL import Image
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests.serve.server.live import LiveServer
+
+COUNT = 2000
+"""Damaged and hostile images that the server is sent."""
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, exported: dict[str, Path]
+) -> Iterator[LiveServer]:
+    live = LiveServer(
+        tmp_path_factory.mktemp("live"),
+        f"unet={exported['uint8-labels']}",
+        *("--sessions", 2, "--threads", 1, "--max-batch", 2, "--max-megapixels", 1),
+    )
+    yield live
+    live.kill()
+
+
+@pytest.fixture(scope="module")
+def api(server: LiveServer) -> Any:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("api")
+
+
+@schema.parametrize()
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_requests_by_the_description_get_answers_by_the_description(
+    case: Any, server: LiveServer
+) -> None:
+    # What the description allows may still be no image that a network takes.
+    case.call_and_validate(base_url=server.url, excluded_checks=[positive_data_acceptance])
+
+
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")  # in making the corpus
+def test_hostile_images_neither_crash_nor_leak(
+    server: LiveServer, hostile_corpus: Callable[[int, int], Iterator[tuple[str, bytes]]]
+) -> None:
+    process = psutil.Process(server.process.pid)
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((40, 48, 3), np.uint8)).save(buffer, "PNG")
+    memory: list[int] = []
+    statuses: dict[int, int] = {}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        right = client.post("/v1/segment", content=buffer.getvalue()).content
+        for number, (name, content) in enumerate(hostile_corpus(COUNT, 7)):
+            answer = client.post("/v1/segment", content=content)
+            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            assert answer.status_code in (200, 400, 413), (name, answer.text)
+            if answer.status_code != 200:
+                assert set(answer.json()) == {"error"}, name
+            if number % (COUNT // 4) == 0:
+                memory.append(process.memory_info().rss)
+                assert client.post("/v1/segment", content=buffer.getvalue()).content == right
+    assert sum(statuses.values()) == COUNT
+    assert statuses[400] > COUNT / 4
+    assert memory[-1] - memory[1] < 40 * 2**20  # allocators keep some; a leak of images is more
+    assert server.process.poll() is None
+    assert not [event for event in server.events if event["level"] == "error"]
