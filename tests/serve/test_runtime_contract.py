@@ -30,9 +30,9 @@ def make(
     return partial(open_runtime, exported[form] if form else run_folder, runtime=backend)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def runtime(make: Callable[..., Runtime]) -> Iterator[Runtime]:
-    """The artifact, opened."""
+    """The artifact, opened once: OpenVINO compiles it each time."""
     with make(threads=1) as opened:
         yield opened
 
