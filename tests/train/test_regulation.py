@@ -85,7 +85,7 @@ def test_every_parameter_of_network_and_exits_learns(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unet", "segnet", "deeplabv2-resnet18"])
 def test_the_networks_of_the_house_are_regulated_by_their_stages(name: str) -> None:
-    network = make_network(name, K, **({"width": 8} if name == "unet" else {}))
+    network = make_network(name, K, width=8)
     regulated = SelfRegulation(network, K, settings=RegulationConfig(width=8))
     assert regulated.taps == network.stages
     images, labels = batch(64, 64)
