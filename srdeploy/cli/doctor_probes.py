@@ -85,7 +85,10 @@ def gpu_probe() -> Answers:
 
 def server_probe() -> Answers:
     """The packages of the server."""
-    modules = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+    modules = (
+        *("fastapi", "fastapi_offline", "python_multipart", "prometheus_client"),
+        *("uvicorn", "uvloop", "httptools"),
+    )
     return {"import": attempt(partial(_import, "serve", *modules))}
 
 

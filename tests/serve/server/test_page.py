@@ -5,6 +5,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from srdeploy.serve.server.page import render_page
+from tests.serve.server.live import LiveServer
 from tests.serve.server.page_stand_in import (
     HEIGHT,
     HOSTILE,
@@ -487,3 +489,27 @@ def test_the_policy_names_this_script_and_style_alone() -> None:
         assert " " not in rules[f"{kind}-src"]
     assert " style=" not in page
     assert " onclick=" not in page
+
+
+def test_the_real_server_answers_the_page(
+    browser: Any, make_graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    graphs = [make_graph(name) for name in ("night.onnx", "day.onnx")]
+    server = LiveServer(tmp_path / "live", *graphs, "--sessions", 1, "--max-batch", 1)
+    page = browser.new_context(viewport={"width": 1000, "height": 800}).new_page()
+    faults: list[str] = []
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    try:
+        page.goto(server.url)
+        page.locator("#samples button").first.click()
+        page.wait_for_selector("#differ:has-text('%')")
+        differ = page.locator("#differ").inner_text()
+        shown = page.locator("body").inner_text()
+    finally:
+        page.context.close()
+        server.kill()
+    assert "field" in shown  # green, as most of a meadow is
+    assert "onnxruntime" in shown
+    assert float(differ.rstrip(" %")) == 0  # the models are equal
+    assert faults == []
