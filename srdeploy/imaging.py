@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
 from srdeploy.errors import UserError
@@ -65,6 +67,10 @@ def decode_photo(content: bytes, name: str, pixels: int | None = None) -> Pixels
         with opener(format)(BytesIO(content), "") as file:
             if pixels is not None:
                 _check_pixels(file.size, name, pixels)
+            if format == "JPEG" and file.mode == "RGB" and _orientation(file) == 1:
+                quick = _quick_jpeg(content)
+                if quick is not None:
+                    return quick
             return _upright(file)
 
 
@@ -160,6 +166,15 @@ def _upright(file: Image.Image) -> Pixels:
     file.load()  # first: this sets a TIFF upright, and takes the orientation off it
     turn = _TURNS.get(_orientation(file))
     return to_rgb(file if turn is None else file.transpose(turn))
+
+
+def _quick_jpeg(content: bytes) -> Pixels | None:
+    """What Pillow gives, in less time: it decodes into the array itself. None where the file is
+    damaged in any way, so that Pillow alone says what is and what is not an image."""
+    try:
+        return cast(Pixels, simplejpeg.decode_jpeg(content, "RGB"))
+    except (ValueError, MemoryError):
+        return None
 
 
 def _orientation(file: Image.Image) -> int:

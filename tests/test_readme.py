@@ -86,10 +86,12 @@ def smaller(command: str) -> list[str]:
 
 
 def write_own_network(folder: Path) -> None:
-    """my_package/models.py as README shows it, with a network of a hundredth of the size."""
+    """my_package/models.py as README shows it, with a network of a hundredth of the size and of two
+    levels: each takes seconds to trace."""
     code = next(block for block in python_blocks() if block.startswith("# my_package/models.py"))
-    small = "num_labels=classes, depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 24]"
-    small += ", num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16"
+    small = "num_labels=classes, num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16]"
+    small += ", num_attention_heads=[1, 2], decoder_hidden_size=16, sr_ratios=[8, 4]"
+    small += ", patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[4, 4]"
     assert "num_labels=classes" in code
     (folder / "my_package").mkdir()
     (folder / "my_package" / "models.py").write_text(code.replace("num_labels=classes", small))

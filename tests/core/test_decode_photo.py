@@ -5,9 +5,12 @@ import struct
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from srdeploy import imaging
@@ -154,3 +157,24 @@ def test_remarks_on_damaged_files_can_be_silenced_for_the_whole_process() -> Non
             assert imaging.decode_photo(content, "it").shape == (8, 8, 3)
         finally:
             logging.getLogger("PIL").setLevel(logging.NOTSET)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    quality=st.integers(5, 100),
+    subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    progressive=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_jpeg_decoded_quickly_is_what_pillow_decodes(
+    height: int, width: int, quality: int, subsampling: str, progressive: bool, seed: int
+) -> None:
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    options: dict[str, Any] = {"quality": quality, "subsampling": subsampling}
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", progressive=progressive, **options)
+    photo = imaging.decode_photo(buffer.getvalue(), "it")
+    np.testing.assert_array_equal(photo, np.asarray(Image.open(buffer)))

@@ -6,7 +6,7 @@ The colour graph's classes are the colours of the tiny data set: field is green,
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,6 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from srdeploy.data import open_dataset, spec_for
 from srdeploy.files import write_json, write_whole
 from srdeploy.spec import InputPolicy, Spec
+
+if TYPE_CHECKING:  # torch is imported by the tests that need it
+    from srdeploy.deployable import InputKind
 
 MakeGraph = Callable[..., Path]
 
@@ -125,27 +128,33 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_spec: Spec) -> Pat
 
 @pytest.fixture(scope="session")
 def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run's exports by form, e.g. "uint8-labels"; both is exported, the others cut from it."""
-    from srdeploy.deployable import Deployable, InputKind
+    """The run's exports that take photos, by form, e.g. "uint8-labels"."""
+    return export_forms(run_folder, "uint8", tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def exported_float32(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Those that take what the client has normalised, e.g. "float32-labels"."""
+    return export_forms(run_folder, "float32", tmp_path_factory.mktemp("exported-float32"))
+
+
+def export_forms(run_folder: Path, kind: "InputKind", folder: Path) -> dict[str, Path]:
+    """The run's exports in `folder` by form: both outputs are exported, the others cut from it."""
+    from srdeploy.deployable import Deployable
     from srdeploy.export.to_onnx import export_onnx
     from srdeploy.runs import load_network, open_run
 
-    folder = tmp_path_factory.mktemp("exported")
     run = open_run(run_folder)
-    network = load_network(run)
-    paths = {}
-    kinds: tuple[InputKind, ...] = ("uint8", "float32")
-    for kind in kinds:
-        whole = folder / f"{kind}-both.onnx"
-        module = Deployable(network, run.spec, kind, "both")
-        export_onnx(module, run.spec, whole, input=kind, output="both")
-        paths[f"{kind}-both"] = whole
-        for output, other in (("labels", "logits"), ("logits", "labels")):
-            model = onnx.load(str(whole))
-            (cut,) = (value for value in model.graph.output if value.name == other)
-            model.graph.output.remove(cut)
-            paths[f"{kind}-{output}"] = folder / f"{kind}-{output}.onnx"
-            onnx.save(model, str(paths[f"{kind}-{output}"]))
+    whole = folder / f"{kind}-both.onnx"
+    module = Deployable(load_network(run), run.spec, kind, "both")
+    export_onnx(module, run.spec, whole, input=kind, output="both")
+    paths = {f"{kind}-both": whole}
+    for output, other in (("labels", "logits"), ("logits", "labels")):
+        model = onnx.load(str(whole))
+        (cut,) = (value for value in model.graph.output if value.name == other)
+        model.graph.output.remove(cut)
+        paths[f"{kind}-{output}"] = folder / f"{kind}-{output}.onnx"
+        onnx.save(model, str(paths[f"{kind}-{output}"]))
     return paths
 
 

@@ -21,13 +21,17 @@ BACKENDS += [f"{runtime} {form}" for runtime in ("onnxruntime", "openvino") for 
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def make(
-    request: pytest.FixtureRequest, run_folder: Path, exported: dict[str, Path]
+    request: pytest.FixtureRequest,
+    run_folder: Path,
+    exported: dict[str, Path],
+    exported_float32: dict[str, Path],
 ) -> "partial[Runtime]":
     """Makes what is opened, once per backend and form."""
     backend, _, form = request.param.partition(" ")
     if backend == "openvino":
         pytest.importorskip("openvino", reason="no openvino here: its runtime was NOT tested")
-    return partial(open_runtime, exported[form] if form else run_folder, runtime=backend)
+    forms = exported | exported_float32
+    return partial(open_runtime, forms[form] if form else run_folder, runtime=backend)
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from srdeploy.data import DataSet, open_dataset
-from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
 from srdeploy.export.limits import COMPARING_FP32, LIMITS
-from srdeploy.export.to_onnx import export_onnx
 from srdeploy.imaging import Pixels
 from srdeploy.metrics import MEASURES, TALLIES, Counts, Labels, Score, measures
-from srdeploy.runs import load_network, open_run
 from srdeploy.serve.bench.accuracy import (
     ANYTHING,
     MATCH_LIMITS,
@@ -245,13 +242,11 @@ def match(
 
 
 def test_an_export_matches_the_run_that_it_came_from(
-    run_folder: Path, train: DataSet, tmp_path: Path
+    run_folder: Path, exported: dict[str, Path], train: DataSet
 ) -> None:
-    run = open_run(run_folder)
-    export_onnx(Deployable(load_network(run), run.spec).eval(), run.spec, tmp_path / "model.onnx")
     with (
         open_runtime(run_folder) as checkpoint,
-        open_runtime(tmp_path / "model.onnx") as export,
+        open_runtime(exported["uint8-labels"]) as export,
     ):
         found = match(export, checkpoint, train)
     assert found.passed
