@@ -22,13 +22,14 @@ SMALLER = {
     ("train",): "--steps 3 --batch 2 --crop 64x64",
     ("bench", "train"): "--rounds 3 --size 32x32 --batch 2 --option width_mult=0.25",
     ("bench",): "--budget 1 --threads 1 --no-costs",
+    ("serve",): "--port 0 --sessions 1 --threads 1 --max-batch 1 --drain 0 --log json",
 }
 
 
 # Runs each command in a process of its own, forked from one that has imported what they need, which
 # takes longer than most of them. A line of JSON in, the exit code out.
 STARTER = """
-import json, multiprocessing, os, sys, tempfile
+import json, multiprocessing, os, signal, sys, tempfile, threading, time, urllib.request
 from pathlib import Path
 import onnxruntime, scipy.stats, torch
 from transformers import SegformerForSemanticSegmentation
@@ -46,10 +47,23 @@ with tempfile.TemporaryDirectory() as folder:
     one = Deployable(torch.nn.Conv2d(3, 2, 1), spec)
     export_onnx(one, spec, Path(folder) / "one.onnx")
 
-def run(words, files):
+# Sends the server a photo, as README's curl lines do, keeps the answers, and ends it.
+def visit(log, paths):
+    while '"message": "ready"' not in log.read_text():
+        time.sleep(0.02)
+    address = json.loads(log.read_text().partition("\\n")[0])["address"]
+    (photo,) = sorted(Path("scenes/images/test").iterdir())[:1]
+    for number, path in enumerate(paths):
+        request = urllib.request.Request(address + path, photo.read_bytes())
+        Path(f"answer{number}").write_bytes(urllib.request.urlopen(request).read())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def run(words, files, paths):
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = ["srdeploy", *words]
+    if words[0] == "serve":
+        threading.Thread(target=visit, args=(Path(files[1]), paths), daemon=True).start()
     main()
 
 for line in sys.stdin:
@@ -66,6 +80,14 @@ for line in sys.stdin:
 def commands() -> list[str]:
     lines = README.read_text().splitlines()
     return [line.strip() for line in lines if line.startswith("    srdeploy ")]
+
+
+def curled_paths() -> list[str]:
+    """What README's curl lines ask of the server, without its address."""
+    text = README.read_text()
+    lines = [line.split() for line in text.splitlines() if line.startswith("    curl ")]
+    addresses = [word.strip("'") for words in lines for word in words if "http://" in word]
+    return [address.removeprefix("http://127.0.0.1:8000") for address in addresses]
 
 
 def python_blocks() -> list[str]:
@@ -155,7 +177,8 @@ def starter(folder: Path) -> Iterator[Callable[[list[str]], tuple[int, str, str]
     process = subprocess.Popen(
         [sys.executable, "-c", STARTER],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # More threads would have begun before the fork, and what they hold never comes free.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -164,7 +187,8 @@ def starter(folder: Path) -> Iterator[Callable[[list[str]], tuple[int, str, str]
     files = [folder / "stdout.txt", folder / "stderr.txt"]
 
     def start(words: list[str]) -> tuple[int, str, str]:
-        print(json.dumps([words, [*map(str, files)]]), file=process.stdin, flush=True)
+        order = [words, [*map(str, files)], curled_paths()]
+        print(json.dumps(order), file=process.stdin, flush=True)
         assert process.stdout is not None
         answer = process.stdout.readline()
         assert answer, "the process that starts the commands has ended"
@@ -197,6 +221,7 @@ def test_the_readme_shows_every_verb_of_the_main_job() -> None:
     shown = {tuple(shlex.split(line)[1:3]) for line in commands()}
     verbs = {words[0] for words in shown}
     main_job = {"train", "export", "certify", "evaluate", "predict", "bench", "data", "doctor"}
+    main_job |= {"serve"}
     assert main_job | {"inspect", "strip", "models"} <= verbs
 
 
@@ -219,6 +244,10 @@ def test_the_commands_of_the_readme_leave_what_they_promise(workshop: Path) -> N
         assert (workshop / name).is_file()
     assert (workshop / "deploy" / "rtx" / "model.sm89.engine.json").is_file()
     assert (workshop / "repository" / "regulated" / "config.pbtxt").is_file()
+    assert (workshop / "answer0").read_bytes().startswith(b"\x89PNG")
+    described = json.loads((workshop / "answer1").read_text())
+    assert described["model"] == "regulated"
+    assert "polygons" in described["images"][0]["classes"][0]
 
 
 @pytest.mark.timeout(900)
