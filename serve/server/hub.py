@@ -55,7 +55,7 @@ class Hub:
         self._plans = dict(plans or {})
         self._loaded: dict[str, Lanes] = {}
         self._loading = threading.Lock()
-        self.scheduler = Scheduler(codec_threads=max(2, cores))
+        self.scheduler = Scheduler(cores)
         self.stopping = False
 
     @property

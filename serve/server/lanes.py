@@ -6,7 +6,7 @@ from threading import Thread
 
 import numpy as np
 
-from srdeploy.serve.runtime import Runtime
+from srdeploy.serve.runtime import Runtime, parse_device
 from srdeploy.serve.server.card import ModelCard
 from srdeploy.serve.server.job import Job
 from srdeploy.serve.server.plan import Plan
@@ -36,7 +36,12 @@ class Lanes:
             self._stack = stack.pop_all()
         self.card = ModelCard.of(source.name, version, shared[0])
         # While a lane runs one batch, the next is decoded; and one more for each codec thread.
-        self.queue = scheduler.open_queue(ahead=(len(shared) + 1) * plan.batch + 1)
+        on_cpu = parse_device(source.device)[0] == "cpu"
+        self.queue = scheduler.open_queue(
+            ahead=(len(shared) + 1) * plan.batch + 1,
+            lanes=len(shared),
+            cores=(plan.shared.threads or 1) if on_cpu else 0,
+        )
         self.queue.has_lone = bool(lone)
         self._threads = [
             Thread(
@@ -61,7 +66,7 @@ class Lanes:
         most = 1 if lone else self.plan.batch
         while jobs := self._scheduler.take(self.queue, most, patience_s, lone):
             run_jobs(runtime, jobs)
-            self._scheduler.computed(jobs)
+            self._scheduler.computed(self.queue, jobs)
 
 
 def run_jobs(runtime: Runtime, jobs: list[Job]) -> None:

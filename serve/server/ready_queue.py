@@ -9,7 +9,9 @@ from srdeploy.serve.server.job import Job
 class ReadyQueue:
     """What one model's lanes share. Whoever touches it holds the scheduler's lock."""
 
-    def __init__(self, lock: Lock, ahead: int) -> None:
+    def __init__(self, lock: Lock, ahead: int, cores: int) -> None:
+        self.cores = cores
+        """What a run takes of the process's cores; 0 where a GPU does the work."""
         self.jobs: deque[Job] = deque()
         self.arrived = 0
         """Jobs that no codec thread has yet taken."""
@@ -20,6 +22,8 @@ class ReadyQueue:
         """Where the lane of lone requests waits."""
         self.shared = Condition(lock)
         """Where the other lanes wait."""
+        self.idle = 0
+        """How many of them wait there."""
         self.has_lone = False
         """Whether there is a lane for lone requests alone."""
         self._ahead = ahead

@@ -6,6 +6,9 @@ bodies, and by a few decoded images for each lane.
 
 A lone request is best run by one session with all cores, many requests by one-threaded sessions
 side by side: the lanes' plan says what was measured, and who else is there decides at each run.
+
+No more steps are under way than there are cores: a network whose thread is pushed aside by a
+decoder finds its caches cold.
 """
 
 import time
@@ -23,7 +26,10 @@ from srdeploy.serve.server.task import Task
 class Scheduler:
     """The threads and queues of one process. Lanes take their work with `take`."""
 
-    def __init__(self, codec_threads: int) -> None:
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._busy = 0
+        """Cores that steps under way are using."""
         self._lock = Lock()
         self._for_codec = Condition(self._lock)
         self._queues: list[ReadyQueue] = []
@@ -34,17 +40,21 @@ class Scheduler:
         self._stopping = False
         self._codecs = [
             Thread(target=self._codec_loop, name=f"codec-{index}", daemon=True)
-            for index in range(codec_threads)
+            for index in range(cores)
         ]
         for thread in self._codecs:
             thread.start()
 
-    def open_queue(self, ahead: int) -> ReadyQueue:
-        """The queue of one model's lanes, of which `ahead` jobs may be decoded before their
-        turn."""
-        queue = ReadyQueue(self._lock, ahead)
+    def open_queue(self, ahead: int, lanes: int, cores: int) -> ReadyQueue:
+        """The queue of one model.
+
+        ahead: jobs that may be decoded before their turn. lanes: that share it. cores: that each of
+        them takes for a run; 0 where a GPU does the work.
+        """
+        queue = ReadyQueue(self._lock, ahead, cores)
         with self._lock:
             self._queues.append(queue)
+            self._cores = max(self._cores, lanes * cores)  # who asks for more lanes gets them
         return queue
 
     def submit(
@@ -57,8 +67,7 @@ class Scheduler:
             self._uncomputed += 1
             queue.arrived += 1
             self._arrived.append((job, queue))
-            self._for_codec.notify()
-            self._wake_lanes()
+            self._wake()
         return job
 
     def cancel(self, job: Job) -> None:
@@ -71,7 +80,7 @@ class Scheduler:
                     self._arrived.remove(entry)
                     entry[1].arrived -= 1
                     self._uncomputed -= 1
-                    self._wake_lanes()
+                    self._wake()
                     return
 
     def take(self, queue: ReadyQueue, most: int, patience_s: float, lone: bool) -> list[Job]:
@@ -80,33 +89,37 @@ class Scheduler:
         patience_s: how long the first of them may wait for others that are about to be ready.
         lone: for the lane that runs lone requests, where the queue has one.
         """
-        mine = queue.lone if lone else queue.shared
         with self._lock:
             while True:
                 self._drop_from(queue)
-                if queue.jobs and (not queue.has_lone or lone == (self._uncomputed == 1)):
+                patience = None
+                if queue.jobs and lone == self._wants_lone(queue) and self._has_cores(queue):
                     patience = queue.jobs[0].since + patience_s - time.monotonic()
                     if patience <= 0 or not queue.expects(most):
                         jobs = queue.pop(most)
-                        self._for_codec.notify(len(jobs))
-                        self._wake_lanes()
+                        self._busy += queue.cores
+                        self._wake()
                         return jobs
-                    mine.wait(patience)
                 elif queue.drained:
                     return []
+                if lone:
+                    queue.lone.wait(patience)
                 else:
-                    mine.wait()
+                    queue.idle += 1
+                    queue.shared.wait(patience)
+                    queue.idle -= 1
 
-    def computed(self, jobs: Sequence[Job]) -> None:
-        """A lane is done with them: labels or an error are set."""
+    def computed(self, queue: ReadyQueue, jobs: Sequence[Job]) -> None:
+        """A lane is done with what it took: labels or an error are set."""
         with self._lock:
+            self._busy -= queue.cores
             self._pass_on(jobs)
 
     def close_queue(self, queue: ReadyQueue) -> None:
         """Nothing more will be submitted to it; what is in it will be run."""
         with self._lock:
             queue.closed = True
-            self._wake_lanes()
+            self._wake()
 
     def remove_queue(self, queue: ReadyQueue) -> None:
         """After its lanes have left it."""
@@ -130,15 +143,19 @@ class Scheduler:
             job, queue = found
             if queue is None:
                 _finish(job)
-                continue
-            _prepare(job)
+            else:
+                _prepare(job)
             with self._lock:
+                self._busy -= 1
+                if queue is None:
+                    self._wake()
+                    continue
                 queue.coming -= 1
                 if job.images is None:
                     self._pass_on([job])
                 else:
                     queue.jobs.append(job)
-                    self._wake_lanes()
+                    self._wake()
 
     def _next_for_codec(self) -> tuple[Job, ReadyQueue | None] | None:
         """The next job, and the queue that it is to be decoded for; None where it is to be encoded.
@@ -146,15 +163,18 @@ class Scheduler:
         What is computed goes first: it frees the most, and its client has waited longest.
         """
         while True:
-            if self._computed:
-                return self._computed.popleft(), None
-            for entry in self._arrived:
-                if entry[1].has_room:
-                    self._arrived.remove(entry)
-                    entry[1].arrived -= 1
-                    entry[1].coming += 1
-                    return entry
-            if self._stopping:
+            if self._busy < self._cores:
+                if self._computed:
+                    self._busy += 1
+                    return self._computed.popleft(), None
+                for entry in self._arrived:
+                    if entry[1].has_room:
+                        self._arrived.remove(entry)
+                        entry[1].arrived -= 1
+                        entry[1].coming += 1
+                        self._busy += 1
+                        return entry
+            if self._stopping and not (self._computed or self._arrived):
                 return None
             self._for_codec.wait()
 
@@ -164,8 +184,7 @@ class Scheduler:
         for job in jobs:
             job.begin_wait()
             self._computed.append(job)
-        self._for_codec.notify(len(jobs))
-        self._wake_lanes()
+        self._wake()
 
     def _drop_from(self, queue: ReadyQueue) -> None:
         """Takes out what nobody waits for any longer."""
@@ -174,15 +193,36 @@ class Scheduler:
                 queue.jobs.remove(job)
             self._pass_on(dropped)
 
-    def _wake_lanes(self) -> None:
-        """After every change of who is there: it decides which lanes may run."""
+    def _wants_lone(self, queue: ReadyQueue) -> bool:
+        """Whether the next run is the lone lane's."""
+        return queue.has_lone and self._uncomputed == 1
+
+    def _has_cores(self, queue: ReadyQueue) -> bool:
+        return self._busy + queue.cores <= self._cores or self._busy == 0
+
+    def _wake(self) -> None:
+        """After every change: wakes as many threads as have work and cores, what is nearly done
+        first. Whoever wakes looks for itself."""
+        free = self._cores - self._busy
+        encoding = min(free, len(self._computed))
+        self._for_codec.notify(encoding)
+        free -= encoding
         for queue in self._queues:
             if queue.drained:
                 queue.lone.notify_all()
                 queue.shared.notify_all()
-            elif queue.jobs:
-                lone = queue.has_lone and self._uncomputed == 1
-                (queue.lone if lone else queue.shared).notify()
+            elif queue.jobs and self._has_cores(queue):
+                if self._wants_lone(queue):
+                    queue.lone.notify()
+                    free -= queue.cores
+                else:
+                    running = min(queue.idle, len(queue.jobs))
+                    queue.shared.notify(running)
+                    free -= running * queue.cores
+        if self._stopping:
+            self._for_codec.notify_all()
+        elif free > 0 and self._arrived:
+            self._for_codec.notify(min(free, len(self._arrived)))
 
 
 def _prepare(job: Job) -> None:

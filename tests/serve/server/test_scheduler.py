@@ -51,7 +51,7 @@ class HeldRuntime(Runtime):
         pass
 
     def _labels(self, images: Pixels) -> Pixels:
-        if images.max() == POISON:
+        if (images == POISON).all(axis=(1, 2, 3)).any():
             raise UserError("poison")
         if images.max() < 100:  # warm-up runs are noise
             self._seen.put((self._threads, len(images)))
@@ -105,10 +105,10 @@ class Bench:
         sessions: int = 1,
         lone: bool = False,
         batch: int = 1,
-        codecs: int = 1,
+        cores: int = 2,
         wait: float = 0,
     ) -> None:
-        self.scheduler = Scheduler(codecs)
+        self.scheduler = Scheduler(cores)
         self.source = HeldSource("held", Path("held"))
         plan = Plan(
             lone=Layout(sessions=1, threads=8) if lone else None,
@@ -175,7 +175,7 @@ def test_a_lone_request_gets_the_session_with_all_threads(
 
 
 def test_requests_with_company_are_run_side_by_side(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(sessions=2, lone=True)
+    bench = make_bench(sessions=2, lone=True, cores=3)
     bench.submit(Number(1))
     assert bench.next_run() == (8, 1)  # alone when it came
     bench.submit(Number(2))
@@ -211,7 +211,7 @@ def test_jobs_of_one_size_share_a_run_up_to_the_batch(make_bench: Callable[..., 
 
 
 def test_a_run_waits_for_images_that_are_being_decoded(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(batch=2, codecs=2, wait=10_000)
+    bench = make_bench(batch=2, cores=3, wait=10_000)
     bench.source.go.set()
     held = Event()
     bench.submit(Number(1, held=held))
@@ -245,7 +245,7 @@ def test_a_bad_image_costs_no_run(make_bench: Callable[..., Bench]) -> None:
 
 
 def test_little_is_decoded_before_its_turn(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(sessions=2, codecs=2)
+    bench = make_bench(sessions=2, cores=3)
     prepared: list[int] = []
     for number in range(30):
         bench.submit(Number(number, prepared=prepared))
@@ -294,6 +294,46 @@ def test_closing_runs_what_was_submitted(make_bench: Callable[..., Bench]) -> No
     bench.lanes = Lanes(bench.scheduler, bench.source, bench.lanes.plan, 2)
 
 
+@dataclass
+class Watched(Number):
+    """Notes how many of its kind are at work at once."""
+
+    now: list[int] = field(default_factory=list)
+    most: list[int] = field(default_factory=list)
+
+    def work(self) -> None:
+        self.now.append(self.number)
+        self.most.append(len(self.now))
+        time.sleep(0.002)
+        self.now.remove(self.number)
+
+    def prepare(self) -> Pixels:
+        self.work()
+        return super().prepare()
+
+    def finish(self, labels: Pixels) -> int:
+        self.work()
+        return super().finish(labels)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_no_more_steps_are_under_way_than_there_are_cores(
+    make_bench: Callable[..., Bench], cores: int
+) -> None:
+    bench = make_bench(sessions=1, cores=cores)
+    now: list[int] = []
+    most: list[int] = []
+    bench.submit(Number(0))
+    bench.next_run()  # the lane holds one core
+    for number in range(1, 8):
+        bench.submit(Watched(number, now=now, most=most))
+    time.sleep(0.05)  # what the others allow would be done by now
+    assert max(most, default=0) == cores - 1
+    bench.source.go.set()
+    assert sorted(bench.answers(8)) == list(range(1, 9))
+    assert max(most) <= cores
+
+
 def test_the_steps_times_add_up_to_the_whole(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     before = time.monotonic()
@@ -312,12 +352,12 @@ def test_the_steps_times_add_up_to_the_whole(make_bench: Callable[..., Bench]) -
     sessions=st.integers(1, 3),
     lone=st.booleans(),
     batch=st.integers(1, 4),
-    codecs=st.integers(1, 3),
+    cores=st.integers(1, 3),
 )
 def test_every_job_gets_its_own_answer(
-    numbers: list[tuple[int, int]], sessions: int, lone: bool, batch: int, codecs: int
+    numbers: list[tuple[int, int]], sessions: int, lone: bool, batch: int, cores: int
 ) -> None:
-    bench = Bench(sessions=sessions, lone=lone, batch=batch, codecs=codecs, wait=0.5)
+    bench = Bench(sessions=sessions, lone=lone, batch=batch, cores=cores, wait=0.5)
     bench.source.go.set()
     wanted = {bench.submit(Number(number, size)): number for number, size in numbers}
     bench.lanes.close()
