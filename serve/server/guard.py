@@ -4,9 +4,9 @@ Plain ASGI, around the application: a refusal costs no routing, and no body is r
 """
 
 import hmac
+import random
 import re
 import time
-import uuid
 from collections.abc import Mapping
 from hashlib import sha256
 from http import HTTPStatus
@@ -46,7 +46,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        visit = Visit(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        visit = Visit(given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}")
         scope.setdefault("state", {})["visit"] = visit
         reply = _Reply(send, visit, self._desk)
         began = time.monotonic()

@@ -24,7 +24,7 @@ PASSES = 3
 """Over all layouts, forth and back: the machine's speed drifts. The best of each layout counts, for
 what else ran meanwhile only ever made it slower."""
 WORTH = 1.03
-"""A larger layout or batch must be so many times as fast: less is noise."""
+"""Another layout or a larger batch must be so many times as fast: less is noise."""
 WORTH_ALONE = 1.15
 """A session for lone requests must be so many times as fast as one of the shared: it holds the
 weights once more."""
@@ -60,9 +60,12 @@ def make_plan(source: Source, cores: int, wishes: Wishes) -> Plan:
 
 
 def choose(measured: Sequence[Measured], max_wait_ms: float) -> Plan:
-    """The plan of the highest throughput, smaller layouts and batches first where it is equal, with
-    a session for lone requests where that pays."""
-    ordered = sorted(measured, key=lambda one: (one.batch, one.layout.sessions))
+    """The plan of the highest throughput, with a session for lone requests where that pays.
+
+    Where the throughput is equal: the smaller batch; on a CPU the more sessions, since decoding and
+    encoding go on beside a run of one thread, and on a GPU the fewer.
+    """
+    ordered = sorted(measured, key=_simplest_first)
     best = ordered[0]
     for one in ordered[1:]:
         if one.images_per_s > WORTH * best.images_per_s:
@@ -117,6 +120,11 @@ def _layouts(runtime: Runtime, cores: int, wishes: Wishes) -> list[Layout]:
         return [Layout(sessions=max(1, cores // wishes.threads), threads=wishes.threads)]
     counts = sorted({1, 2, max(1, cores // 2), cores} & set(range(1, cores + 1)))
     return [Layout(sessions=count, threads=max(1, cores // count)) for count in counts]
+
+
+def _simplest_first(one: Measured) -> tuple[int, int]:
+    sessions = one.layout.sessions
+    return one.batch, sessions if one.layout.threads is None else -sessions
 
 
 def _try_layout(

@@ -36,6 +36,12 @@ def test_a_lone_request_gets_no_session_of_its_own_where_that_gains_little() -> 
     assert (plan.shared, plan.lone) == (NARROW, None)
 
 
+def test_cores_are_left_for_decoding_where_layouts_are_as_fast() -> None:
+    assert choose([measured(WIDE, 1, 50, 22), measured(NARROW, 1, 50, 40)], 2).shared == NARROW
+    one, two = (Layout(sessions=count) for count in (1, 2))
+    assert choose([measured(one, 1, 50, 22), measured(two, 1, 50, 22)], 2).shared == one
+
+
 def test_batches_are_used_where_they_pay_and_only_there() -> None:
     small = measured(WIDE, 1, 100, 10)
     assert choose([small, measured(WIDE, 8, 300)], 2).batch == 8
