@@ -26,8 +26,8 @@ class OpenVINORuntime(GraphRuntime):
     """An ONNX graph in OpenVINO: one stream, tuned for the latency of one request.
 
     OpenVINO by itself computes a float32 graph in bfloat16 where the CPU is fast at that. Here it
-    computes in `precision`, fp32 by default; quantised layers in int8. One compiled network takes
-    all sizes that the graph takes.
+    computes in `precision`, fp32 by default; quantised layers in int8, and by default layers stored
+    in bfloat16 as the CPU does. One compiled network takes all sizes that the graph takes.
     """
 
     backend = "openvino"
@@ -42,6 +42,9 @@ class OpenVINORuntime(GraphRuntime):
     ) -> None:
         super().__init__(artifact, spec, device)
         self._wanted = precision or "fp32"
+        # CPUs with bfloat16 compute layers stored so in it, whatever the hint: unless float32 was
+        # asked for in so many words, that is what the artifact says.
+        self._stored_will_do = precision is None
         if self._wanted not in _HINTS:
             raise UserError(
                 f"OpenVINO computes in fp32, bf16 or fp16, not in '{self._wanted}' "
@@ -106,6 +109,10 @@ class OpenVINORuntime(GraphRuntime):
         # With bf16 or fp16, OpenVINO keeps some layers in float32; with fp32 there is no choice.
         allowed = {wanted, "int8", "float32"}
         floats = executed - {"int8"}
+        if self._stored_will_do:
+            stored = set(self.signature.precision.split("+"))
+            allowed |= stored
+            floats -= stored
         if not executed <= allowed or (floats and wanted not in floats):
             raise UserError(
                 f"{self.path}: {self._wanted} was asked for, but OpenVINO computes in "
