@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from srdeploy import __version__
 from srdeploy.errors import UserError
+from srdeploy.serve.scheduling.plan import Plan
 from srdeploy.serve.server import routes_v1, routes_v2
 from srdeploy.serve.server.card import ModelCard
 from srdeploy.serve.server.config import ServerConfig
@@ -27,7 +28,6 @@ from srdeploy.serve.server.hub import ClientGone, Hub
 from srdeploy.serve.server.journal import LOG, log
 from srdeploy.serve.server.openapi import describe
 from srdeploy.serve.server.page import render_page
-from srdeploy.serve.server.plan import Plan
 from srdeploy.serve.server.refusals import BadRequest, Refusal
 from srdeploy.serve.server.samples import load_samples
 from srdeploy.serve.server.watch import Watch

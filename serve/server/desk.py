@@ -7,12 +7,12 @@ from typing import Any, cast
 
 from starlette.requests import Request
 
+from srdeploy.serve.scheduling.job import Job
+from srdeploy.serve.scheduling.task import Task
 from srdeploy.serve.server.gate import Gate
 from srdeploy.serve.server.hub import Hub
-from srdeploy.serve.server.job import Job
 from srdeploy.serve.server.limits import Limits
 from srdeploy.serve.server.samples import Sample
-from srdeploy.serve.server.task import Task
 from srdeploy.serve.server.watch import Watch
 
 STEPS = ("decode", "wait", "compute", "encode")

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from srdeploy.serve.scheduling.job import DeadlineError, Job
+from srdeploy.serve.scheduling.lanes import Lanes
+from srdeploy.serve.scheduling.plan import Plan
+from srdeploy.serve.scheduling.planner import Wishes, make_plan
+from srdeploy.serve.scheduling.scheduler import Scheduler
+from srdeploy.serve.scheduling.sessions import Source
+from srdeploy.serve.scheduling.task import Task
 from srdeploy.serve.server.card import ModelCard
-from srdeploy.serve.server.job import Job
-from srdeploy.serve.server.lanes import Lanes
-from srdeploy.serve.server.plan import Plan
-from srdeploy.serve.server.planner import Wishes, make_plan
 from srdeploy.serve.server.refusals import Busy, Expired, NotFound
-from srdeploy.serve.server.scheduler import Scheduler
-from srdeploy.serve.server.sessions import Source
-from srdeploy.serve.server.task import Task
 
 
 class ClientGone(Exception):
@@ -38,6 +38,14 @@ class _Group:
             self.future.set_result(None)
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """One model that answers."""
+
+    card: ModelCard
+    lanes: Lanes
+
+
 class Hub:
     """All models of one process, by name, and the scheduler that they share."""
 
@@ -53,7 +61,7 @@ class Hub:
         self._cores = cores
         self._wishes = wishes
         self._plans = dict(plans or {})
-        self._loaded: dict[str, Lanes] = {}
+        self._loaded: dict[str, _Loaded] = {}
         self._loading = threading.Lock()
         self.scheduler = Scheduler(cores)
         self.stopping = False
@@ -71,49 +79,50 @@ class Hub:
     @property
     def cards(self) -> list[ModelCard]:
         """Of the loaded models."""
-        return [lanes.card for lanes in self._loaded.values()]
+        return [model.card for model in self._loaded.values()]
 
     @property
     def plans(self) -> dict[str, Plan]:
         """Of the loaded models."""
-        return {name: lanes.plan for name, lanes in self._loaded.items()}
+        return {name: model.lanes.plan for name, model in self._loaded.items()}
 
     def waiting_images(self) -> dict[str, int]:
         """Jobs that wait for a codec thread or a lane, by model."""
-        return {
-            name: lanes.queue.arrived + lanes.queue.coming + len(lanes.queue.jobs)
-            for name, lanes in self._loaded.items()
-        }
+        return {name: model.lanes.queue.waiting for name, model in self._loaded.items()}
 
     def load(self, tell: Callable[[ModelCard, Plan], None]) -> None:
         """Measures, loads and warms up every model; on a thread of its own. Raises UserError."""
         for name, source in self._sources.items():
             with self._loading:
                 plan = self._plans.get(name) or make_plan(source, self._cores, self._wishes)
-                lanes = Lanes(self.scheduler, source, plan, version=1)
-            self._loaded[name] = lanes
-            tell(lanes.card, plan)
+                model = self._open(source, plan, version=1)
+            self._loaded[name] = model
+            tell(model.card, plan)
 
     async def reload(self, name: str) -> ModelCard:
         """Opens the artifact again, and turns requests to it once it is warmed up; those that were
         taken before are answered by the old one. Raises UserError; the old one then stays."""
-        old = self._lanes(name)
+        old = self._model(name)
         version = int(old.card.version) + 1
         new = await asyncio.to_thread(self._open_again, old, version)
         if self._loaded.get(name) is not old or self.stopping:
-            await asyncio.to_thread(new.close)
+            await asyncio.to_thread(new.lanes.close)
             raise Busy(f"model '{name}' was reloaded, or the server stopped, meanwhile", 1)
         self._loaded[name] = new
-        await asyncio.to_thread(old.close)
+        await asyncio.to_thread(old.lanes.close)
         return new.card
 
-    def _open_again(self, old: Lanes, version: int) -> Lanes:
+    def _open_again(self, old: _Loaded, version: int) -> _Loaded:
         with self._loading:
-            return Lanes(self.scheduler, old.source, old.plan, version)
+            return self._open(old.lanes.source, old.lanes.plan, version)
+
+    def _open(self, source: Source, plan: Plan, version: int) -> _Loaded:
+        lanes = Lanes(self.scheduler, source, plan)
+        return _Loaded(ModelCard.of(source.name, version, lanes.runtime), lanes)
 
     def card(self, name: str | None) -> ModelCard:
         """Of the model `name`, or of the first. Raises NotFound, or Busy while it loads."""
-        return self._lanes(name).card
+        return self._model(name).card
 
     async def run(
         self,
@@ -127,12 +136,12 @@ class Hub:
 
         Raises the first task's error where one failed, Expired, ClientGone, NotFound or Busy.
         """
-        lanes = self._lanes(name)
+        queue = self._model(name).lanes.queue
         loop = asyncio.get_running_loop()
         group = _Group(loop.create_future(), len(tasks))
         deadline = time.monotonic() + timeout_s
         done = partial(_tell, loop, group)
-        group.jobs = [self.scheduler.submit(lanes.queue, task, deadline, done) for task in tasks]
+        group.jobs = [self.scheduler.submit(queue, task, deadline, done) for task in tasks]
         try:
             await asyncio.wait(
                 (group.future, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -149,6 +158,8 @@ class Hub:
                 for job in group.jobs:
                     self.scheduler.cancel(job)
         for job in group.jobs:
+            if isinstance(job.error, DeadlineError):
+                raise Expired(str(job.error), retry_after=1) from job.error
             if job.error is not None:
                 raise job.error
         return group.jobs
@@ -156,19 +167,19 @@ class Hub:
     def close(self) -> None:
         """Finishes what was submitted, and frees all models; on a thread of its own."""
         with self._loading:
-            for lanes in self._loaded.values():
-                lanes.close()
+            for model in self._loaded.values():
+                model.lanes.close()
             self._loaded.clear()
         self.scheduler.stop()
 
-    def _lanes(self, name: str | None) -> Lanes:
+    def _model(self, name: str | None) -> _Loaded:
         wanted = name if name is not None else next(iter(self._sources))
         if wanted not in self._sources:
             raise NotFound(f"no model '{wanted[:80]}': this server has {', '.join(self.names)}")
-        lanes = self._loaded.get(wanted)
-        if lanes is None:
+        model = self._loaded.get(wanted)
+        if model is None:
             raise Busy(f"model '{wanted}' is not ready: it is being loaded, or unloaded", 1)
-        return lanes
+        return model
 
 
 def _tell(loop: asyncio.AbstractEventLoop, group: _Group, _: Job) -> None:

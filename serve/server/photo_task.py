@@ -68,7 +68,7 @@ class PhotoAnswer:
 
 
 class PhotoTask:
-    """One photo of a request; see `srdeploy.serve.server.task.Task`."""
+    """One photo of a request; see `srdeploy.serve.scheduling.task.Task`."""
 
     def __init__(
         self,

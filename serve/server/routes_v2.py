@@ -34,7 +34,7 @@ _NAMED: dict[int | str, dict[str, Any]] = {404: ERRORS[404], 503: ERRORS[503]}
 
 @dataclass(eq=False)
 class TensorTask:
-    """The images of one infer request; see `srdeploy.serve.server.task.Task`."""
+    """The images of one infer request; see `srdeploy.serve.scheduling.task.Task`."""
 
     request: InferRequest
     card: ModelCard

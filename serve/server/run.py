@@ -12,12 +12,12 @@ from uvicorn.supervisors.multiprocess import Multiprocess
 
 from srdeploy.errors import UserError
 from srdeploy.pillow_remarks import ignore_remarks
+from srdeploy.serve.scheduling.plan import Plan
+from srdeploy.serve.scheduling.planner import make_plan
 from srdeploy.serve.server.app import make_app, make_desk
 from srdeploy.serve.server.config import ServerConfig
 from srdeploy.serve.server.desk import Desk
 from srdeploy.serve.server.journal import log, start_log
-from srdeploy.serve.server.plan import Plan
-from srdeploy.serve.server.planner import make_plan
 from srdeploy.serve.server.watch import WORKERS_FOLDER
 from srdeploy.serve.server.workers import CONFIG_VARIABLE
 

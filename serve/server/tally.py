@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from srdeploy.serve.scheduling.job import Job
 from srdeploy.serve.server.card import ModelCard
-from srdeploy.serve.server.job import Job
 
 _STEPS = {
     "queue": "wait",

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from srdeploy.serve.server.job import Job
+from srdeploy.serve.scheduling.job import Job
 from srdeploy.serve.server.tally import Tally
 
 _SECONDS = (

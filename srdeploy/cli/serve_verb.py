@@ -127,6 +127,8 @@ def serve(
     from srdeploy.serve.artifact import spec_from_classes
 
     try:
+        from srdeploy.serve.scheduling.planner import Wishes
+        from srdeploy.serve.scheduling.sessions import Source
         from srdeploy.serve.server.config import (
             KEY_VARIABLE,
             ServerConfig,
@@ -135,9 +137,7 @@ def serve(
             usable_cores,
         )
         from srdeploy.serve.server.limits import Limits
-        from srdeploy.serve.server.planner import Wishes
         from srdeploy.serve.server.run import run_server
-        from srdeploy.serve.server.sessions import Source
     except ModuleNotFoundError as error:
         raise MissingPackageError(str(error.name), "serve", "srdeploy serve") from error
 

@@ -16,6 +16,7 @@ from srdeploy import imaging
 from srdeploy.imaging import Pixels
 from srdeploy.serve.predict import predict_folder
 from srdeploy.serve.runtime import open_runtime
+from srdeploy.serve.scheduling.task import Task
 from srdeploy.serve.server import photo_task
 from srdeploy.serve.server.limits import Limits
 from srdeploy.serve.server.photo_task import (
@@ -28,7 +29,6 @@ from srdeploy.serve.server.photo_task import (
 )
 from srdeploy.serve.server.refusals import BadRequest, TooLarge
 from srdeploy.serve.server.regions import polygons, run_lengths
-from srdeploy.serve.server.task import Task
 from srdeploy.spec import InputPolicy, Spec
 
 SPEC = Spec(

@@ -89,7 +89,11 @@ def test_tritons_client_reads_the_models_metadata(triton: Any, tiny_spec: Spec) 
 
 
 def test_tritons_client_gets_the_labels_that_predict_writes(
-    triton: Any, tritonclient: Any, graphs: Path, tmp_path: Path, srdeploy: Callable[..., tuple[int, str, str]]
+    triton: Any,
+    tritonclient: Any,
+    graphs: Path,
+    tmp_path: Path,
+    srdeploy: Callable[..., tuple[int, str, str]],
 ) -> None:
     labels, content = photo()
     (tmp_path / "photos").mkdir()

@@ -14,8 +14,8 @@ import numpy as np
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.serve.runtime import ImageShapeError, Runtime, parse_device
-from srdeploy.serve.server.plan import Layout, Measured, Plan
-from srdeploy.serve.server.sessions import Source, open_sessions
+from srdeploy.serve.scheduling.plan import Layout, Measured, Plan
+from srdeploy.serve.scheduling.sessions import Source, open_sessions
 
 TRY_S = 0.3
 """How long each layout is tried, and at least `LEAST_RUNS` in each session."""

@@ -5,8 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy.typing as npt
+
+from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.task import Task
+from srdeploy.serve.scheduling.task import Task
+
+
+class DeadlineError(UserError):
+    """The job's deadline passed before it was done."""
+
+
+Result = npt.NDArray[Any]
 
 
 @dataclass
@@ -33,7 +43,8 @@ class Job:
     """Called once, on some thread, when `answer` or `error` is set; never after a cancellation."""
     timing: Timing = field(default_factory=Timing)
     images: Pixels | None = None
-    labels: Pixels | None = None
+    result: Result | None = None
+    """Labels or logits, as the lanes give."""
     answer: Any = None
     error: BaseException | None = None
     cancelled: bool = False
@@ -49,6 +60,12 @@ class Job:
         now = time.monotonic()
         self.timing.wait += 1000 * (now - self.since)
         return now
+
+    @property
+    def size(self) -> int:
+        """N of its images, which are decoded."""
+        assert self.images is not None
+        return len(self.images)
 
     @property
     def late(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srdeploy.serve.runtime import Runtime, open_runtime
-from srdeploy.serve.server.plan import Layout
+from srdeploy.serve.scheduling.plan import Layout
 from srdeploy.spec import Spec
 
 

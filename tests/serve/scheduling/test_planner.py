@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srdeploy.serve.server import planner
-from srdeploy.serve.server.plan import Layout, Measured
-from srdeploy.serve.server.planner import WORTH, WORTH_ALONE, Wishes, choose, make_plan
-from srdeploy.serve.server.sessions import Source, open_sessions
+from srdeploy.serve.scheduling import planner
+from srdeploy.serve.scheduling.plan import Layout, Measured
+from srdeploy.serve.scheduling.planner import WORTH, WORTH_ALONE, Wishes, choose, make_plan
+from srdeploy.serve.scheduling.sessions import Source, open_sessions
 
 WIDE = Layout(sessions=1, threads=2)
 NARROW = Layout(sessions=2, threads=1)

@@ -1,9 +1,10 @@
 """Jobs of one model that are decoded and wait for one of its lanes."""
 
 from collections import deque
+from itertools import islice
 from threading import Condition, Lock
 
-from srdeploy.serve.server.job import Job
+from srdeploy.serve.scheduling.job import Job
 
 
 class ReadyQueue:
@@ -29,6 +30,11 @@ class ReadyQueue:
         self._ahead = ahead
 
     @property
+    def waiting(self) -> int:
+        """Jobs that have not been taken by a lane."""
+        return self.arrived + self.coming + len(self.jobs)
+
+    @property
     def has_room(self) -> bool:
         """Whether another job may be decoded: decoded images are large, bodies are small."""
         return self.coming + len(self.jobs) < self._ahead
@@ -40,24 +46,27 @@ class ReadyQueue:
 
     def expects(self, most: int) -> bool:
         """Whether a run of `most` images would be fuller if it waited."""
-        return bool(self.arrived or self.coming) and self._fitting(most)[1] < most
+        if not (self.arrived or self.coming):
+            return False
+        return sum(job.size for job in self._fitting(most)) < most
 
     def pop(self, most: int) -> list[Job]:
-        """The first job, with those behind it that have its height and width, in their order;
-        `most` images, or the first job's own where they are more."""
-        count, _ = self._fitting(most)
-        return [self.jobs.popleft() for _ in range(count)]
+        """The first job, with others of its height and width from wherever they stand, in their
+        order; `most` images, or the first job's own where they are more."""
+        chosen = self._fitting(most)
+        for job in chosen:
+            self.jobs.remove(job)
+        return chosen
 
-    def _fitting(self, most: int) -> tuple[int, int]:
-        """How many jobs pop would give, and their images."""
-        count = images = 0
-        size = None
-        for job in self.jobs:
+    def _fitting(self, most: int) -> list[Job]:
+        first = self.jobs[0]
+        assert first.images is not None
+        chosen, images = [first], first.size
+        for job in islice(self.jobs, 1, None):
             assert job.images is not None
-            number, *shape = job.images.shape
-            if count and (shape != size or images + number > most):
+            if images + job.size > most:
                 break
-            size = shape
-            count += 1
-            images += number
-        return count, images
+            if job.images.shape[1:] == first.images.shape[1:]:
+                chosen.append(job)
+                images += job.size
+        return chosen

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from threading import Condition, Lock, Thread
 from typing import Any
 
-from srdeploy.serve.server.job import Job
-from srdeploy.serve.server.ready_queue import ReadyQueue
-from srdeploy.serve.server.refusals import Expired
-from srdeploy.serve.server.task import Task
+from srdeploy.serve.scheduling.job import DeadlineError, Job
+from srdeploy.serve.scheduling.ready_queue import ReadyQueue
+from srdeploy.serve.scheduling.task import Task
 
 
 class Scheduler:
@@ -198,7 +197,10 @@ class Scheduler:
         return queue.has_lone and self._uncomputed == 1
 
     def _has_cores(self, queue: ReadyQueue) -> bool:
-        return self._busy + queue.cores <= self._cores or self._busy == 0
+        """Whether a lane may run. It stands back for what is to be encoded: that is short, and
+        somebody has waited for it long."""
+        taken = self._busy + len(self._computed)
+        return queue.cores == 0 or taken == 0 or taken + queue.cores <= self._cores
 
     def _wake(self) -> None:
         """After every change: wakes as many threads as have work and cores, what is nearly done
@@ -240,11 +242,11 @@ def _finish(job: Job) -> None:
     began = job.end_wait()
     if not _dropped(job):
         try:
-            assert job.labels is not None
-            job.answer = job.task.finish(job.labels)
+            assert job.result is not None
+            job.answer = job.task.finish(job.result)
         except BaseException as error:
             job.error = error
-    job.images = job.labels = None
+    job.images = job.result = None
     job.timing.encode = 1000 * (time.monotonic() - began)
     if not job.cancelled:
         job.done(job)
@@ -253,5 +255,5 @@ def _finish(job: Job) -> None:
 def _dropped(job: Job) -> bool:
     """Whether nobody waits for its answer any longer, or there will be none."""
     if job.error is None and job.late:
-        job.error = Expired("the deadline passed before the answer was there", retry_after=1)
+        job.error = DeadlineError("the deadline passed before the answer was there")
     return job.cancelled or job.error is not None

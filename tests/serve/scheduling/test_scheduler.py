@@ -17,12 +17,11 @@ from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.serve.artifact import Artifact
 from srdeploy.serve.runtime import Logits, Runtime
-from srdeploy.serve.server.job import Job
-from srdeploy.serve.server.lanes import Lanes
-from srdeploy.serve.server.plan import Layout, Plan
-from srdeploy.serve.server.refusals import Expired
-from srdeploy.serve.server.scheduler import Scheduler
-from srdeploy.serve.server.sessions import Source
+from srdeploy.serve.scheduling.job import DeadlineError, Job
+from srdeploy.serve.scheduling.lanes import Lanes
+from srdeploy.serve.scheduling.plan import Layout, Plan
+from srdeploy.serve.scheduling.scheduler import Scheduler
+from srdeploy.serve.scheduling.sessions import Source
 from srdeploy.spec import InputPolicy, Spec
 
 SPEC = Spec(
@@ -116,7 +115,7 @@ class Bench:
             batch=batch,
             max_wait_ms=wait,
         )
-        self.lanes = Lanes(self.scheduler, self.source, plan, 1)
+        self.lanes = Lanes(self.scheduler, self.source, plan)
         self.done: Queue[Job] = Queue()
 
     def submit(self, task: Number, seconds: float = 20) -> Job:
@@ -210,6 +209,20 @@ def test_jobs_of_one_size_share_a_run_up_to_the_batch(make_bench: Callable[..., 
     assert [job.timing.batch for job in jobs] == [1, 3, 3, 3, 1, 1]
 
 
+def test_images_of_one_size_find_each_other_between_others(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(batch=2)
+    bench.submit(Number(0))
+    bench.next_run()
+    for number in range(1, 5):
+        bench.submit(Number(number, size=2 if number % 2 else 4))
+    until(lambda: len(bench.lanes.queue.jobs) == 4)
+    bench.source.go.set()
+    assert [bench.next_run() for _ in range(2)] == [(1, 2), (1, 2)]
+    assert bench.answers(5) == [1, 2, 4, 3, 5]
+
+
 def test_a_run_waits_for_images_that_are_being_decoded(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(batch=2, cores=3, wait=10_000)
     bench.source.go.set()
@@ -280,7 +293,7 @@ def test_a_job_past_its_deadline_is_told_so_and_not_run(make_bench: Callable[...
     bench.source.go.set()
     first, second = (bench.done.get(timeout=20) for _ in range(2))
     assert (first.answer, second.answer) == (2, None)
-    assert isinstance(second.error, Expired)
+    assert isinstance(second.error, DeadlineError)
     assert bench.source.seen.empty()
 
 
@@ -291,7 +304,7 @@ def test_closing_runs_what_was_submitted(make_bench: Callable[..., Bench]) -> No
     bench.source.go.set()
     bench.lanes.close()
     assert sorted(bench.answers(9)) == list(range(1, 10))
-    bench.lanes = Lanes(bench.scheduler, bench.source, bench.lanes.plan, 2)
+    bench.lanes = Lanes(bench.scheduler, bench.source, bench.lanes.plan)
 
 
 @dataclass

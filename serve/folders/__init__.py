@@ -1,0 +1,1 @@
+"""`srdeploy predict`: photos by the million, from folders to masks."""
