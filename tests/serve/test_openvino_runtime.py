@@ -146,7 +146,11 @@ def test_sixteen_bit_graphs_run_in_float32_or_as_stored_and_say_so(
         # On CPUs with bfloat16, OpenVINO takes it for what is stored so.
         assert runtime.precision in {f"float32 (stored as {stored})", stored}
         images = noise(2, 40, 52)
-        assert (runtime.run(images) == images[..., [1, 0, 2]].argmax(-1)).all()
+        scores = images[..., [1, 0, 2]].astype(int)
+        labels = runtime.run(images).astype(int)[..., None]
+        lost = scores.max(-1) - np.take_along_axis(scores, labels, -1)[..., 0]
+        # bfloat16 tells numbers below 256 apart, but for a rounding at the last bit.
+        assert lost.max() <= (1 if runtime.precision == "bfloat16" else 0)
 
 
 def test_a_quantised_layer_is_told_as_int8_and_the_others_as_float32(
