@@ -56,7 +56,6 @@ class OnnxRuntime(GraphRuntime):
         if parse_device(device)[0] == "cuda":
             self._provider = "tensorrt" if tensorrt else "cuda"
         self._threads = threads
-        self.shareable = self._provider == "cpu"
         self._session: Any = None
         self._timing = local()
 

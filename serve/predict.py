@@ -1,11 +1,11 @@
 """Masks for folders of photos: decode, fit, run, restore, encode, write."""
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -31,14 +31,20 @@ from srdeploy.serve.photos import (
     mask_path,
     overlay_path,
 )
-from srdeploy.serve.runtime import ImageShapeError, Runtime
+from srdeploy.serve.runtime import ImageShapeError, Runtime, parse_device
+from srdeploy.serve.scheduling.cores import usable_cores
+from srdeploy.serve.scheduling.job import Job
+from srdeploy.serve.scheduling.lanes import Lanes
+from srdeploy.serve.scheduling.plan import Layout, Plan
+from srdeploy.serve.scheduling.scheduler import Scheduler
+from srdeploy.serve.scheduling.sessions import Source, open_sessions
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
-WORKERS = 2
-"""Threads that decode and encode while the network runs."""
-WINDOW = 4
-"""Photos decoded ahead, and masks waiting to be written, at most: it bounds the memory."""
+WINDOW = 8
+"""Photos under way for each session, at most; few of them are decoded. It bounds the memory."""
+FEW = 4
+"""Photos for each core, below which one session with all cores is done sooner."""
 
 
 class Skipped(Settings):
@@ -66,11 +72,29 @@ class PredictSummary(Settings):
     """Restoring, encoding and writing, summed over the threads."""
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    photo: Pixels
-    fitted: Pixels
-    seconds: float
+def predict_photos(
+    source: Source,
+    photos: Sequence[Path],
+    out: Path,
+    overlays: bool = False,
+    threads: int | None = None,
+) -> PredictSummary:
+    """`predict_folder`, with sessions side by side where there are photos enough: on a CPU, one
+    thread each, which does more in a second than all threads at one photo.
+
+    threads: of each session; None: as said, or all cores for a few photos. Raises as open_runtime
+    and predict_folder.
+    """
+    found = find_photos(photos, out)
+    cores = usable_cores()
+    runtime = source.runtime_of(threads)
+    layout = Layout(sessions=1, threads=threads)
+    on_cpu = parse_device(runtime.device)[0] == "cpu" and runtime.backend != "torch"
+    if on_cpu and len(found) >= FEW * cores:
+        each = threads or 1
+        layout = Layout(sessions=max(1, cores // each), threads=each)
+    with open_sessions(source, layout) as sessions:
+        return _predict(sessions, layout, found, out, overlays)
 
 
 def predict_folder(
@@ -84,53 +108,114 @@ def predict_folder(
     Raises UserError where there are no photos, where the graph takes none of their sizes, or where
     a file can't be written; masks written until then are whole.
     """
-    photos = find_photos(sources, out)
-    _write_key(runtime.spec, out)
+    return _predict([runtime], Layout(sessions=1), find_photos(sources, out), out, overlays)
+
+
+def _predict(
+    sessions: Sequence[Runtime],
+    layout: Layout,
+    photos: Sequence[Photo],
+    out: Path,
+    overlays: bool,
+) -> PredictSummary:
+    spec = sessions[0].spec
+    _write_key(spec, out)
     start = time.perf_counter()
-    skipped: list[Skipped] = []
-    refusals: list[ImageShapeError] = []
-    writing: deque[Future[float]] = deque()
-    decode_s = run_s = encode_s = 0.0
-    pool = ThreadPoolExecutor(WORKERS, "codec")
+    tally = _Tally()
+    done: SimpleQueue[Job] = SimpleQueue()
+    scheduler = Scheduler(codec_threads=max(2, usable_cores()))
+    lanes = Lanes(scheduler, sessions, Plan(lone=None, shared=layout, batch=1, max_wait_ms=0))
+    under_way = 0
     try:
-        decoding = _decoded_ahead(pool, photos, runtime.spec)
-        for photo, future in console.track(decoding, "predict", len(photos)):
-            try:
-                decoded = future.result()
-            except UserError as error:
-                skipped.append(_skip(photo, error))
-                continue
-            before = time.perf_counter()
-            try:
-                labels = runtime.run(decoded.fitted[None])[0]
-            except ImageShapeError as error:
-                refusals.append(error)
-                skipped.append(_skip(photo, error))
-                continue
-            run_s += time.perf_counter() - before
-            decode_s += decoded.seconds
-            full = decoded.photo if overlays else None
-            size = decoded.photo.shape[:2]
-            writing.append(pool.submit(_write, photo, labels, size, full, runtime.spec, out))
-            if len(writing) > WINDOW:
-                encode_s += writing.popleft().result()
-        encode_s += sum(future.result() for future in writing)
+        for photo in console.track(photos, "predict", len(photos)):
+            if under_way == WINDOW * len(sessions):
+                tally.take(done.get())
+                under_way -= 1
+            task = _PhotoFile(photo, spec, out, overlays)
+            scheduler.submit(lanes.queue, task, inf, done.put)
+            under_way += 1
+        for _ in range(under_way):
+            tally.take(done.get())
     finally:
-        pool.shutdown(cancel_futures=True)
-    if len(refusals) == len(photos):
-        raise refusals[0]
+        lanes.close()  # what is under way is finished, also after Ctrl-C
+        scheduler.stop()
+    if len(tally.refusals) == len(photos):
+        raise tally.refusals[0]
     seconds = time.perf_counter() - start
-    done = len(photos) - len(skipped)
     return PredictSummary(
         out=str(out),
-        images=done,
-        skipped=tuple(skipped),
+        images=tally.images,
+        skipped=tuple(tally.skipped),
         seconds=seconds,
-        images_per_s=done / seconds,
-        decode_s=decode_s,
-        run_s=run_s,
-        encode_s=encode_s,
+        images_per_s=tally.images / seconds,
+        decode_s=tally.decode_s,
+        run_s=tally.run_s,
+        encode_s=tally.encode_s,
     )
+
+
+@dataclass
+class _Tally:
+    """What became of the photos so far."""
+
+    images: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    refusals: list[ImageShapeError] = field(default_factory=list)
+    decode_s: float = 0.0
+    run_s: float = 0.0
+    encode_s: float = 0.0
+
+    def take(self, job: Job) -> None:
+        """Counts one job. Raises what concerns more than its photo."""
+        assert isinstance(job.task, _PhotoFile)
+        self.decode_s += job.timing.decode / 1000
+        self.encode_s += job.timing.encode / 1000
+        if job.timing.batch:
+            self.run_s += job.timing.compute / 1000 / job.timing.batch
+        if job.error is None:
+            self.images += 1
+            return
+        if job.task.decoded and not isinstance(job.error, ImageShapeError):
+            raise job.error  # a full disk, a label that is no class: the next photo fares no better
+        if not isinstance(job.error, UserError):
+            raise job.error
+        if isinstance(job.error, ImageShapeError):
+            self.refusals.append(job.error)
+        self.skipped.append(_skip(job.task.photo, job.error))
+
+
+@dataclass(eq=False)
+class _PhotoFile:
+    """One photo: read and fitted, and its mask written; see `srdeploy.serve.scheduling.task`."""
+
+    photo: Photo
+    spec: Spec
+    out: Path
+    overlays: bool
+    decoded: bool = False
+    size: tuple[int, ...] = ()
+    full: Pixels | None = None
+    """The photo itself, where an overlay needs it."""
+
+    def prepare(self) -> Pixels:
+        """uint8 [1, h, w, 3]. Raises UserError where it can't be read or is too small."""
+        picture = read_photo(self.photo.path)
+        fitted = fit(picture, self.spec)
+        self.size = picture.shape[:2]
+        self.full = picture if self.overlays else None
+        self.decoded = True
+        return fitted[None]
+
+    def finish(self, labels: Pixels) -> None:
+        """Writes the mask, and the overlay, from labels uint8 [1, h, w]. Raises UserError."""
+        restored = restore(labels[0], self.size[0], self.size[1])
+        # Not synced: a million waits for the disk take hours, and each file is whole or absent.
+        mask = encode_mask(restored, self.spec)
+        write_whole(mask_path(self.out, self.photo), mask, sync=False)
+        if self.full is not None:
+            picture = encode_jpeg(overlay(self.full, restored, self.spec))
+            write_whole(overlay_path(self.out, self.photo), picture, sync=False)
+            self.full = None
 
 
 def draw_legend(spec: Spec) -> Pixels:
@@ -163,39 +248,3 @@ def _skip(photo: Photo, error: UserError) -> Skipped:
     reason = str(error).removeprefix(f"{photo.path}: ")
     console.warn(f"skipped {photo.path}: {reason}")
     return Skipped(photo=str(photo.path), reason=reason)
-
-
-def _decoded_ahead(
-    pool: ThreadPoolExecutor, photos: Sequence[Photo], spec: Spec
-) -> Iterator[tuple[Photo, Future[_Decoded]]]:
-    """The photos in order, each with its decoding, of which WINDOW run ahead."""
-    pending: deque[tuple[Photo, Future[_Decoded]]] = deque()
-    for photo in photos:
-        pending.append((photo, pool.submit(_decode, photo.path, spec)))
-        if len(pending) > WINDOW:
-            yield pending.popleft()
-    yield from pending
-
-
-def _decode(path: Path, spec: Spec) -> _Decoded:
-    before = time.perf_counter()
-    photo = read_photo(path)
-    fitted = fit(photo, spec)
-    return _Decoded(photo, fitted, time.perf_counter() - before)
-
-
-def _write(
-    photo: Photo,
-    labels: Pixels,
-    size: tuple[int, ...],
-    full: Pixels | None,
-    spec: Spec,
-    out: Path,
-) -> float:
-    """Writes the mask, and the overlay where the full photo is given; returns the seconds."""
-    before = time.perf_counter()
-    restored = restore(labels, size[0], size[1])
-    write_whole(mask_path(out, photo), encode_mask(restored, spec))
-    if full is not None:
-        write_whole(overlay_path(out, photo), encode_jpeg(overlay(full, restored, spec)))
-    return time.perf_counter() - before

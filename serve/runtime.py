@@ -40,8 +40,6 @@ class Runtime(ABC):
     """Of the arithmetic, as it really is once the runtime is open; until then, of what is stored.
     Several are joined with +, and stored types that differ are added: "float32 (stored as
     float16)"."""
-    shareable = False
-    """Whether several threads may run it at once, each of them computing its own run."""
 
     def __init__(self, artifact: Artifact, spec: Spec, device: str, input_shape: Shape) -> None:
         self.artifact = artifact

@@ -29,11 +29,13 @@ def explain_os_error(error: OSError, path: Path | str) -> UserError:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path` to write into, and moves it there when the block
     ends well.
 
-    When the block raises, nothing is left behind and an older `path` stays as it was.
+    When the block raises, nothing is left behind and an older `path` stays as it was. sync: waits
+    until the disk has it, so that it is whole even after a power cut; a process that is killed
+    leaves whole files either way.
     Raises UserError where the folder can't be made or the disk is full.
     """
     path = Path(path).resolve()
@@ -51,8 +53,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         # mkstemp makes files for the owner alone; published files get the usual mode.
         os.chmod(temporary, 0o666 & ~_umask())
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise explain_os_error(error, _blamed(error, path)) from error
@@ -91,10 +94,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, content: bytes | str, sync: bool = True) -> None:
     """Writes `content` (text as UTF-8) to `path` in one step: readers see the old file or the
-    new one."""
-    with whole_file(path) as temporary:
+    new one. sync: see whole_file."""
+    with whole_file(path, sync) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

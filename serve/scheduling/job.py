@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy.typing as npt
-
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.serve.scheduling.task import Task
@@ -14,9 +12,6 @@ from srdeploy.serve.scheduling.task import Task
 
 class DeadlineError(UserError):
     """The job's deadline passed before it was done."""
-
-
-Result = npt.NDArray[Any]
 
 
 @dataclass
@@ -43,8 +38,7 @@ class Job:
     """Called once, on some thread, when `answer` or `error` is set; never after a cancellation."""
     timing: Timing = field(default_factory=Timing)
     images: Pixels | None = None
-    result: Result | None = None
-    """Labels or logits, as the lanes give."""
+    labels: Pixels | None = None
     answer: Any = None
     error: BaseException | None = None
     cancelled: bool = False

@@ -10,9 +10,7 @@ from srdeploy.serve.scheduling.job import Job
 class ReadyQueue:
     """What one model's lanes share. Whoever touches it holds the scheduler's lock."""
 
-    def __init__(self, lock: Lock, ahead: int, cores: int) -> None:
-        self.cores = cores
-        """What a run takes of the process's cores; 0 where a GPU does the work."""
+    def __init__(self, lock: Lock, ahead: int) -> None:
         self.jobs: deque[Job] = deque()
         self.arrived = 0
         """Jobs that no codec thread has yet taken."""
@@ -23,8 +21,6 @@ class ReadyQueue:
         """Where the lane of lone requests waits."""
         self.shared = Condition(lock)
         """Where the other lanes wait."""
-        self.idle = 0
-        """How many of them wait there."""
         self.has_lone = False
         """Whether there is a lane for lone requests alone."""
         self._ahead = ahead
@@ -35,9 +31,9 @@ class ReadyQueue:
         return self.arrived + self.coming + len(self.jobs)
 
     @property
-    def has_room(self) -> bool:
-        """Whether another job may be decoded: decoded images are large, bodies are small."""
-        return self.coming + len(self.jobs) < self._ahead
+    def room(self) -> int:
+        """How many more jobs may be decoded: decoded images are large, bodies are small."""
+        return self._ahead - self.coming - len(self.jobs)
 
     @property
     def drained(self) -> bool:

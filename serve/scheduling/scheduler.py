@@ -6,9 +6,6 @@ bodies, and by a few decoded images for each lane.
 
 A lone request is best run by one session with all cores, many requests by one-threaded sessions
 side by side: the lanes' plan says what was measured, and who else is there decides at each run.
-
-No more steps are under way than there are cores: a network whose thread is pushed aside by a
-decoder finds its caches cold.
 """
 
 import time
@@ -25,10 +22,7 @@ from srdeploy.serve.scheduling.task import Task
 class Scheduler:
     """The threads and queues of one process. Lanes take their work with `take`."""
 
-    def __init__(self, cores: int) -> None:
-        self._cores = cores
-        self._busy = 0
-        """Cores that steps under way are using."""
+    def __init__(self, codec_threads: int) -> None:
         self._lock = Lock()
         self._for_codec = Condition(self._lock)
         self._queues: list[ReadyQueue] = []
@@ -39,21 +33,17 @@ class Scheduler:
         self._stopping = False
         self._codecs = [
             Thread(target=self._codec_loop, name=f"codec-{index}", daemon=True)
-            for index in range(cores)
+            for index in range(codec_threads)
         ]
         for thread in self._codecs:
             thread.start()
 
-    def open_queue(self, ahead: int, lanes: int, cores: int) -> ReadyQueue:
-        """The queue of one model.
-
-        ahead: jobs that may be decoded before their turn. lanes: that share it. cores: that each of
-        them takes for a run; 0 where a GPU does the work.
-        """
-        queue = ReadyQueue(self._lock, ahead, cores)
+    def open_queue(self, ahead: int) -> ReadyQueue:
+        """The queue of one model's lanes, of which `ahead` jobs may be decoded before their
+        turn."""
+        queue = ReadyQueue(self._lock, ahead)
         with self._lock:
             self._queues.append(queue)
-            self._cores = max(self._cores, lanes * cores)  # who asks for more lanes gets them
         return queue
 
     def submit(
@@ -92,26 +82,19 @@ class Scheduler:
             while True:
                 self._drop_from(queue)
                 patience = None
-                if queue.jobs and lone == self._wants_lone(queue) and self._has_cores(queue):
+                if queue.jobs and lone == self._wants_lone(queue):
                     patience = queue.jobs[0].since + patience_s - time.monotonic()
                     if patience <= 0 or not queue.expects(most):
                         jobs = queue.pop(most)
-                        self._busy += queue.cores
                         self._wake()
                         return jobs
                 elif queue.drained:
                     return []
-                if lone:
-                    queue.lone.wait(patience)
-                else:
-                    queue.idle += 1
-                    queue.shared.wait(patience)
-                    queue.idle -= 1
+                (queue.lone if lone else queue.shared).wait(patience)
 
-    def computed(self, queue: ReadyQueue, jobs: Sequence[Job]) -> None:
+    def computed(self, jobs: Sequence[Job]) -> None:
         """A lane is done with what it took: labels or an error are set."""
         with self._lock:
-            self._busy -= queue.cores
             self._pass_on(jobs)
 
     def close_queue(self, queue: ReadyQueue) -> None:
@@ -142,13 +125,9 @@ class Scheduler:
             job, queue = found
             if queue is None:
                 _finish(job)
-            else:
-                _prepare(job)
+                continue
+            _prepare(job)
             with self._lock:
-                self._busy -= 1
-                if queue is None:
-                    self._wake()
-                    continue
                 queue.coming -= 1
                 if job.images is None:
                     self._pass_on([job])
@@ -162,18 +141,15 @@ class Scheduler:
         What is computed goes first: it frees the most, and its client has waited longest.
         """
         while True:
-            if self._busy < self._cores:
-                if self._computed:
-                    self._busy += 1
-                    return self._computed.popleft(), None
-                for entry in self._arrived:
-                    if entry[1].has_room:
-                        self._arrived.remove(entry)
-                        entry[1].arrived -= 1
-                        entry[1].coming += 1
-                        self._busy += 1
-                        return entry
-            if self._stopping and not (self._computed or self._arrived):
+            if self._computed:
+                return self._computed.popleft(), None
+            for entry in self._arrived:
+                if entry[1].room:
+                    self._arrived.remove(entry)
+                    entry[1].arrived -= 1
+                    entry[1].coming += 1
+                    return entry
+            if self._stopping:
                 return None
             self._for_codec.wait()
 
@@ -196,35 +172,16 @@ class Scheduler:
         """Whether the next run is the lone lane's."""
         return queue.has_lone and self._uncomputed == 1
 
-    def _has_cores(self, queue: ReadyQueue) -> bool:
-        """Whether a lane may run. It stands back for what is to be encoded: that is short, and
-        somebody has waited for it long."""
-        taken = self._busy + len(self._computed)
-        return queue.cores == 0 or taken == 0 or taken + queue.cores <= self._cores
-
     def _wake(self) -> None:
-        """After every change: wakes as many threads as have work and cores, what is nearly done
-        first. Whoever wakes looks for itself."""
-        free = self._cores - self._busy
-        encoding = min(free, len(self._computed))
-        self._for_codec.notify(encoding)
-        free -= encoding
+        """After every change: wakes whom it concerns. Whoever wakes looks for itself."""
+        decodable = sum(min(queue.arrived, queue.room) for queue in self._queues)
+        self._for_codec.notify(len(self._computed) + decodable)
         for queue in self._queues:
             if queue.drained:
                 queue.lone.notify_all()
                 queue.shared.notify_all()
-            elif queue.jobs and self._has_cores(queue):
-                if self._wants_lone(queue):
-                    queue.lone.notify()
-                    free -= queue.cores
-                else:
-                    running = min(queue.idle, len(queue.jobs))
-                    queue.shared.notify(running)
-                    free -= running * queue.cores
-        if self._stopping:
-            self._for_codec.notify_all()
-        elif free > 0 and self._arrived:
-            self._for_codec.notify(min(free, len(self._arrived)))
+            elif queue.jobs:
+                (queue.lone if self._wants_lone(queue) else queue.shared).notify()
 
 
 def _prepare(job: Job) -> None:
@@ -242,11 +199,11 @@ def _finish(job: Job) -> None:
     began = job.end_wait()
     if not _dropped(job):
         try:
-            assert job.result is not None
-            job.answer = job.task.finish(job.result)
+            assert job.labels is not None
+            job.answer = job.task.finish(job.labels)
         except BaseException as error:
             job.error = error
-    job.images = job.result = None
+    job.images = job.labels = None
     job.timing.encode = 1000 * (time.monotonic() - began)
     if not job.cancelled:
         job.done(job)

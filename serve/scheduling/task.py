@@ -1,6 +1,6 @@
 """The work of one image or tensor, in the three steps that the scheduler places."""
 
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from srdeploy.imaging import Pixels
 
@@ -16,6 +16,5 @@ class Task(Protocol, Generic[Answer_co]):
     def prepare(self) -> Pixels:
         """The images as the network takes them, uint8 [N, H, W, 3]."""
 
-    def finish(self, result: Any, /) -> Answer_co:
-        """The answer, from labels uint8 [N, H, W] of what prepare gave, or from logits float32
-        [N, K, H, W] where the lanes give those."""
+    def finish(self, labels: Pixels) -> Answer_co:
+        """The answer, from labels uint8 [N, H, W] of what prepare gave."""

@@ -1,6 +1,5 @@
 """All that a server is started with; workers get it as JSON."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,16 +65,6 @@ def name_sources(texts: Sequence[str]) -> list[tuple[str, Path]]:
             )
         named.append((name, path))
     return named
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use, whether limited by affinity or by a container."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
 def find_key(file: Path | None, variable: str | None, host: str) -> str | None:

@@ -3,6 +3,7 @@
 Plain ASGI, around the application: a refusal costs no routing, and no body is read for it.
 """
 
+import asyncio
 import hmac
 import random
 import re
@@ -19,12 +20,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from srdeploy.serve.server.config import LOOPBACK
 from srdeploy.serve.server.desk import Desk, Visit
+from srdeploy.serve.server.gate import Gate
 from srdeploy.serve.server.journal import log, log_fault
-from srdeploy.serve.server.refusals import BadRequest, Forbidden, Refusal, TooLarge, Unauthorized
+from srdeploy.serve.server.refusals import (
+    BadRequest,
+    Expired,
+    Forbidden,
+    Refusal,
+    TooLarge,
+    Unauthorized,
+)
 
 OPEN_PATHS = ("/", "/docs", "/openapi.json")
 OPEN_PREFIXES = ("/v2/health/", "/static/")
 """What needs no key: nothing there tells of models or photos."""
+SMALL_BODY = 2**16
+"""Bytes of a request that asks for no inference."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 CLIENT_GONE = 499
@@ -52,14 +63,24 @@ class Guard:
         began = time.monotonic()
         works = is_work(scope)
         inside = False
+        timeout = asyncio.timeout(self._desk.limits.timeout_s)
         try:
             self._check_sender(scope, headers)
             if works:
                 self._desk.gate.enter()
                 inside = True
                 self._check_length(headers)
-                receive = _Body(receive, visit, self._desk)
-            await self._app(scope, receive, reply)
+                body = _Body(receive, visit, self._desk.gate)
+                async with timeout:
+                    await self._app(scope, body, reply)
+            else:
+                await self._app(scope, _Body(receive, visit, None), reply)
+        except TimeoutError:
+            seconds = f"{self._desk.limits.timeout_s:g}"
+            late = Expired(
+                f"no answer within {seconds} s: send less at once, and send it faster", 1
+            )
+            await answer_refusal(late)(scope, receive, reply)
         except Refusal as refusal:
             await answer_refusal(refusal)(scope, receive, reply)
         except Exception as error:
@@ -141,18 +162,22 @@ class _Reply:
 
 
 class _Body:
-    """`receive`, which counts bytes into the gate. Raises TooLarge and Busy."""
+    """`receive`, which counts bytes: into the gate, or, where no work is asked for, up to
+    SMALL_BODY. Raises TooLarge and Busy."""
 
-    def __init__(self, receive: Receive, visit: Visit, desk: Desk) -> None:
+    def __init__(self, receive: Receive, visit: Visit, gate: Gate | None) -> None:
         self._receive = receive
         self._visit = visit
-        self._desk = desk
+        self._gate = gate
 
     async def __call__(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
             count = len(message.get("body", b""))
-            self._desk.gate.grow(count, self._visit.body_bytes)
+            if self._gate is not None:
+                self._gate.grow(count, self._visit.body_bytes)
+            elif self._visit.body_bytes + count > SMALL_BODY:
+                raise TooLarge(f"a body of more than {SMALL_BODY} bytes: none is needed here")
             self._visit.body_bytes += count
         return message
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from srdeploy.serve.scheduling.job import DeadlineError, Job
-from srdeploy.serve.scheduling.lanes import Lanes
+from srdeploy.serve.scheduling.model import LoadedModel
 from srdeploy.serve.scheduling.plan import Plan
 from srdeploy.serve.scheduling.planner import Wishes, make_plan
 from srdeploy.serve.scheduling.scheduler import Scheduler
@@ -43,7 +43,7 @@ class _Loaded:
     """One model that answers."""
 
     card: ModelCard
-    lanes: Lanes
+    model: LoadedModel
 
 
 class Hub:
@@ -63,7 +63,7 @@ class Hub:
         self._plans = dict(plans or {})
         self._loaded: dict[str, _Loaded] = {}
         self._loading = threading.Lock()
-        self.scheduler = Scheduler(cores)
+        self.scheduler = Scheduler(codec_threads=max(2, cores))
         self.stopping = False
 
     @property
@@ -79,50 +79,50 @@ class Hub:
     @property
     def cards(self) -> list[ModelCard]:
         """Of the loaded models."""
-        return [model.card for model in self._loaded.values()]
+        return [entry.card for entry in self._loaded.values()]
 
     @property
     def plans(self) -> dict[str, Plan]:
         """Of the loaded models."""
-        return {name: model.lanes.plan for name, model in self._loaded.items()}
+        return {name: entry.model.plan for name, entry in self._loaded.items()}
 
     def waiting_images(self) -> dict[str, int]:
         """Jobs that wait for a codec thread or a lane, by model."""
-        return {name: model.lanes.queue.waiting for name, model in self._loaded.items()}
+        return {name: entry.model.lanes.queue.waiting for name, entry in self._loaded.items()}
 
     def load(self, tell: Callable[[ModelCard, Plan], None]) -> None:
         """Measures, loads and warms up every model; on a thread of its own. Raises UserError."""
         for name, source in self._sources.items():
             with self._loading:
                 plan = self._plans.get(name) or make_plan(source, self._cores, self._wishes)
-                model = self._open(source, plan, version=1)
-            self._loaded[name] = model
-            tell(model.card, plan)
+                entry = self._open(source, plan, version=1)
+            self._loaded[name] = entry
+            tell(entry.card, plan)
 
     async def reload(self, name: str) -> ModelCard:
         """Opens the artifact again, and turns requests to it once it is warmed up; those that were
         taken before are answered by the old one. Raises UserError; the old one then stays."""
-        old = self._model(name)
+        old = self._entry(name)
         version = int(old.card.version) + 1
         new = await asyncio.to_thread(self._open_again, old, version)
         if self._loaded.get(name) is not old or self.stopping:
-            await asyncio.to_thread(new.lanes.close)
+            await asyncio.to_thread(new.model.close)
             raise Busy(f"model '{name}' was reloaded, or the server stopped, meanwhile", 1)
         self._loaded[name] = new
-        await asyncio.to_thread(old.lanes.close)
+        await asyncio.to_thread(old.model.close)
         return new.card
 
     def _open_again(self, old: _Loaded, version: int) -> _Loaded:
         with self._loading:
-            return self._open(old.lanes.source, old.lanes.plan, version)
+            return self._open(old.model.source, old.model.plan, version)
 
     def _open(self, source: Source, plan: Plan, version: int) -> _Loaded:
-        lanes = Lanes(self.scheduler, source, plan)
-        return _Loaded(ModelCard.of(source.name, version, lanes.runtime), lanes)
+        model = LoadedModel(self.scheduler, source, plan)
+        return _Loaded(ModelCard.of(source.name, version, model.runtime), model)
 
     def card(self, name: str | None) -> ModelCard:
         """Of the model `name`, or of the first. Raises NotFound, or Busy while it loads."""
-        return self._model(name).card
+        return self._entry(name).card
 
     async def run(
         self,
@@ -136,7 +136,7 @@ class Hub:
 
         Raises the first task's error where one failed, Expired, ClientGone, NotFound or Busy.
         """
-        queue = self._model(name).lanes.queue
+        queue = self._entry(name).model.lanes.queue
         loop = asyncio.get_running_loop()
         group = _Group(loop.create_future(), len(tasks))
         deadline = time.monotonic() + timeout_s
@@ -167,19 +167,19 @@ class Hub:
     def close(self) -> None:
         """Finishes what was submitted, and frees all models; on a thread of its own."""
         with self._loading:
-            for model in self._loaded.values():
-                model.lanes.close()
+            for entry in self._loaded.values():
+                entry.model.close()
             self._loaded.clear()
         self.scheduler.stop()
 
-    def _model(self, name: str | None) -> _Loaded:
+    def _entry(self, name: str | None) -> _Loaded:
         wanted = name if name is not None else next(iter(self._sources))
         if wanted not in self._sources:
             raise NotFound(f"no model '{wanted[:80]}': this server has {', '.join(self.names)}")
-        model = self._loaded.get(wanted)
-        if model is None:
+        entry = self._loaded.get(wanted)
+        if entry is None:
             raise Busy(f"model '{wanted}' is not ready: it is being loaded, or unloaded", 1)
-        return model
+        return entry
 
 
 def _tell(loop: asyncio.AbstractEventLoop, group: _Group, _: Job) -> None:

@@ -17,7 +17,7 @@ class _TextForm(logging.Formatter):
         fields = getattr(record, "fields", {})
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        pairs = "".join(f" {key}={value}" for key, value in fields.items())
+        pairs = "".join(f" {key}={_shown(value)}" for key, value in fields.items())
         return f"{moment} {level}{_one_line(record)}{pairs}" + _traceback(self, record)
 
 
@@ -58,6 +58,12 @@ def log(message: str, **fields: Any) -> None:
 def log_fault(message: str, error: BaseException, **fields: Any) -> None:
     """A bug of ours, with its traceback."""
     LOG.error(message, extra={"fields": fields}, exc_info=error)
+
+
+def _shown(value: Any) -> str:
+    """As it is, unless a stranger wrote line ends or the like into it."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def _one_line(record: logging.LogRecord) -> str:

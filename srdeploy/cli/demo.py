@@ -21,9 +21,9 @@ from srdeploy.serve.bench.entries import Entry, Setting
 from srdeploy.serve.bench.matrix import Bench
 from srdeploy.serve.bench.measure import Plan
 from srdeploy.serve.bench.results import BenchReport, CheckpointMatch
-from srdeploy.serve.predict import predict_folder
+from srdeploy.serve.predict import predict_photos
 from srdeploy.serve.report import write_report
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.serve.scheduling.sessions import Source
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.loop import train
 from srdeploy.train.regulation_config import RegulationConfig
@@ -72,8 +72,8 @@ def run_demo(out: Path, *, steps: int, seed: int, force: bool) -> DemoOutcome:
     _say_stage("both", "timing the files, and scoring them on the test split")
     bench = _bench(out, data, f"srdeploy demo --steps {steps} --seed {seed}")
     _say_stage("regulated", "predicting the test photos")
-    with open_runtime(out / "deploy" / "regulated") as runtime:
-        predict_folder(runtime, [data / "images" / "test"], out / "masks", overlays=True)
+    regulated = Source("regulated", out / "deploy" / "regulated")
+    predict_photos(regulated, [data / "images" / "test"], out / "masks", overlays=True)
     curves = {kind: _curves(out / "runs" / kind / METRICS) for kind in KINDS}
     findings = DemoFindings(out, steps, seed, exports, same_graph, bench, curves)
     report = out / "report.html"

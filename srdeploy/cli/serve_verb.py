@@ -127,6 +127,7 @@ def serve(
     from srdeploy.serve.artifact import spec_from_classes
 
     try:
+        from srdeploy.serve.scheduling.cores import usable_cores
         from srdeploy.serve.scheduling.planner import Wishes
         from srdeploy.serve.scheduling.sessions import Source
         from srdeploy.serve.server.config import (
@@ -134,7 +135,6 @@ def serve(
             ServerConfig,
             find_key,
             name_sources,
-            usable_cores,
         )
         from srdeploy.serve.server.limits import Limits
         from srdeploy.serve.server.run import run_server

@@ -99,11 +99,14 @@ def predict(
     Example: srdeploy predict deploy/night photos --out masks --overlay
     """
     from srdeploy import console
-    from srdeploy.serve.predict import predict_folder
+    from srdeploy.serve.artifact import spec_from_classes
+    from srdeploy.serve.predict import predict_photos
+    from srdeploy.serve.scheduling.sessions import Source
 
     console.set_quiet(quiet or as_json)
-    with _opened(artifact, device, runtime, threads, classes, precision) as opened:
-        summary = predict_folder(opened, photos, out, overlay)
+    spec = spec_from_classes(classes) if classes is not None else None
+    source = Source("predict", artifact, device, runtime, spec, precision)
+    summary = predict_photos(source, photos, out, overlay, threads)
     if as_json:
         console.print_json(summary.model_dump(mode="json"))
     else:

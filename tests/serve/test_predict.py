@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, read_labels, read_photo
 from srdeploy.serve import predict as predict_module
 from srdeploy.serve.photos import find_photos, mask_path
-from srdeploy.serve.predict import WINDOW, draw_legend, predict_folder
+from srdeploy.serve.predict import FEW, WINDOW, draw_legend, predict_folder, predict_photos
 from srdeploy.serve.runtime import ImageShapeError, open_runtime
+from srdeploy.serve.scheduling.sessions import Source, open_sessions
 from srdeploy.spec import InputPolicy, Spec
 
 MakeGraph = Callable[..., Path]
@@ -206,28 +208,49 @@ def test_decoding_runs_ahead_by_a_bounded_number_of_photos(
         save_photo(tmp_path / "in" / f"{index:02d}.png", 32, 32)
     lock = threading.Lock()
     alive = most = 0
-    decode, write = predict_module._decode, predict_module._write
+    prepare, finish = predict_module._PhotoFile.prepare, predict_module._PhotoFile.finish
 
-    def counted_decode(path: Path, spec: Spec) -> object:
+    def counted_prepare(task: Any) -> Pixels:
         nonlocal alive, most
         with lock:
             alive += 1
             most = max(most, alive)
-        return decode(path, spec)
+        return prepare(task)
 
-    def counted_write(*arguments: object) -> float:
+    def counted_finish(task: Any, labels: Pixels) -> None:
         nonlocal alive
-        seconds = write(*arguments)  # type: ignore[arg-type]
+        finish(task, labels)
         with lock:
             alive -= 1
-        return seconds
 
-    monkeypatch.setattr(predict_module, "_decode", counted_decode)
-    monkeypatch.setattr(predict_module, "_write", counted_write)
+    monkeypatch.setattr(predict_module._PhotoFile, "prepare", counted_prepare)
+    monkeypatch.setattr(predict_module._PhotoFile, "finish", counted_finish)
     with open_runtime(make_graph()) as runtime:
         predict_folder(runtime, [tmp_path / "in"], tmp_path / "out")
     assert alive == 0
-    assert most <= 2 * WINDOW + 3
+    assert most <= WINDOW
+
+
+def test_many_photos_are_shared_by_sessions_and_come_out_the_same(
+    make_graph: MakeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_module, "usable_cores", lambda: 3)
+    for index in range(3 * FEW):
+        save_photo(tmp_path / "in" / f"{index:02d}.png", 32 + index % 3, 40, index)
+    (tmp_path / "in" / "bad.jpg").write_text("not a photo")
+    opened: list[int] = []
+
+    def noted(source: Source, layout: Any) -> Any:
+        opened.append(layout.sessions)
+        return open_sessions(source, layout)
+
+    monkeypatch.setattr("srdeploy.serve.predict.open_sessions", noted)
+    summary = predict_photos(Source("colour", make_graph()), [tmp_path / "in"], tmp_path / "out")
+    assert opened == [3]
+    assert (summary.images, len(summary.skipped)) == (3 * FEW, 1)
+    for index in range(3 * FEW):
+        mask = read_labels(tmp_path / "out" / f"{index:02d}.png")
+        assert (mask == expected_mask(tmp_path / "in" / f"{index:02d}.png")).all()
 
 
 def test_a_disk_that_fills_up_leaves_nothing_half_written(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from srdeploy.serve.scheduling import planner
 from srdeploy.serve.scheduling.plan import Layout, Measured
 from srdeploy.serve.scheduling.planner import WORTH, WORTH_ALONE, Wishes, choose, make_plan
-from srdeploy.serve.scheduling.sessions import Source, open_sessions
+from srdeploy.serve.scheduling.sessions import Source
 
 WIDE = Layout(sessions=1, threads=2)
 NARROW = Layout(sessions=2, threads=1)
@@ -99,12 +99,3 @@ def test_what_is_wished_for_is_not_measured(
 def test_a_graph_of_fixed_batch_is_never_batched(make_graph: Callable[..., Path]) -> None:
     plan = make_plan(Source("colour", make_graph(size=(2, 40, 48))), 2, Wishes(sessions=1))
     assert (plan.batch, plan.measured) == (1, ())
-
-
-def test_sessions_of_one_thread_share_their_weights(make_graph: Callable[..., Path]) -> None:
-    source = Source("colour", make_graph())
-    with open_sessions(source, Layout(sessions=3, threads=1)) as sessions:
-        assert len(sessions) == 3
-        assert len(set(sessions)) == 1
-    with open_sessions(source, Layout(sessions=2, threads=2)) as sessions:
-        assert len(set(sessions)) == 2

@@ -18,7 +18,7 @@ from srdeploy.imaging import Pixels
 from srdeploy.serve.artifact import Artifact
 from srdeploy.serve.runtime import Logits, Runtime
 from srdeploy.serve.scheduling.job import DeadlineError, Job
-from srdeploy.serve.scheduling.lanes import Lanes
+from srdeploy.serve.scheduling.model import LoadedModel
 from srdeploy.serve.scheduling.plan import Layout, Plan
 from srdeploy.serve.scheduling.scheduler import Scheduler
 from srdeploy.serve.scheduling.sessions import Source
@@ -104,10 +104,10 @@ class Bench:
         sessions: int = 1,
         lone: bool = False,
         batch: int = 1,
-        cores: int = 2,
+        codecs: int = 1,
         wait: float = 0,
     ) -> None:
-        self.scheduler = Scheduler(cores)
+        self.scheduler = Scheduler(codecs)
         self.source = HeldSource("held", Path("held"))
         plan = Plan(
             lone=Layout(sessions=1, threads=8) if lone else None,
@@ -115,7 +115,8 @@ class Bench:
             batch=batch,
             max_wait_ms=wait,
         )
-        self.lanes = Lanes(self.scheduler, self.source, plan)
+        self.model = LoadedModel(self.scheduler, self.source, plan)
+        self.lanes = self.model.lanes
         self.done: Queue[Job] = Queue()
 
     def submit(self, task: Number, seconds: float = 20) -> Job:
@@ -130,7 +131,7 @@ class Bench:
 
     def close(self) -> None:
         self.source.go.set()
-        self.lanes.close()
+        self.model.close()
         self.scheduler.stop()
 
 
@@ -174,7 +175,7 @@ def test_a_lone_request_gets_the_session_with_all_threads(
 
 
 def test_requests_with_company_are_run_side_by_side(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(sessions=2, lone=True, cores=3)
+    bench = make_bench(sessions=2, lone=True)
     bench.submit(Number(1))
     assert bench.next_run() == (8, 1)  # alone when it came
     bench.submit(Number(2))
@@ -224,7 +225,7 @@ def test_images_of_one_size_find_each_other_between_others(
 
 
 def test_a_run_waits_for_images_that_are_being_decoded(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(batch=2, cores=3, wait=10_000)
+    bench = make_bench(batch=2, codecs=2, wait=10_000)
     bench.source.go.set()
     held = Event()
     bench.submit(Number(1, held=held))
@@ -258,7 +259,7 @@ def test_a_bad_image_costs_no_run(make_bench: Callable[..., Bench]) -> None:
 
 
 def test_little_is_decoded_before_its_turn(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(sessions=2, cores=3)
+    bench = make_bench(sessions=2, codecs=2)
     prepared: list[int] = []
     for number in range(30):
         bench.submit(Number(number, prepared=prepared))
@@ -302,49 +303,9 @@ def test_closing_runs_what_was_submitted(make_bench: Callable[..., Bench]) -> No
     for number in range(9):
         bench.submit(Number(number))
     bench.source.go.set()
-    bench.lanes.close()
+    bench.model.close()
     assert sorted(bench.answers(9)) == list(range(1, 10))
-    bench.lanes = Lanes(bench.scheduler, bench.source, bench.lanes.plan)
-
-
-@dataclass
-class Watched(Number):
-    """Notes how many of its kind are at work at once."""
-
-    now: list[int] = field(default_factory=list)
-    most: list[int] = field(default_factory=list)
-
-    def work(self) -> None:
-        self.now.append(self.number)
-        self.most.append(len(self.now))
-        time.sleep(0.002)
-        self.now.remove(self.number)
-
-    def prepare(self) -> Pixels:
-        self.work()
-        return super().prepare()
-
-    def finish(self, labels: Pixels) -> int:
-        self.work()
-        return super().finish(labels)
-
-
-@pytest.mark.parametrize("cores", [1, 2, 3])
-def test_no_more_steps_are_under_way_than_there_are_cores(
-    make_bench: Callable[..., Bench], cores: int
-) -> None:
-    bench = make_bench(sessions=1, cores=cores)
-    now: list[int] = []
-    most: list[int] = []
-    bench.submit(Number(0))
-    bench.next_run()  # the lane holds one core
-    for number in range(1, 8):
-        bench.submit(Watched(number, now=now, most=most))
-    time.sleep(0.05)  # what the others allow would be done by now
-    assert max(most, default=0) == cores - 1
-    bench.source.go.set()
-    assert sorted(bench.answers(8)) == list(range(1, 9))
-    assert max(most) <= cores
+    bench.model = LoadedModel(bench.scheduler, bench.source, bench.model.plan)
 
 
 def test_the_steps_times_add_up_to_the_whole(make_bench: Callable[..., Bench]) -> None:
@@ -365,15 +326,15 @@ def test_the_steps_times_add_up_to_the_whole(make_bench: Callable[..., Bench]) -
     sessions=st.integers(1, 3),
     lone=st.booleans(),
     batch=st.integers(1, 4),
-    cores=st.integers(1, 3),
+    codecs=st.integers(1, 3),
 )
 def test_every_job_gets_its_own_answer(
-    numbers: list[tuple[int, int]], sessions: int, lone: bool, batch: int, cores: int
+    numbers: list[tuple[int, int]], sessions: int, lone: bool, batch: int, codecs: int
 ) -> None:
-    bench = Bench(sessions=sessions, lone=lone, batch=batch, cores=cores, wait=0.5)
+    bench = Bench(sessions=sessions, lone=lone, batch=batch, codecs=codecs, wait=0.5)
     bench.source.go.set()
     wanted = {bench.submit(Number(number, size)): number for number, size in numbers}
-    bench.lanes.close()
+    bench.model.close()
     bench.scheduler.stop()
     done = [bench.done.get(timeout=20) for _ in numbers]
     assert set(done) == set(wanted)

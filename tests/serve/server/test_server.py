@@ -250,6 +250,7 @@ def big_header(width: int, height: int) -> bytes:
         ("/v2/models/night/infer", {"content": b"{"}, 400, "JSON"),
         ("/v2/models/night/versions/9/infer", {"content": b"{}"}, 404, "no version"),
         ("/v2/repository/models/night/load", {"json": {"parameters": {"x": 1}}}, 400, "load takes"),
+        ("/v2/repository/models/night/load", {"content": b"x" * 70_000}, 413, "none is needed"),
         ("/v3", {"content": b""}, 404, "no such address: /v3"),
         ("/v1/models", {"content": b""}, 405, "does not take POST"),
     ],

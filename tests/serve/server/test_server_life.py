@@ -167,7 +167,8 @@ def test_sigterm_answers_what_was_taken_in_and_ends_well(
 def test_a_reload_under_load_drops_no_request_and_others_need_the_key(
     start: Callable[..., LiveServer], make_graph: MakeGraph, tmp_path: Path
 ) -> None:
-    server = start(make_graph(), *ONE, "--host", "0.0.0.0", SRDEPLOY_API_KEY=KEY)
+    limit = ("--timeout", 3)
+    server = start(make_graph(), *ONE, *limit, "--host", "0.0.0.0", SRDEPLOY_API_KEY=KEY)
     port = server.url.rsplit(":", 1)[1]
     server.url = f"http://127.0.0.1:{port}"
     ask = {"content": photo(48)}
@@ -181,6 +182,12 @@ def test_a_reload_under_load_drops_no_request_and_others_need_the_key(
         assert server.post("/v1/segment", headers=headers, **ask).status_code == status
     assert server.get("/metrics").status_code == server.get("/v1/models").status_code == 401
     assert server.get("/v2/health/ready").status_code == server.get("/").status_code == 200
+
+    # A body that never comes holds its place for the time limit and no longer.
+    head = f"POST /v1/segment HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + b"slow")
+        assert b" 504 " in connection.recv(4096)
 
     statuses: list[int] = []
     stop = threading.Event()

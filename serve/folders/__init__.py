@@ -1,1 +1,0 @@
-"""`srdeploy predict`: photos by the million, from folders to masks."""
