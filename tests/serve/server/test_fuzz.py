@@ -43,9 +43,7 @@ schema = schemathesis.pytest.from_fixture("api")
 
 
 @schema.parametrize()  # type: ignore[untyped-decorator]
-@settings(
-    max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 def test_requests_by_the_description_get_answers_by_the_description(
     case: Any, server: LiveServer
 ) -> None:
