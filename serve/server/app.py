@@ -1,6 +1,9 @@
 """The application of one server process: routes, page, errors, start and stop."""
 
 import asyncio
+import multiprocessing
+import multiprocessing.process
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator
@@ -86,6 +89,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop.add_signal_handler(
             signal.SIGTERM, _drain_worker, desk, signal.getsignal(signal.SIGTERM)
         )
+        _TASKS.add(asyncio.ensure_future(_leave_with(multiprocessing.parent_process())))
     elif threading.current_thread() is threading.main_thread():
         loop.add_signal_handler(signal.SIGHUP, partial(_reload_all, desk))
     yield
@@ -103,6 +107,14 @@ def _drain_worker(desk: Desk, stop: Any) -> None:
         desk.hub.stopping = True
         loop = asyncio.get_running_loop()
         loop.call_later(desk.limits.drain_s, stop, signal.SIGTERM, None)
+
+
+async def _leave_with(parent: multiprocessing.process.BaseProcess | None) -> None:
+    """Ends a worker whose parent was killed: nobody would reload, restart or stop it."""
+    assert parent is not None
+    while os.getppid() == parent.pid:
+        await asyncio.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _load(desk: Desk) -> None:
@@ -125,8 +137,8 @@ def _reload_all(desk: Desk) -> None:
     """On SIGHUP."""
     for name in desk.hub.names:
         task = asyncio.ensure_future(_reload(desk, name))
-        _RELOADS.add(task)
-        task.add_done_callback(_RELOADS.discard)
+        _TASKS.add(task)
+        task.add_done_callback(_TASKS.discard)
 
 
 async def _reload(desk: Desk, name: str) -> None:
@@ -138,7 +150,7 @@ async def _reload(desk: Desk, name: str) -> None:
         log("reloaded", model=name, version=card.version)
 
 
-_RELOADS: set["asyncio.Task[None]"] = set()
+_TASKS: set["asyncio.Task[None]"] = set()
 """The event loop itself holds tasks weakly."""
 
 

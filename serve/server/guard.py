@@ -80,7 +80,8 @@ class Guard:
             late = Expired(
                 f"no answer within {seconds} s: send less at once, and send it faster", 1
             )
-            await answer_refusal(late)(scope, receive, reply)
+            if not reply.status:  # else the client reads too slowly, and its connection is closed
+                await answer_refusal(late)(scope, receive, reply)
         except Refusal as refusal:
             await answer_refusal(refusal)(scope, receive, reply)
         except Exception as error:
@@ -96,10 +97,10 @@ class Guard:
         host = headers.get("host", "")
         # A page of any site could otherwise reach this machine's server, by a name that it points
         # here, or by posting to it blindly.
-        if self._loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:
+        if self._loopback and _name_of(host) not in LOOPBACK:
             raise BadRequest(f"the host '{host[:80]}' is not this server's: use 127.0.0.1")
         origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc != host
+        foreign = origin is not None and origin.partition("://")[2] != host
         if foreign and scope["method"] not in _SAFE_METHODS:
             raise Forbidden("pages of other sites can't use this server: call it from outside")
         if self._key is not None and not _is_open(scope["path"]):
@@ -196,6 +197,14 @@ def answer_refusal(refusal: Refusal) -> Response:
     if refusal.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": str(refusal)}, refusal.status, headers)
+
+
+def _name_of(host: str) -> str | None:
+    """The name or number in a Host header, without its port; None where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # half of an IPv6 address
+        return None
 
 
 def _is_open(path: str) -> bool:

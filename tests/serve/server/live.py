@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 
 class LiveServer:
@@ -73,7 +74,17 @@ class LiveServer:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
+    def workers(self) -> list[psutil.Process]:
+        """The processes below it, but for Python's own helpers."""
+        if self.process.poll() is not None:
+            return []
+        children = psutil.Process(self.process.pid).children()
+        return [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+
     def kill(self) -> None:
         """Whatever state it is in."""
+        workers = self.workers()
         self.process.kill()
         self.process.wait(60)
+        for worker in workers:
+            worker.kill()

@@ -334,9 +334,12 @@ def test_the_page_has_samples_and_models_to_show(server: LiveServer) -> None:
     [
         ({"Host": "evil.example"}, 400),
         ({"Host": "127.0.0.1.evil.example:80"}, 400),
+        ({"Host": "[::1"}, 400),
+        ({"Host": ""}, 400),
         ({"Host": "localhost:1"}, 200),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://[::1"}, 403),
     ],
 )
 def test_pages_of_other_sites_cannot_use_it(

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -230,6 +231,19 @@ def test_workers_share_the_port_and_their_metrics(
     assert server.metric("srdeploy_ready") == 1
     assert "SIGHUP" in server.post("/v2/repository/models/colour/load").json()["error"]
     assert server.terminate() == 0
+
+
+def test_workers_leave_when_their_parent_is_killed(
+    start: Callable[..., LiveServer], make_graph: MakeGraph
+) -> None:
+    server = start(make_graph(), "--workers", 2, *ONE, "--drain", 0, wait=False)
+    server.wait_for("ready", 2)
+    workers = server.workers()
+    assert len(workers) == 2
+    server.process.kill()
+    server.wait_for("stopped", 2)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
 
 
 @pytest.mark.parametrize(
