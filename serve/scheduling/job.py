@@ -9,6 +9,9 @@ from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.serve.scheduling.task import Task
 
+STEPS = ("decode", "wait", "compute", "encode")
+"""The steps of a job, as Timing names them."""
+
 
 class DeadlineError(UserError):
     """The job's deadline passed before it was done."""

@@ -7,15 +7,13 @@ from typing import Any, cast
 
 from starlette.requests import Request
 
-from srdeploy.serve.scheduling.job import Job
+from srdeploy.serve.scheduling.job import STEPS, Job
 from srdeploy.serve.scheduling.task import Task
 from srdeploy.serve.server.gate import Gate
 from srdeploy.serve.server.hub import Hub
 from srdeploy.serve.server.limits import Limits
 from srdeploy.serve.server.samples import Sample
 from srdeploy.serve.server.watch import Watch
-
-STEPS = ("decode", "wait", "compute", "encode")
 
 
 @dataclass(eq=False)
@@ -71,6 +69,9 @@ class Desk:
             visit.jobs = await self.hub.run(
                 model, tasks, min(timeout_s or self.limits.timeout_s, self.limits.timeout_s), gone
             )
+        except Exception:
+            self.watch.tally(model).failures += 1
+            raise
         finally:
             gone.cancel()
         self.watch.observe(model, visit.jobs)

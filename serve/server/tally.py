@@ -23,6 +23,7 @@ class Tally:
 
     requests: int = 0
     failures: int = 0
+    """Requests that reached the model's queue and were not answered."""
     images: int = 0
     runs: float = 0.0
     milliseconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STEPS, 0.0))

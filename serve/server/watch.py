@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from srdeploy.serve.scheduling.job import Job
+from srdeploy.serve.scheduling.job import STEPS, Job
 from srdeploy.serve.server.tally import Tally
 
 _SECONDS = (
@@ -95,7 +95,7 @@ class Watch:
         for job in jobs:
             timing = job.timing
             self._batch.labels(model).observe(timing.batch)
-            for step in ("decode", "wait", "compute", "encode"):
+            for step in STEPS:
                 self._steps.labels(model, step).observe(getattr(timing, step) / 1000)
 
     def leave(self) -> None:

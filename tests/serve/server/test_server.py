@@ -140,6 +140,15 @@ def test_tritons_client_reads_statistics(triton: Any, tritonclient: Any) -> None
     assert success[1]["ns"] > success[0]["ns"]
 
 
+def test_statistics_count_failures(server: LiveServer, triton: Any) -> None:
+    counts = []
+    for content in (b"", b"no image"):  # the first is refused before it reaches the model
+        server.post("/v1/segment", content=content)
+        (stats,) = triton.get_inference_statistics("night")["model_stats"]
+        counts.append(stats["inference_stats"]["fail"]["count"])
+    assert counts[1] == counts[0] + 1
+
+
 @pytest.mark.wheel
 def test_a_mask_is_the_file_that_predict_writes(
     server: LiveServer, graphs: Path, tmp_path: Path, srdeploy: Callable[..., tuple[int, str, str]]
