@@ -24,7 +24,7 @@ class LoadedModel:
             lone: list[Runtime] = []
             if plan.lone is not None:
                 lone = stack.enter_context(open_sessions(source, plan.lone))
-            for runtime in dict.fromkeys([*sessions, *lone]):
+            for runtime in (*sessions, *lone):
                 for _ in range(WARM_UP_RUNS):
                     runtime.run(usual_images(runtime, 1))
             self._stack = stack.pop_all()

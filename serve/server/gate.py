@@ -14,30 +14,26 @@ class Gate:
         self.requests = 0
         self.bytes = 0
 
-    @property
-    def full(self) -> bool:
-        """Whether the next request would be refused, however small."""
-        return self.requests >= self._limits.waiting
-
-    def busy(self) -> Busy:
-        """The refusal of one request too many."""
-        return Busy(
-            f"{self.requests} requests wait already, as many as this server takes in: try again",
-            retry_after=RETRY_AFTER_S,
-        )
-
     def enter(self) -> None:
         """Raises Busy where as many are inside as may be."""
-        if self.full:
-            raise self.busy()
+        if self.requests >= self._limits.waiting:
+            raise Busy(
+                f"{self.requests} requests wait already, as many as this server takes in: try "
+                "again",
+                retry_after=RETRY_AFTER_S,
+            )
         self.requests += 1
 
-    def grow(self, count: int, so_far: int) -> None:
-        """`count` more bytes of a request that had `so_far`. Raises TooLarge and Busy."""
-        if so_far + count > self._limits.body_bytes:
+    def check_length(self, count: int) -> None:
+        """Raises TooLarge where one body has more bytes than it may."""
+        if count > self._limits.body_bytes:
             raise TooLarge(
                 f"the body is larger than {self._limits.body_mib:g} MiB: send less at once"
             )
+
+    def grow(self, count: int, so_far: int) -> None:
+        """`count` more bytes of a request that had `so_far`. Raises TooLarge and Busy."""
+        self.check_length(so_far + count)
         if self.bytes + count > self._limits.waiting_bytes:
             raise Busy(
                 f"requests of {ceil(self.bytes / 2**20)} MiB wait already: try again",

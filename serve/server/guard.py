@@ -69,7 +69,8 @@ class Guard:
             if works:
                 self._desk.gate.enter()
                 inside = True
-                self._check_length(headers)
+                length = headers.get("content-length", "0")
+                self._desk.gate.check_length(int(length) if length.isdecimal() else 0)
                 body = _Body(receive, visit, self._desk.gate)
                 async with timeout:
                     await self._app(scope, body, reply)
@@ -110,13 +111,6 @@ class Guard:
                 raise Unauthorized(
                     "an API key is needed: send it as Authorization: Bearer KEY, or as X-API-Key"
                 )
-
-    def _check_length(self, headers: Headers) -> None:
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._desk.limits.body_bytes:
-            raise TooLarge(
-                f"the body is larger than {self._desk.limits.body_mib:g} MiB: send less at once"
-            )
 
     def _record(self, scope: Scope, visit: Visit, status: int, seconds: float) -> None:
         if scope["path"].startswith("/v2/health/"):

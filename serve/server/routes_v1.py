@@ -160,7 +160,7 @@ async def _read_form(request: Request, limits: Limits) -> list[Upload]:
     parser = MultiPartParser(
         request.headers,
         request.stream(),
-        max_files=limits.images + 1,
+        max_files=limits.images,
         max_fields=limits.images,
         max_part_size=limits.body_bytes,
     )
@@ -177,10 +177,6 @@ async def _read_form(request: Request, limits: Limits) -> list[Upload]:
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
         if not files:
             raise BadRequest("the form has no file: add the image as a file part")
-        if len(files) > limits.images:
-            raise TooLarge(
-                f"{len(files)} images in one request, {limits.images} are allowed: send fewer"
-            )
         return [(file.filename or None, await file.read()) for file in files]
     finally:
         await form.close()

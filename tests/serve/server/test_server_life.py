@@ -1,5 +1,6 @@
 """A server's life: start, overload, deadlines, reload, workers, and the end."""
 
+import inspect
 import io
 import signal
 import socket
@@ -16,6 +17,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from srdeploy.cli.serve_verb import serve
+from srdeploy.serve.scheduling.planner import MAX_WAIT_MS
+from srdeploy.serve.server.limits import Limits
 from srdeploy.spec import InputPolicy, Spec
 from tests.serve.server.live import LiveServer
 
@@ -244,6 +248,16 @@ def test_workers_leave_when_their_parent_is_killed(
     server.wait_for("stopped", 2)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []
+
+
+def test_the_flags_have_the_limits_named_defaults() -> None:
+    flags = {
+        name.removeprefix("max_"): parameter.default
+        for name, parameter in inspect.signature(serve).parameters.items()
+    }
+    limits = {name.removesuffix("_s"): value for name, value in Limits().model_dump().items()}
+    assert {name: flags[name] for name in limits} == limits
+    assert flags["wait_ms"] == MAX_WAIT_MS
 
 
 @pytest.mark.parametrize(
