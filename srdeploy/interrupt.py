@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, as a request that the loop honours between two steps."""
+"""Ctrl-C and SIGTERM, as a request that a long job honours between two of its steps."""
 
 import signal
 import threading
