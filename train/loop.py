@@ -15,11 +15,11 @@ from torch import Tensor
 from srdeploy import console
 from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
+from srdeploy.interrupt import StopRequest
 from srdeploy.models.imported import is_imported
 from srdeploy.runs import STATE
 from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_best, save_state
 from srdeploy.train.config import TrainConfig, learning_rate
-from srdeploy.interrupt import StopRequest
 from srdeploy.train.loader import batches
 from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
 from srdeploy.train.pictures import save_predictions

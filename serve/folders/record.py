@@ -15,6 +15,18 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Milliseconds that one photo took, by step; steps of different photos overlap."""
+
+    decode: float = 0.0
+    """Reading, decoding and fitting."""
+    run: float = 0.0
+    """In the runtime; its share of a run of several photos."""
+    encode: float = 0.0
+    """Restoring, encoding and writing."""
+
+
+@dataclass(frozen=True)
 class Record:
     """One photo that is done, or why it was skipped; a line of the manifest."""
 
@@ -30,3 +42,5 @@ class Record:
     """How many pixels of the mask have each label; labels that do not occur are left out."""
     error: str | None = None
     """Why there are no outputs."""
+    times: Times = Times()
+    """Not kept in the manifest."""

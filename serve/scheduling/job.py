@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy.typing as npt
+
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.serve.scheduling.task import Task
@@ -41,7 +43,7 @@ class Job:
     """Called once, on some thread, when `answer` or `error` is set; never after a cancellation."""
     timing: Timing = field(default_factory=Timing)
     images: Pixels | None = None
-    labels: Pixels | None = None
+    result: npt.NDArray[Any] | None = None
     answer: Any = None
     error: BaseException | None = None
     cancelled: bool = False

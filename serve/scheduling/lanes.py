@@ -1,15 +1,22 @@
 """The threads that run one model, each with a session of its own."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Thread
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from srdeploy.imaging import Pixels
 from srdeploy.serve.runtime import Runtime
 from srdeploy.serve.scheduling.job import Job
 from srdeploy.serve.scheduling.plan import Plan
 from srdeploy.serve.scheduling.scheduler import Scheduler
+
+Run = Callable[[Runtime, Pixels], npt.NDArray[Any]]
+"""(open runtime, images uint8 [N, H, W, 3]) -> what a task's `finish` takes, N along its first
+axis."""
 
 
 class Lanes:
@@ -21,12 +28,19 @@ class Lanes:
         sessions: Sequence[Runtime],
         plan: Plan,
         lone: Runtime | None = None,
+        run: Run = Runtime.run,
+        ahead: int | None = None,
     ) -> None:
-        """sessions: the plan's shared ones, open. lone: the plan's session for lone requests."""
+        """sessions: the plan's shared ones, open. lone: the plan's session for lone requests.
+
+        run: what is done with a session and images. ahead: how many images may be decoded before
+        their turn; None: for each lane its next batch, and one batch more.
+        """
         self.plan = plan
         self._scheduler = scheduler
+        self._run = run
         # While a lane runs one batch, the next is decoded; and one more for a codec thread.
-        self.queue = scheduler.open_queue((len(sessions) + 1) * plan.batch + 1)
+        self.queue = scheduler.open_queue(ahead or (len(sessions) + 1) * plan.batch + 1)
         self.queue.has_lone = lone is not None
         work = [(runtime, False) for runtime in sessions]
         if lone is not None:
@@ -49,29 +63,29 @@ class Lanes:
         patience_s = self.plan.max_wait_ms / 1000 if self.plan.batch > 1 else 0.0
         most = 1 if lone else self.plan.batch
         while jobs := self._scheduler.take(self.queue, most, patience_s, lone):
-            run_jobs(runtime, jobs)
+            run_jobs(runtime, jobs, self._run)
             self._scheduler.computed(jobs)
 
 
-def run_jobs(runtime: Runtime, jobs: list[Job]) -> None:
-    """Sets each job's labels or error, from one run of all of them; where that fails, each is run
+def run_jobs(runtime: Runtime, jobs: list[Job], run: Run = Runtime.run) -> None:
+    """Sets each job's result or error, from one run of all of them; where that fails, each is run
     by itself, so that one job can't fail the others."""
     images = [job.images for job in jobs if job.images is not None]
     began = [job.end_wait() for job in jobs][-1]
     try:
-        labels = runtime.run(images[0] if len(images) == 1 else np.concatenate(images))
+        result = run(runtime, images[0] if len(images) == 1 else np.concatenate(images))
     except BaseException as error:
         if len(jobs) == 1:
             jobs[0].error = error
             return
         for job in jobs:
             job.begin_wait()
-            run_jobs(runtime, [job])
+            run_jobs(runtime, [job], run)
         return
     milliseconds = 1000 * (time.monotonic() - began)
     position = 0
     for job, own in zip(jobs, images, strict=True):
-        job.labels = labels[position : position + len(own)]
+        job.result = result[position : position + len(own)]
         position += len(own)
-        job.timing.batch = len(labels)
+        job.timing.batch = len(result)
         job.timing.compute = milliseconds

@@ -42,7 +42,7 @@ class ReadyQueue:
 
     def expects(self, most: int) -> bool:
         """Whether a run of `most` images would be fuller if it waited."""
-        if not (self.arrived or self.coming):
+        if not (self.coming or (self.arrived and self.room > 0)):
             return False
         return sum(job.size for job in self._fitting(most)) < most
 

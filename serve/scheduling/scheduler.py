@@ -29,7 +29,7 @@ class Scheduler:
         self._arrived: deque[tuple[Job, ReadyQueue]] = deque()
         self._computed: deque[Job] = deque()
         self._uncomputed = 0
-        """Jobs of all models whose labels are not there yet."""
+        """Jobs of all models whose result is not there yet."""
         self._stopping = False
         self._codecs = [
             Thread(target=self._codec_loop, name=f"codec-{index}", daemon=True)
@@ -93,7 +93,7 @@ class Scheduler:
                 (queue.lone if lone else queue.shared).wait(patience)
 
     def computed(self, jobs: Sequence[Job]) -> None:
-        """A lane is done with what it took: labels or an error are set."""
+        """A lane is done with what it took: results or errors are set."""
         with self._lock:
             self._pass_on(jobs)
 
@@ -199,11 +199,11 @@ def _finish(job: Job) -> None:
     began = job.end_wait()
     if not _dropped(job):
         try:
-            assert job.labels is not None
-            job.answer = job.task.finish(job.labels)
+            assert job.result is not None
+            job.answer = job.task.finish(job.result)
         except BaseException as error:
             job.error = error
-    job.images = job.labels = None
+    job.images = job.result = None
     job.timing.encode = 1000 * (time.monotonic() - began)
     if not job.cancelled:
         job.done(job)

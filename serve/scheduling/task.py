@@ -1,6 +1,8 @@
 """The work of one image or tensor, in the three steps that the scheduler places."""
 
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy.typing as npt
 
 from srdeploy.imaging import Pixels
 
@@ -16,5 +18,6 @@ class Task(Protocol, Generic[Answer_co]):
     def prepare(self) -> Pixels:
         """The images as the network takes them, uint8 [N, H, W, 3]."""
 
-    def finish(self, labels: Pixels) -> Answer_co:
-        """The answer, from labels uint8 [N, H, W] of what prepare gave."""
+    def finish(self, result: npt.NDArray[Any], /) -> Answer_co:
+        """The answer, from what the lane's run made of what prepare gave: labels uint8 [N, H, W],
+        or logits float32 [N, K, H, W]."""
