@@ -14,8 +14,10 @@ class StopRequest:
     Signals can be caught in the main thread alone: in any other one this does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str) -> None:
+        """message: what is said when it is asked to stop."""
         self.requested = False
+        self._message = message
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
@@ -35,7 +37,7 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        console.say("stopping after this step; once more to stop at once")
+        console.say(self._message)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -132,7 +132,7 @@ def train(
     console.say(describe(config, job))
 
     with (
-        StopRequest() as stop,
+        StopRequest("stopping after this step; once more to stop at once") as stop,
         Recorder(folder, resumed_at=progress.step) as recorder,
         console.progress("{task.fields[losses]}") as bar,
         closing(

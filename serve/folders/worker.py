@@ -75,11 +75,11 @@ class Worker:
             plain = open_sessions(self._source, plan.shared, self._seen)
             sessions = stack.enter_context(plain)
             self.spec = sessions[0].spec
-            self.scheduler = Scheduler(codec_threads=max(2, usable_cores()))
-            stack.callback(self.scheduler.stop)
+            self._scheduler = Scheduler(codec_threads=max(2, usable_cores()))
+            stack.callback(self._scheduler.stop)
             ahead = BUCKETS * plan.shared.sessions * plan.batch if plan.batch > 1 else None
             run = Runtime.logits if needs_logits(self._settings) else Runtime.run
-            lanes = Lanes(self.scheduler, sessions, plan, run=run, ahead=ahead)
+            lanes = Lanes(self._scheduler, sessions, plan, run=run, ahead=ahead)
             self._queue = lanes.queue
             stack.callback(lanes.close)  # what is under way is finished, whatever happens
             self._stack = stack.pop_all()
@@ -101,27 +101,29 @@ class Worker:
         UserError of the network's output, or a fault of ours.
         """
         done: SimpleQueue[Job] = SimpleQueue()
+        under_way: set[Job] = set()
         fatal: BaseException | None = None
-        under_way = 0
-        for photo in photos:
-            while under_way >= self._window or not done.empty():
-                record = _record(done.get())
-                under_way -= 1
+        more = iter(photos)
+        try:
+            while True:
+                while fatal is None and len(under_way) < self._window:
+                    photo = next(more, None)
+                    if photo is None:
+                        break
+                    task = PhotoTask(photo, self.spec, self._settings, self._store)
+                    under_way.add(self._scheduler.submit(self._queue, task, inf, done.put))
+                if not under_way:
+                    break
+                job = done.get()
+                under_way.discard(job)
+                record = _record(job)
                 if isinstance(record, Record):
                     yield record
                 else:
                     fatal = fatal or record
-            if fatal is not None:
-                break
-            task = PhotoTask(photo, self.spec, self._settings, self._store)
-            self.scheduler.submit(self._queue, task, inf, done.put)
-            under_way += 1
-        for _ in range(under_way):
-            record = _record(done.get())
-            if isinstance(record, Record):
-                yield record
-            else:
-                fatal = fatal or record
+        finally:
+            for job in under_way:
+                self._scheduler.cancel(job)
         if fatal is not None:
             raise fatal
 

@@ -18,11 +18,12 @@ from srdeploy.cli import (
     data_verbs,
     demo_verb,
     doctor_verb,
+    evaluate_verb,
     export_verbs,
     inspect_verb,
     model_verbs,
+    predict_verb,
     serve_verb,
-    serve_verbs,
     strip_verb,
     train_verbs,
 )
@@ -63,7 +64,8 @@ train_verbs.register(app)
 export_verbs.register(app)
 certify_verb.register(app)
 strip_verb.register(app)
-serve_verbs.register(app)
+evaluate_verb.register(app)
+predict_verb.register(app)
 serve_verb.register(app)
 bench_verb.register(app)
 bench_train_verb.register(app)

@@ -6,6 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+Artifact = Annotated[
+    Path,
+    typer.Argument(
+        help="A run folder, a deploy folder, an .onnx or an .engine file.", show_default=False
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else there.")
 ]

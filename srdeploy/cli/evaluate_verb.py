@@ -1,4 +1,4 @@
-"""`srdeploy evaluate` and `predict`: what is done with an artifact."""
+"""`srdeploy evaluate`: how good an artifact is."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,6 +7,7 @@ import typer
 
 from srdeploy.cli.options import (
     Arithmetic,
+    Artifact,
     Classes,
     Device,
     Json,
@@ -18,13 +19,6 @@ from srdeploy.cli.options import (
 
 if TYPE_CHECKING:
     from srdeploy.serve.runtime import Runtime
-
-Artifact = Annotated[
-    Path,
-    typer.Argument(
-        help="A run folder, a deploy folder, an .onnx or an .engine file.", show_default=False
-    ),
-]
 
 
 def evaluate(
@@ -72,55 +66,6 @@ def evaluate(
         console.say(f"mIoU {100 * scores.miou:.2f} %")
 
 
-def predict(
-    artifact: Artifact,
-    photos: Annotated[
-        list[Path],
-        typer.Argument(help="Folders (with their sub-folders) and files.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the masks.", show_default=False)],
-    overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also write photos with the classes laid over.")
-    ] = False,
-    device: Device = "cpu",
-    runtime: RuntimeName = "auto",
-    precision: Arithmetic = None,
-    threads: Threads = None,
-    classes: Classes = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Write a palette PNG mask of each photo's own size; pixel values are class ids.
-
-    The mask of a/b.jpg is OUT/a/b.png; photos that differ in their suffix alone keep it
-    (b.jpg.png). OUT/classes.json and OUT/legend.png say what the ids mean. Photos that can't be
-    used are reported and skipped, and make the exit code 1.
-
-    Example: srdeploy predict deploy/night photos --out masks --overlay
-    """
-    from srdeploy import console
-    from srdeploy.serve.artifact import spec_from_classes
-    from srdeploy.serve.predict import predict_photos
-    from srdeploy.serve.scheduling.sessions import Source
-
-    console.set_quiet(quiet or as_json)
-    spec = spec_from_classes(classes) if classes is not None else None
-    source = Source("predict", artifact, device, runtime, spec, precision)
-    summary = predict_photos(source, photos, out, overlay, threads)
-    if as_json:
-        console.print_json(summary.model_dump(mode="json"))
-    else:
-        tell = console.done if summary.images else console.failed
-        tell(
-            f"{summary.images} masks in {out}: {summary.seconds:.1f} s, "
-            f"{summary.images_per_s:.1f} images/s (decode {summary.decode_s:.1f} s, network "
-            f"{summary.run_s:.1f} s, encode {summary.encode_s:.1f} s, side by side)"
-        )
-    if summary.skipped:
-        console.failed(f"{len(summary.skipped)} photos skipped, the reasons are above")
-        raise typer.Exit(1)
-
-
 def _opened(
     artifact: Path,
     device: str,
@@ -137,6 +82,5 @@ def _opened(
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
+    """Adds the verb to the command line."""
     app.command("evaluate")(evaluate)
-    app.command("predict")(predict)
