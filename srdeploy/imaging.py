@@ -265,6 +265,15 @@ def encode_mask(labels: Pixels, spec: Spec) -> bytes:
     colour."""
     image = Image.fromarray(labels, mode="L")
     image.putpalette(colour_table(spec).tobytes())
+    return _mask_png(image)
+
+
+def encode_gray(labels: Pixels) -> bytes:
+    """Labels uint8 [H, W] as an 8-bit gray PNG of the class ids, without colours."""
+    return _mask_png(Image.fromarray(labels, mode="L"))
+
+
+def _mask_png(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,5 +1,6 @@
 """Where outputs go: a local folder, or one on a remote file system."""
 
+from pathlib import Path
 from typing import Protocol
 
 from srdeploy.errors import UserError
@@ -20,6 +21,10 @@ class Store(Protocol):
         """The file appears whole, and replaces an older one. It is not synced: a million waits for
         the disk take hours. Raises OutputError; UserError where the path alone is at fault (its
         name is too long for the file system, a folder of that name is there)."""
+
+    def write_file(self, path: str, source: Path) -> None:
+        """`write` with the content of a local file, which may be larger than the memory. Raises as
+        `write`."""
 
     def size(self, path: str) -> int | None:
         """Bytes of a file, None where there is none. Raises OutputError."""

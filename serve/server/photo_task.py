@@ -22,9 +22,9 @@ from srdeploy.imaging import (
     overlay,
     restore,
 )
+from srdeploy.serve.regions import border_length, class_areas, polygons, run_lengths
 from srdeploy.serve.server.limits import Limits
 from srdeploy.serve.server.refusals import BadRequest, TooLarge
-from srdeploy.serve.server.regions import border_length, class_areas, polygons, run_lengths
 from srdeploy.spec import Spec
 
 Output = Literal["mask", "overlay", "json"]

@@ -15,6 +15,7 @@ from PIL import Image
 from srdeploy import imaging
 from srdeploy.imaging import Pixels
 from srdeploy.serve.predict import predict_folder
+from srdeploy.serve.regions import polygons, run_lengths
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.serve.scheduling.task import Task
 from srdeploy.serve.server import photo_task
@@ -28,7 +29,6 @@ from srdeploy.serve.server.photo_task import (
     pack,
 )
 from srdeploy.serve.server.refusals import BadRequest, TooLarge
-from srdeploy.serve.server.regions import polygons, run_lengths
 from srdeploy.spec import InputPolicy, Spec
 
 SPEC = Spec(

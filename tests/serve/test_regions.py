@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.regions import (
+from srdeploy.serve.regions import (
     Areas,
     ClassArea,
     Mask,

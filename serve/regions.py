@@ -14,6 +14,7 @@ from srdeploy.spec import Spec
 
 Mask = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int64]
 Offsets = npt.NDArray[np.unsignedinteger]
 Ring = list[list[float]]
 """Corners [x, y], the first not repeated at the end."""
@@ -73,6 +74,62 @@ def run_lengths(mask: Mask) -> list[int]:
     ends = np.concatenate([[0], starts, [column_order.size]])
     counts: list[int] = np.diff(ends).tolist()
     return [0, *counts] if column_order[0] else counts
+
+
+@dataclass(frozen=True)
+class LabelRuns:
+    """Where one label lies in a label map."""
+
+    label: int
+    area: int
+    """Pixels."""
+    box: tuple[int, int, int, int]
+    """Bounding box in pixels: x, y, width, height."""
+    counts: list[int]
+    """COCO's uncompressed run lengths: numbers of other pixels and of the label's in turn, starting
+    with others, down the columns."""
+
+
+def label_runs(labels: Pixels) -> list[LabelRuns]:
+    """All labels that occur in a label map uint8 [H, W], by label, found in one pass: a pass for
+    each label takes many times as long."""
+    height = labels.shape[0]
+    column_order = labels.ravel(order="F")
+    if column_order.size == 0:
+        return []
+    changes = np.flatnonzero(column_order[1:] != column_order[:-1]) + 1
+    starts = np.concatenate([[0], changes])
+    ends = np.concatenate([changes, [column_order.size]])
+    values = column_order[starts]
+    order = np.argsort(values, kind="stable")
+    firsts = np.flatnonzero(np.diff(values[order], prepend=-1))
+    found = []
+    for first, last in pairwise([*firsts.tolist(), len(order)]):
+        mine = order[first:last]
+        begin, end = starts[mine], ends[mine]
+        bounds = np.concatenate([[0], np.column_stack([begin, end]).ravel(), [column_order.size]])
+        counts: list[int] = np.diff(bounds).tolist()
+        if counts[-1] == 0:
+            counts.pop()
+        found.append(
+            LabelRuns(
+                label=int(values[mine[0]]),
+                area=int((end - begin).sum()),
+                box=_box(begin, end - 1, height),
+                counts=counts,
+            )
+        )
+    return found
+
+
+def _box(first: Places, last: Places, height: int) -> tuple[int, int, int, int]:
+    """x, y, width and height around runs down the columns. first, last: places of their first and
+    last pixels, int64 [runs], in growing order."""
+    left, right = int(first[0]) // height, int(last[-1]) // height
+    if (first // height != last // height).any():  # from one column's foot to the next one's head
+        return left, 0, right - left + 1, height
+    top, bottom = int((first % height).min()), int((last % height).max())
+    return left, top, right - left + 1, bottom - top + 1
 
 
 def polygons(mask: Mask) -> list[Polygon]:
