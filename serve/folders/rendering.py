@@ -47,9 +47,9 @@ def render(
     picture: uint8 [H, W, 3], where `needs_picture` says so. result: labels uint8 [h, w], or logits
     float32 [K, h, w] where `needs_logits` says so. size: (H, W) of the photo, upright.
     """
-    logits = result if needs_logits(settings) else None
-    labels = result if logits is None else strongest(logits)
-    restored = restore(labels.astype(np.uint8, copy=False), size[0], size[1])
+    logits = np.asarray(result, np.float32) if needs_logits(settings) else None
+    labels = np.asarray(result, np.uint8) if logits is None else strongest(logits)
+    restored = restore(labels, size[0], size[1])
     files: dict[str, bytes] = {}
     if settings.mask == "palette":
         files[f"{photo.name}.png"] = encode_mask(restored, spec)
@@ -59,8 +59,7 @@ def render(
         assert picture is not None
         files[f"overlays/{photo.name}.jpg"] = encode_jpeg(overlay(picture, restored, spec))
     if logits is not None:
-        content = encode_probabilities(logits.astype(np.float32, copy=False), size, spec)
-        files[f"probabilities/{photo.name}.npz"] = content
+        files[f"probabilities/{photo.name}.npz"] = encode_probabilities(logits, size, spec)
     if settings.rle:
         files[f"rle/{photo.name}.json"] = encode_segments(photo.name, restored, spec)
     # Pillow counts bytes as they are, np.bincount makes each an int64 first.
