@@ -13,6 +13,7 @@ from srdeploy.serve.regions import (
     Polygon,
     border_length,
     class_areas,
+    label_runs,
     polygons,
     run_lengths,
 )
@@ -132,6 +133,27 @@ def test_areas_count_every_pixel_once(labels: Pixels) -> None:
 def test_classes_that_occur_are_listed_the_largest_first() -> None:
     labels = np.array([[2, 2, 2], [0, 255, 7]], np.uint8)
     assert class_areas(labels, SPEC) == Areas((ClassArea(2, 3, 0.5), ClassArea(0, 1, 1 / 6)), 2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    labels=hnp.arrays(
+        np.uint8,
+        hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=9),
+        elements=st.sampled_from([0, 1, 2, 255]),
+    )
+)
+def test_runs_of_all_labels_are_those_of_each_label_alone(labels: Pixels) -> None:
+    found = label_runs(labels)
+    assert [runs.label for runs in found] == sorted(set(labels.ravel().tolist()))
+    for runs in found:
+        mask = labels == runs.label
+        assert runs.counts == run_lengths(mask)
+        assert runs.area == mask.sum()
+        rows, columns = np.nonzero(mask)
+        left, top = columns.min(), rows.min()
+        width, height = columns.max() - left + 1, rows.max() - top + 1
+        assert runs.box == (left, top, width, height)
 
 
 @settings(max_examples=50, deadline=None)
