@@ -15,8 +15,8 @@ from srdeploy.serve.folders.store import OutputError, Store
 from srdeploy.serve.folders.text import as_text
 from srdeploy.spec import Spec
 
-CELLS = 1_000_000
-"""Of a parquet row group: it lies in memory as Python's objects, tens of MB."""
+CELLS = 250_000
+"""Of a parquet row group: they lie in memory as Python objects, tens of MB."""
 
 
 def check_areas(kind: Literal["none", "jsonl", "parquet"]) -> None:
