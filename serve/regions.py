@@ -64,18 +64,6 @@ def border_length(labels: Pixels) -> int:
     return int(down + across)
 
 
-def run_lengths(mask: Mask) -> list[int]:
-    """COCO's uncompressed run lengths of a mask bool [H, W]: numbers of zeros and ones in turn,
-    starting with zeros, down the columns. Quickest for masks in column order."""
-    column_order = mask.ravel(order="F")
-    if column_order.size == 0:
-        return []
-    starts = np.flatnonzero(column_order[1:] != column_order[:-1]) + 1
-    ends = np.concatenate([[0], starts, [column_order.size]])
-    counts: list[int] = np.diff(ends).tolist()
-    return [0, *counts] if column_order[0] else counts
-
-
 @dataclass(frozen=True)
 class LabelRuns:
     """Where one label lies in a label map."""

@@ -284,17 +284,22 @@ def _mask_png(image: Image.Image) -> bytes:
 def overlay(photo: Pixels, labels: Pixels, spec: Spec, opacity: float = 0.5) -> Pixels:
     """The photo with the class colours laid over it, uint8 [H, W, 3]; ignored pixels show the
     photo."""
-    table, mixed = colour_table(spec).astype(np.float32), np.empty_like(photo)
+    # Looked up: arithmetic on each pixel takes three times as long.
+    values, table = np.arange(256, dtype=np.uint8), colour_table(spec).astype(np.float32)
+    mixtures = (values * (1 - opacity) + table[:, :, None] * opacity).round().astype(np.uint8)
+    mixtures[spec.class_count :] = values
+    starts = np.arange(mixtures.size, step=256).reshape(256, 3)  # by label and channel
+    mixed = np.empty_like(photo)
     for top in range(0, len(photo), _BAND):
         rows = slice(top, top + _BAND)
-        band = photo[rows] * (1 - opacity) + table[labels[rows]] * opacity
-        band = np.where((labels[rows] < spec.class_count)[..., None], band, photo[rows])
-        mixed[rows] = band.round()
+        places = starts.take(labels[rows], axis=0)
+        places += photo[rows]
+        mixtures.take(places, out=mixed[rows], mode="clip")  # else numpy copies first
     return mixed
 
 
 _BAND = 64
-"""Rows that are mixed at a time: floating-point numbers of a whole large photo are gigabytes."""
+"""Rows that are mixed at a time: the places of a whole large photo are gigabytes."""
 
 
 def encode_png(image: Pixels) -> bytes:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
 
-import numpy as np
-
 from srdeploy.errors import UserError
 from srdeploy.imaging import (
     OversizedImageError,
@@ -22,7 +20,7 @@ from srdeploy.imaging import (
     overlay,
     restore,
 )
-from srdeploy.serve.regions import border_length, class_areas, polygons, run_lengths
+from srdeploy.serve.regions import border_length, class_areas, label_runs, polygons
 from srdeploy.serve.server.limits import Limits
 from srdeploy.serve.server.refusals import BadRequest, TooLarge
 from srdeploy.spec import Spec
@@ -147,8 +145,9 @@ class PhotoTask:
         areas = class_areas(labels, spec)
         if regions != "none":
             self._check_regions(labels)
+        counts = {}
         if regions == "rle":
-            labels = np.asfortranarray(labels)  # once, not for every class
+            counts = {runs.label: runs.counts for runs in label_runs(labels)}
         classes = []
         for area in areas.classes:
             described: dict[str, Any] = {
@@ -159,8 +158,7 @@ class PhotoTask:
                 "share": round(area.share, 6),
             }
             if regions == "rle":
-                counts = run_lengths(labels == area.id)
-                described["rle"] = {"size": list(self._size), "counts": counts}
+                described["rle"] = {"size": list(self._size), "counts": counts[area.id]}
             elif regions == "polygons":
                 described["polygons"] = polygons(labels == area.id)
             classes.append(described)

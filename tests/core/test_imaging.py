@@ -279,6 +279,16 @@ def test_an_overlay_mixes_colours_and_leaves_ignored_pixels_as_they_are() -> Non
     assert mixed.tolist() == [[[150, 50, 50], [100, 100, 100]]]
 
 
+@pytest.mark.parametrize("opacity", [0.0, 0.25, 0.3, 0.5, 1.0])
+def test_an_overlay_is_the_weighted_mean_rounded(opacity: float) -> None:
+    rng = np.random.default_rng(0)
+    photo, labels = photo_of(rng, 70, 80), rng.integers(0, 3, (70, 80), np.uint8)
+    mean = photo * (1 - opacity) + imaging.colour_table(SPEC)[labels] * opacity
+    mixed = imaging.overlay(photo, labels, SPEC, opacity)
+    # Colours are weighed in float32: where a mean lies between two numbers, either is right.
+    assert np.abs(mixed - mean).max() <= 0.5 + 1e-5
+
+
 def test_a_tall_overlay_is_mixed_like_a_small_one() -> None:
     rng = np.random.default_rng(0)
     photo, labels = photo_of(rng, 200, 3), rng.integers(0, 4, (200, 3), np.uint8)

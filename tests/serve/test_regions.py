@@ -15,7 +15,6 @@ from srdeploy.serve.regions import (
     class_areas,
     label_runs,
     polygons,
-    run_lengths,
 )
 from srdeploy.spec import Spec
 
@@ -90,26 +89,8 @@ def test_a_hole_belongs_to_the_polygon_around_it() -> None:
     assert sorted(len(polygon) for polygon in polygons(mask)) == [2, 3]
 
 
-def test_an_empty_mask_has_no_polygons_and_one_run() -> None:
-    empty = np.zeros((3, 4), bool)
-    assert polygons(empty) == []
-    assert run_lengths(empty) == [12]
-
-
-@settings(max_examples=100, deadline=None)
-@given(mask=masks())
-def test_run_lengths_give_the_mask_back_and_alternate_from_zeros(mask: Mask) -> None:
-    counts = run_lengths(mask)
-    values = np.arange(len(counts)) % 2 == 1
-    restored = np.repeat(values, counts).reshape(mask.shape, order="F")
-    np.testing.assert_array_equal(restored, mask)
-    assert all(count > 0 for count in counts[1:])
-    assert run_lengths(np.asfortranarray(mask)) == counts
-
-
-def test_run_lengths_go_down_the_columns() -> None:
-    assert run_lengths(np.array([[0, 1], [0, 1], [1, 0]], bool)) == [2, 3, 1]
-    assert run_lengths(np.array([[1, 0]], bool)) == [0, 1, 1]
+def test_an_empty_mask_has_no_polygons() -> None:
+    assert polygons(np.zeros((3, 4), bool)) == []
 
 
 @settings(max_examples=50, deadline=None)
@@ -143,17 +124,29 @@ def test_classes_that_occur_are_listed_the_largest_first() -> None:
         elements=st.sampled_from([0, 1, 2, 255]),
     )
 )
-def test_runs_of_all_labels_are_those_of_each_label_alone(labels: Pixels) -> None:
+def test_runs_of_a_label_give_its_mask_back_and_alternate_from_other_pixels(
+    labels: Pixels,
+) -> None:
     found = label_runs(labels)
     assert [runs.label for runs in found] == sorted(set(labels.ravel().tolist()))
     for runs in found:
         mask = labels == runs.label
-        assert runs.counts == run_lengths(mask)
+        values = np.arange(len(runs.counts)) % 2 == 1
+        drawn = np.repeat(values, runs.counts).reshape(labels.shape, order="F")
+        np.testing.assert_array_equal(drawn, mask)
+        assert all(count > 0 for count in runs.counts[1:])
         assert runs.area == mask.sum()
         rows, columns = np.nonzero(mask)
         left, top = columns.min(), rows.min()
         width, height = columns.max() - left + 1, rows.max() - top + 1
         assert runs.box == (left, top, width, height)
+    assert label_runs(np.asfortranarray(labels)) == found
+
+
+def test_runs_go_down_the_columns_and_start_with_other_pixels() -> None:
+    first, second = label_runs(np.array([[0, 1], [0, 1], [1, 0]], np.uint8))
+    assert (first.counts, second.counts) == ([0, 2, 3, 1], [2, 3, 1])
+    assert (first.box, second.box) == ((0, 0, 2, 3), (0, 0, 2, 3))
 
 
 @settings(max_examples=50, deadline=None)
@@ -162,4 +155,5 @@ def test_the_border_bounds_the_corners_and_the_runs(mask: Mask) -> None:
     labels = mask.astype(np.uint8)
     border = border_length(np.pad(labels, 1))
     assert sum(len(ring) for polygon in polygons(mask) for ring in polygon) <= border
-    assert len(run_lengths(mask)) <= border_length(labels) + mask.shape[1] + 2
+    for runs in label_runs(labels):
+        assert len(runs.counts) <= border_length(labels) + mask.shape[1] + 2
