@@ -1,5 +1,6 @@
 """Label maps as regions: areas, run lengths and polygons of the classes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -78,20 +79,19 @@ class LabelRuns:
     with others, down the columns."""
 
 
-def label_runs(labels: Pixels) -> list[LabelRuns]:
+def label_runs(labels: Pixels) -> Iterator[LabelRuns]:
     """All labels that occur in a label map uint8 [H, W], by label, found in one pass: a pass for
-    each label takes many times as long."""
+    each label takes longer."""
     height = labels.shape[0]
     column_order = labels.ravel(order="F")
     if column_order.size == 0:
-        return []
+        return
     changes = np.flatnonzero(column_order[1:] != column_order[:-1]) + 1
     starts = np.concatenate([[0], changes])
     ends = np.concatenate([changes, [column_order.size]])
     values = column_order[starts]
     order = np.argsort(values, kind="stable")
     firsts = np.flatnonzero(np.diff(values[order], prepend=-1))
-    found = []
     for first, last in pairwise([*firsts.tolist(), len(order)]):
         mine = order[first:last]
         begin, end = starts[mine], ends[mine]
@@ -99,15 +99,12 @@ def label_runs(labels: Pixels) -> list[LabelRuns]:
         counts: list[int] = np.diff(bounds).tolist()
         if counts[-1] == 0:
             counts.pop()
-        found.append(
-            LabelRuns(
-                label=int(values[mine[0]]),
-                area=int((end - begin).sum()),
-                box=_box(begin, end - 1, height),
-                counts=counts,
-            )
+        yield LabelRuns(
+            label=int(values[mine[0]]),
+            area=int((end - begin).sum()),
+            box=_box(begin, end - 1, height),
+            counts=counts,
         )
-    return found
 
 
 def _box(first: Places, last: Places, height: int) -> tuple[int, int, int, int]:

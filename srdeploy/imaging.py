@@ -310,7 +310,17 @@ def encode_png(image: Pixels) -> bytes:
 
 
 def encode_jpeg(image: Pixels, quality: int = 90) -> bytes:
-    """RGB uint8 [H, W, 3] as JPEG."""
+    """RGB uint8 [H, W, 3] as JPEG. Raises UserError where a side is longer than JPEG allows."""
+    height, width = image.shape[:2]
+    if max(height, width) > _LONGEST_JPEG_SIDE:
+        raise UserError(
+            f"a picture of {width}x{height} is too large for JPEG, which has up to "
+            f"{_LONGEST_JPEG_SIDE} pixels a side: ask for the mask alone"
+        )
     buffer = BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+_LONGEST_JPEG_SIDE = 65500
+"""libjpeg's JPEG_MAX_DIMENSION."""

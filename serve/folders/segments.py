@@ -5,7 +5,7 @@ from typing import Any
 
 from srdeploy.imaging import Pixels
 from srdeploy.serve.folders.text import as_text
-from srdeploy.serve.regions import label_runs
+from srdeploy.serve.regions import LabelRuns, label_runs
 from srdeploy.spec import Spec
 
 
@@ -16,23 +16,25 @@ def encode_segments(name: str, labels: Pixels, spec: Spec) -> bytes:
     that are no class are left out. name: of the photo.
     """
     height, width = labels.shape
-    segments: list[dict[str, Any]] = []
-    for runs in label_runs(labels):
-        if runs.label >= spec.class_count:
-            continue
-        segments.append(
-            {
-                "category_id": runs.label,
-                "category": spec.classes[runs.label],
-                "area": runs.area,
-                "bbox": list(runs.box),
-                "segmentation": {"size": [height, width], "counts": runs.counts},
-            }
-        )
-    content = {
-        "photo": as_text(name),
-        "size": [height, width],
-        "classes": list(spec.classes),
-        "segments": segments,
+    head = {"photo": as_text(name), "size": [height, width], "classes": list(spec.classes)}
+    # One by one: as Python's objects, the numbers of a large photo take many times their text.
+    segments = [
+        _json(_segment(runs, (height, width), spec))
+        for runs in label_runs(labels)
+        if runs.label < spec.class_count
+    ]
+    return f'{_json(head)[:-1]},"segments":[{",".join(segments)}]}}\n'.encode()
+
+
+def _segment(runs: LabelRuns, size: tuple[int, int], spec: Spec) -> dict[str, Any]:
+    return {
+        "category_id": runs.label,
+        "category": spec.classes[runs.label],
+        "area": runs.area,
+        "bbox": runs.box,
+        "segmentation": {"size": size, "counts": runs.counts},
     }
-    return (json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

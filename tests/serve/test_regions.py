@@ -127,7 +127,7 @@ def test_classes_that_occur_are_listed_the_largest_first() -> None:
 def test_runs_of_a_label_give_its_mask_back_and_alternate_from_other_pixels(
     labels: Pixels,
 ) -> None:
-    found = label_runs(labels)
+    found = list(label_runs(labels))
     assert [runs.label for runs in found] == sorted(set(labels.ravel().tolist()))
     for runs in found:
         mask = labels == runs.label
@@ -140,7 +140,7 @@ def test_runs_of_a_label_give_its_mask_back_and_alternate_from_other_pixels(
         left, top = columns.min(), rows.min()
         width, height = columns.max() - left + 1, rows.max() - top + 1
         assert runs.box == (left, top, width, height)
-    assert label_runs(np.asfortranarray(labels)) == found
+    assert list(label_runs(np.asfortranarray(labels))) == found
 
 
 def test_runs_go_down_the_columns_and_start_with_other_pixels() -> None:
