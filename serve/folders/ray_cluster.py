@@ -1,0 +1,125 @@
+"""A connection to a Ray cluster, or one of its own on this machine, that keeps quiet."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from srdeploy.errors import MissingPackageError, UserError
+from srdeploy.serve.scheduling.cores import usable_cores
+
+OBJECT_STORE_BYTES = 100 << 20
+"""Photos and masks do not go through it, only their names and records."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a job is spread over a cluster."""
+
+    actors: int
+    cpus: int
+    """Of each actor."""
+    gpus: int
+    """Of each actor."""
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Connects with the cluster at `address` ("auto", HOST:PORT, ray://...); None: starts one on
+    this machine with the cores that this process may use, and ends it again.
+
+    A connection that the process has already is taken and kept. Raises UserError where there is no
+    such cluster, MissingPackageError without ray.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingPackageError("ray", "ray", "--engine ray") from error
+    if ray.is_initialized():
+        yield
+        return
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # What a killed process leaves to say goes to stdout, whatever log_to_driver is.
+    ray._private.worker._worker_logs_enabled = False
+    with _signals_kept(), _stderr_shut():
+        try:
+            if address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=usable_cores(),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                )
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+            if address is None:
+                raise UserError(f"Ray can't start on this machine: {_first_line(error)}") from error
+            raise UserError(f"no Ray cluster answers at {address}: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        with _stderr_shut():
+            ray.shutdown()
+
+
+def share(actors: int | None, on_gpu: bool) -> Share:
+    """One actor for each GPU, or for each machine; or `actors` of them. Raises UserError where the
+    cluster has no GPU and one is needed."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "GPU" if on_gpu else "CPU"
+    able = [node for node in nodes if node.get(kind, 0) >= 1]
+    if not able:
+        raise UserError(f"no machine of the Ray cluster has a {kind}: give another --device")
+    if on_gpu:
+        gpus = sum(int(node["GPU"]) for node in able)
+        cpus = min(int(node.get("CPU", 0) // node["GPU"]) for node in able)
+        return Share(min(actors or gpus, gpus), max(1, cpus), 1)
+    smallest = min(int(node["CPU"]) for node in able)
+    if actors is None:
+        return Share(sum(int(node["CPU"]) // smallest for node in able), smallest, 0)
+    cores = sum(int(node["CPU"]) for node in able)
+    actors = min(actors, cores)
+    return Share(actors, max(1, min(smallest, cores // actors)), 0)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, of which a job's end is to be asked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _stderr_shut() -> Iterator[None]:
+    """Ray's C++ side says on file descriptor 2 how much it is going to say there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
