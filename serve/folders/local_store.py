@@ -1,0 +1,120 @@
+"""Outputs in a local folder."""
+
+import errno
+import itertools
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from srdeploy.errors import UserError
+from srdeploy.files import explain_os_error
+from srdeploy.serve.folders.file_systems import is_url
+from srdeploy.serve.folders.store import OutputError, Store
+
+FOLDERS = 10_000
+"""Folders that are remembered as made, at most; it bounds the memory."""
+
+_PARTIAL = re.compile(r"\.srdeploy\.[0-9a-f]{12}\.[0-9a-f]+\.part")
+_NAMES_FAULT = {
+    errno.ENAMETOOLONG: "the name is too long for the file system of the output",
+    errno.EISDIR: "a folder of that name is in the way",
+    errno.EEXIST: "a file is where its folder should be",
+    errno.ENOTDIR: "a file is where its folder should be",
+    errno.EILSEQ: "the file system of the output does not take such names",
+    errno.EINVAL: "the file system of the output does not take such names",
+    errno.ELOOP: "links there lead in a circle",
+}
+"""What is wrong with one path only, and in its words."""
+
+
+def open_store(out: str) -> Store:
+    """The folder or URL `out`; nothing is written yet. Raises UserError where it is a file, or no
+    driver for its file system is there."""
+    if not is_url(out):
+        return LocalStore(out)
+    if urlsplit(out).scheme.lower() == "file":
+        return LocalStore(unquote(urlsplit(out).path))
+    from srdeploy.serve.folders.remote_store import RemoteStore
+
+    return RemoteStore(out)
+
+
+class LocalStore:
+    """See Store. Files are made beside their place under a short name, and moved there."""
+
+    def __init__(self, root: str) -> None:
+        """Raises UserError where `root` is there and no folder."""
+        self.root = root
+        self.folder = os.path.abspath(root)
+        self._token = secrets.token_hex(6)  # processes on other machines may write here, too
+        self._count = itertools.count()
+        self._made: set[str] = set()
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            raise UserError(f"{root} is a file, a folder is to be written there: choose another")
+
+    def write(self, path: str, content: bytes) -> None:
+        """See Store."""
+        with self._whole(path) as temporary:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                rest = memoryview(content)
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
+            finally:
+                os.close(handle)  # where some file systems tell that they are full
+
+    def write_file(self, path: str, source: Path) -> None:
+        """See Store."""
+        with self._whole(path) as temporary:
+            shutil.copyfile(source, temporary)
+
+    def size(self, path: str) -> int | None:
+        """See Store."""
+        try:
+            found = os.stat(os.path.join(self.folder, path))
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or error.errno in _NAMES_FAULT:
+                return None
+            raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def remove_leftovers(self) -> None:
+        """Removes what writes that were killed have left. Call it while no other process writes
+        here."""
+        for folder, _, files in os.walk(self.folder):
+            for name in files:
+                if _PARTIAL.fullmatch(name):
+                    with suppress(OSError):
+                        os.unlink(os.path.join(folder, name))
+
+    @contextmanager
+    def _whole(self, path: str) -> Iterator[str]:
+        """Yields a temporary path, which then takes its place."""
+        target = os.path.join(self.folder, path)
+        folder = os.path.dirname(target)
+        temporary = f"{folder}/.srdeploy.{self._token}.{next(self._count):x}.part"
+        try:
+            if folder not in self._made:
+                os.makedirs(folder, exist_ok=True)
+                if len(self._made) >= FOLDERS:
+                    self._made.clear()
+                self._made.add(folder)
+            yield temporary
+            os.replace(temporary, target)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            self._made.discard(folder)
+            fault = _NAMES_FAULT.get(error.errno or 0)
+            if fault is not None:
+                raise UserError(f"{self._shown(path)}: {fault}") from error
+            raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
+
+    def _shown(self, path: str) -> str:
+        return os.path.join(self.root, path)
