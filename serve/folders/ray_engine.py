@@ -7,7 +7,7 @@ import secrets
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -80,88 +80,96 @@ class RayEngine:
         """
         source = replace(source, path=Path(source.path).absolute())
         self._under_way = {}
-        with cluster(self._address), _marked(out) as mark:
-            spread = share(self._actors, parse_device(source.device)[0] == "cuda")
-            order = Order(
-                source=source,
-                out=out if "://" in out else os.path.abspath(out),
-                settings=settings,
-                folder=os.getcwd(),
-                mark=mark,
-                photos=max(1, expected // spread.actors),
-                cores=spread.cpus,
-                threads=self._wishes[0],
-                batch=self._wishes[1],
-            )
-            size = max(1, min(MOST_IN_BATCH, expected // (BATCHES * spread.actors)))
-            yield from self._whole(order, spread, photos, size)
-
-    def _whole(
-        self, order: Order, spread: Share, photos: Iterator[Photo], size: int
-    ) -> Iterator[Record]:
-        """All photos, in batches; those of batches with which processes keep dying one by one."""
-        from ray.exceptions import RayError
-
+        # Each pass has a cluster, or a connection with it, of its own: processes that Ray goes on
+        # restarting after a pass that failed would keep the next one's waiting for their cores.
         suspects: deque[Photo] = deque()
         deaths = 0
-        while True:
-            alone = bool(suspects)
-            batches = _alone(suspects) if alone else _batches(photos, size)
-            now = replace(spread, actors=1) if alone else spread
-            try:
-                for record in self._run(order, now, batches, 1 if alone else None):
-                    deaths = 0
-                    yield record
-                if not alone:
+        size = None
+        with _marked(out) as mark:
+            while True:
+                alone = bool(suspects)
+                lost: list[Photo] = []
+                with cluster(self._address):
+                    spread = share(self._actors, parse_device(source.device)[0] == "cuda")
+                    order = self._order(source, expected, out, settings, mark, spread)
+                    size = max(1, min(MOST_IN_BATCH, expected // (BATCHES * spread.actors)))
+                    if alone:
+                        spread = replace(spread, actors=1)
+                    batches = _alone(suspects) if alone else _batches(photos, size)
+                    for record in self._run(order, spread, batches, 1 if alone else None, lost):
+                        deaths = 0
+                        yield record
+                if not alone and not lost:
                     return
-            except RayError as error:
-                lost = list(chain.from_iterable(self._under_way.values()))
-                self._under_way.clear()
-                if len(lost) > 1:
-                    suspects.extend(lost)
-                    continue
-                deaths += 1
-                if deaths >= MOST_DEATHS or not lost:
+                if len(lost) == 1:
+                    deaths += 1
+                    reason = "the process that worked on it died, several times"
+                    yield Record(lost[0], error=reason)
+                suspects.extend(lost if len(lost) > 1 else ())
+                if deaths >= MOST_DEATHS:
                     raise OutputError(
-                        "the cluster's processes keep dying, perhaps for want of memory: look into "
-                        f"Ray's logs ({type(error).__name__}), then run again"
-                    ) from error
-                yield Record(lost[0], error="the process that worked on it died, several times")
+                        "the cluster's processes keep dying, whatever their photo: see to their "
+                        "memory, then run again"
+                    )
+
+    def _order(
+        self,
+        source: Source,
+        expected: int,
+        out: str,
+        settings: PredictSettings,
+        mark: str | None,
+        spread: Share,
+    ) -> Order:
+        return Order(
+            source=source,
+            out=out if "://" in out else os.path.abspath(out),
+            settings=settings,
+            folder=os.getcwd(),
+            mark=mark,
+            photos=max(1, expected // spread.actors),
+            cores=spread.cpus,
+            threads=self._wishes[0],
+            batch=self._wishes[1],
+        )
 
     def _run(
-        self, order: Order, spread: Share, batches: Iterator[Sequence[Photo]], most: int | None
+        self,
+        order: Order,
+        spread: Share,
+        batches: Iterator[Sequence[Photo]],
+        most: int | None,
+        lost: list[Photo],
     ) -> Iterator[Record]:
-        """One run of Ray Data. most: batches under way at once. Raises RayError where processes
-        died too often; what was lost is in `_under_way` then."""
-        import pyarrow
+        """One run of Ray Data. most: batches under way at once. lost: takes the photos that were
+        under way where processes died too often."""
+        from ray.exceptions import RayError
         from ray.util.queue import Queue
 
         from srdeploy.serve.folders.ray_feed import Feed
 
-        queue = Queue(actor_options={"num_cpus": 0})
         failure: Exception | None = None
         try:
-            ahead = most or spread.actors * (IN_FLIGHT + AHEAD)
-            open_ended = self._fill(queue, batches, ahead)
+            queue = Queue(actor_options={"num_cpus": 0})
+            open_ended = self._fill(queue, batches, most or spread.actors * (IN_FLIGHT + AHEAD))
             for table in _dataset(Feed(queue), order, spread).iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
-                assert isinstance(table, pyarrow.Table)
                 for content in table["answer"].to_pylist():
                     answer: Answer = pickle.loads(content)
                     del self._under_way[answer.number]
                     self._learn(answer, spread)
                     if answer.failure is not None and failure is None:
                         failure = answer.failure.error()
-                        if open_ended:
-                            queue.put(None)
-                            open_ended = False
+                        batches = iter(())
+                    yield from answer.records
                     if open_ended:
                         open_ended = self._fill(queue, batches, 1)
-                    yield from answer.records
-        finally:
-            with suppress(Exception):  # it may have died with its machine
-                queue.shutdown(force=True)
+        except RayError as error:
+            if not self._under_way:
+                raise OutputError(f"Ray gave up: {type(error).__name__}; run again") from error
+            lost.extend(chain.from_iterable(self._under_way.values()))
+            self._under_way.clear()
         if failure is not None:
             raise failure
 
