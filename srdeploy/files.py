@@ -21,6 +21,14 @@ def explain_os_error(error: OSError, path: Path | str) -> UserError:
         return UserError(
             f"no space left on the device while writing {path}: free some space, then run again"
         )
+    if error.errno == errno.EDQUOT:
+        return UserError(
+            f"the disk quota is used up while writing {path}: free some space, then run again"
+        )
+    if error.errno == errno.EROFS:
+        return UserError(f"{path} is on a file system that takes no writes: choose another place")
+    if error.errno == errno.EFBIG:
+        return UserError(f"{path} is larger than the file system or the limit of this user allows")
     if isinstance(error, FileNotFoundError):
         return UserError(f"no such file or folder: {path}")
     if isinstance(error, PermissionError):

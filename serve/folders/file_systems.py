@@ -5,13 +5,19 @@ from typing import Any
 
 from srdeploy.errors import UserError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:::|://)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
 
 
 def is_url(path: str) -> bool:
     """Whether `path` names a place on another file system, e.g. s3://bucket/folder; file:// is
     local, but a URL, too."""
     return _SCHEME.match(path) is not None
+
+
+def local_path(url: str) -> str | None:
+    """The path in a file:// URL, which is taken as it stands; None for others."""
+    scheme, _, rest = url.partition("://")
+    return rest if scheme.lower() in ("file", "local") else None
 
 
 def file_system_of(url: str) -> tuple[Any, str]:

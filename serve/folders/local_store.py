@@ -10,11 +10,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
-from srdeploy.serve.folders.file_systems import is_url
+from srdeploy.serve.folders.file_systems import is_url, local_path
 from srdeploy.serve.folders.store import OutputError, Store
 
 FOLDERS = 10_000
@@ -36,10 +35,9 @@ _NAMES_FAULT = {
 def open_store(out: str) -> Store:
     """The folder or URL `out`; nothing is written yet. Raises UserError where it is a file, or no
     driver for its file system is there."""
-    if not is_url(out):
-        return LocalStore(out)
-    if urlsplit(out).scheme.lower() == "file":
-        return LocalStore(unquote(urlsplit(out).path))
+    local = local_path(out) if is_url(out) else out
+    if local is not None:
+        return LocalStore(local)
     from srdeploy.serve.folders.remote_store import RemoteStore
 
     return RemoteStore(out)
@@ -83,6 +81,13 @@ class LocalStore:
                 return None
             raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
         return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def make_folder(self) -> None:
+        """Raises OutputError where `root` can't be made."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as error:
+            raise OutputError(str(explain_os_error(error, self.root))) from error
 
     def remove_leftovers(self) -> None:
         """Removes what writes that were killed have left. Call it while no other process writes

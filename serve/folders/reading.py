@@ -5,7 +5,12 @@ import os
 import stat
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.file_systems import explain_remote_error, file_system_of, is_url
+from srdeploy.serve.folders.file_systems import (
+    explain_remote_error,
+    file_system_of,
+    is_url,
+    local_path,
+)
 
 MAX_BYTES = 2 * 1024**3
 """Larger files are no photos that anyone could decode, and would fill the memory first."""
@@ -18,7 +23,10 @@ def read_bytes(path: str) -> bytes:
     colon and a few words.
     """
     if is_url(path):
-        return _read_remote(path)
+        local = local_path(path)
+        if local is None:
+            return _read_remote(path)
+        path = local
     try:
         # A device may act when it is opened, and a fifo waits: both are told before.
         _check(path, os.stat(path))
