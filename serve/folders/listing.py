@@ -14,11 +14,12 @@ from typing import BinaryIO, Self
 from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.imaging import PHOTO_SUFFIXES
+from srdeploy.serve.folders.file_systems import is_url, local_path
 from srdeploy.serve.folders.glob_pattern import GlobPattern, split_glob
 from srdeploy.serve.folders.names import KINDS, OWN_FILES, choose_names, safe_name, shared_folders
 from srdeploy.serve.folders.path_list import listed_paths, open_list
 from srdeploy.serve.folders.photo import Photo, Unusable
-from srdeploy.serve.folders.remote_listing import find_remote, is_url, local_path, look_at_remote
+from srdeploy.serve.folders.remote_listing import canonical, find_remote, look_at_remote
 from srdeploy.serve.folders.summary import printable
 from srdeploy.serve.folders.walk import Found, look_at, source_error, walk
 
@@ -132,6 +133,7 @@ class _Finder:
         self._out = out
         local = local_path(out) if is_url(out) else out
         self._local_out = None if local is None else os.path.realpath(local)
+        self._remote_out = canonical(out) if local is None else None
         self._folders: list[str] = []
         """Real folders among the sources that lie below `out`, relative to it."""
 
@@ -184,22 +186,21 @@ class _Finder:
         if is_url(source):
             local = local_path(source)
             if local is None:
-                if source.rstrip("/") == self._out.rstrip("/"):
-                    raise UserError(_among_photos(self._out))
                 split = split_glob(source, "*")
+                self._note_folder(canonical(split[0] if split else source))
                 name = (split[0] if split else source).rstrip("/").rpartition("/")[2]
-                return name, find_remote(source, self._out)
+                return name, find_remote(source, self._remote_out)
             source = local
         if not source or "\0" in source:
             raise UserError("one of the sources is no path: it is empty, or has a zero byte")
         if os.path.isdir(source):
-            self._note_folder(source)
+            self._note_folder(os.path.realpath(source))
             return os.path.basename(os.path.abspath(source)), walk(source, self._local_out)
         split = None if os.path.lexists(source) else split_glob(source)
         if split is not None:
             folder, pattern = split
             if os.path.isdir(folder):
-                self._note_folder(folder)
+                self._note_folder(os.path.realpath(folder))
             label = os.path.basename(os.path.abspath(folder))
             return label, walk(folder, self._local_out, GlobPattern(pattern))
         one = look_at(source, os.path.basename(source))
@@ -207,9 +208,8 @@ class _Finder:
             raise source_error(one)
         return os.path.basename(os.path.dirname(os.path.abspath(source))), [one]
 
-    def _note_folder(self, source: str) -> None:
-        real = os.path.realpath(source)
-        if real == self._local_out:
+    def _note_folder(self, real: str) -> None:
+        if real in (self._local_out, self._remote_out):
             raise UserError(_among_photos(self._out))
         below = self._below_out(real)
         if below is not None:
@@ -226,8 +226,9 @@ class _Finder:
                 path = local_path(path) or path
                 whole = os.path.abspath(path) if "\0" not in path else "/"
                 found = look_at(path, whole)
-            folders = safe_name(whole.lstrip("/"))[0].split("/")[:-1]
-            common = folders if common is None else shared_folders(common, folders)
+            if "\0" not in path:
+                folders = safe_name(whole.lstrip("/"))[0].split("/")[:-1]
+                common = folders if common is None else shared_folders(common, folders)
             if isinstance(found, Found):
                 found = replace(found, relative=whole.lstrip("/"))
             self._add(found, index, "")
@@ -265,8 +266,7 @@ class _Finder:
 
     def _below_out(self, real: str) -> str | None:
         """A real path (or URL) relative to `out`, where it lies below."""
-        out = self._out if self._local_out is None else self._local_out
-        above = out.rstrip("/") + "/"
+        above = (self._local_out or self._remote_out or "").rstrip("/") + "/"
         return real[len(above) :] if real.startswith(above) else None
 
     def _is_output(self, below: str, folder: str, suffix: str) -> bool:

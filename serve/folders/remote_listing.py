@@ -1,11 +1,11 @@
 """Photos on remote file systems, by fsspec."""
 
-import re
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 from srdeploy.errors import UserError
+from srdeploy.serve.folders.file_systems import explain_remote_error, file_system_of
 from srdeploy.serve.folders.glob_pattern import GlobPattern, split_glob
 from srdeploy.serve.folders.photo import Unusable
 from srdeploy.serve.folders.summary import printable
@@ -17,46 +17,42 @@ TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "creat
 """What drivers call the time of the last change."""
 
 
-def is_url(path: str) -> bool:
-    """Whether `path` is on a file system that fsspec opens."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://", path) is not None
+def canonical(url: str) -> str:
+    """As photos below `url` are called: the driver's form, without a slash at the end. Raises
+    UserError where there is no driver."""
+    files, path = _opened(url)
+    return str(files.unstrip_protocol(path)).rstrip("/")
 
 
-def local_path(url: str) -> str | None:
-    """The path in a file:// URL; None for others."""
-    scheme, _, rest = url.partition("://")
-    return rest if scheme.lower() in ("file", "local") else None
-
-
-def find_remote(source: str, out: str) -> Iterator[Found | Unusable]:
-    """The file `source`, or the photos below the folder or glob `source`. `out`, if it is there,
-    and hidden files are passed over. Raises UserError where `source` itself can't be looked at."""
+def find_remote(source: str, out: str | None) -> Iterator[Found | Unusable]:
+    """The file `source`, or the photos below the folder or glob `source`. The canonical
+    URL `out`, and hidden files, are passed over. Raises UserError where `source` itself
+    can't be looked at."""
     split = None if source.startswith("http") else split_glob(source, "*")
     fixed, pattern = (source, None) if split is None else (split[0], GlobPattern(split[1]))
-    files, path = _opened(fixed, source)
+    files, path = _opened(fixed)
     try:
         about = files.info(path) if path.strip("/") else {"type": "directory"}
     except Exception as error:  # each driver has errors of its own
-        raise UserError(f"{printable(fixed)}: {_why(error)}") from error
+        raise UserError(f"{printable(fixed)}: {explain_remote_error(error)}") from error
     if about["type"] != "directory":
         if pattern is None:
             yield _found(files, about, path.rstrip("/").rpartition("/")[2])
         return
-    passed_over = out.rstrip("/")
     folders = [(path, "", 0)]
     visited: set[str] = set()
     while folders:
         folder, below, depth = folders.pop()
         url = files.unstrip_protocol(folder).rstrip("/")
-        if url in visited or url == passed_over:
+        if url in visited or url == out:
             continue
         visited.add(url)
         try:
             entries = files.ls(folder, detail=True)
         except Exception as error:
             if not below:
-                raise UserError(f"{printable(source)}: {_why(error)}") from error
-            yield Unusable(url, f"the folder can't be listed: {_why(error)}")
+                raise UserError(f"{printable(source)}: {explain_remote_error(error)}") from error
+            yield Unusable(url, f"the folder can't be listed: {explain_remote_error(error)}")
             continue
         for about in sorted(entries, key=lambda entry: str(entry["name"]), reverse=True):
             name = str(about["name"]).rstrip("/").rpartition("/")[2]
@@ -80,30 +76,20 @@ def find_remote(source: str, out: str) -> Iterator[Found | Unusable]:
 def look_at_remote(url: str, relative: str) -> Found | Unusable:
     """One file of a list."""
     try:
-        files, path = _opened(url, url)
+        files, path = _opened(url)
         return _found(files, files.info(path), relative)
     except UserError as error:
         return Unusable(url, str(error).removeprefix(f"{printable(url)}: "))
     except Exception as error:
-        return Unusable(url, _why(error))
+        return Unusable(url, explain_remote_error(error))
 
 
-def _opened(url: str, source: str) -> tuple[Any, str]:
+def _opened(url: str) -> tuple[Any, str]:
     """(file system, path on it). Raises UserError where there is no driver."""
-    import fsspec
-
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-        # Cached lists would tell of what was there an hour ago, and grow with the folder.
-        files.invalidate_cache()
-        return files, str(path)
-    except ImportError as error:
-        raise UserError(
-            f"{printable(source)}: its file system needs a package that is not installed: "
-            f"{_first_line(error)}"
-        ) from error
-    except Exception as error:
-        raise UserError(f"{printable(source)}: {_why(error)}") from error
+    files, path = file_system_of(url)
+    # Cached lists would tell of what was there an hour ago, and grow with the folder.
+    files.invalidate_cache()
+    return files, path
 
 
 def _found(files: Any, about: dict[str, Any], relative: str) -> Found | Unusable:
@@ -123,16 +109,3 @@ def _changed_ns(about: dict[str, Any]) -> int:
         if isinstance(value, int | float):
             return int(value * 1e9)
     return 0
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file or folder"
-    if isinstance(error, PermissionError):
-        return "no permission: check the credentials"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return printable(lines[0]) if lines else type(error).__name__
