@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -16,32 +17,21 @@ from srdeploy.errors import UserError
 from srdeploy.imaging import PHOTO_SUFFIXES
 from srdeploy.serve.folders.file_systems import is_url, local_path
 from srdeploy.serve.folders.glob_pattern import GlobPattern, split_glob
-from srdeploy.serve.folders.names import KINDS, OWN_FILES, choose_names, safe_name, shared_folders
+from srdeploy.serve.folders.names import (
+    KINDS,
+    OWN_FILES,
+    choose_names,
+    safe_folder,
+    safe_name,
+    shared_folders,
+)
 from srdeploy.serve.folders.path_list import listed_paths, open_list
 from srdeploy.serve.folders.photo import Photo, Unusable
+from srdeploy.serve.folders.photo_tables import ADD, TABLES
 from srdeploy.serve.folders.remote_listing import canonical, find_remote, look_at_remote
 from srdeploy.serve.folders.summary import printable
 from srdeploy.serve.folders.walk import Found, look_at, source_error, walk
 
-TABLES = """
-PRAGMA journal_mode = OFF;
-PRAGMA synchronous = OFF;
-PRAGMA temp_store = FILE;
-PRAGMA cache_size = -24000;
-CREATE TABLE photos (
-    id INTEGER PRIMARY KEY, real BLOB UNIQUE, source INTEGER, label BLOB, is_link INTEGER,
-    suffixed BLOB, stem BLOB, name BLOB, path BLOB, bytes INTEGER, changed_ns INTEGER);
-CREATE TABLE unusable (path BLOB PRIMARY KEY, reason TEXT) WITHOUT ROWID;
-CREATE TABLE inside (below_out BLOB, path BLOB);
-"""
-ADD = """
-INSERT INTO photos (real, source, label, is_link, suffixed, stem, path, bytes, changed_ns)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (real) DO UPDATE SET
-    source = excluded.source, label = excluded.label, is_link = excluded.is_link,
-    suffixed = excluded.suffixed, stem = excluded.stem, path = excluded.path
-WHERE (excluded.source, excluded.is_link, excluded.suffixed, excluded.path)
-    < (source, is_link, suffixed, path)
-"""
 ROWS = 1000
 """Photos that are added, or read back, at once."""
 
@@ -134,6 +124,7 @@ class _Finder:
         local = local_path(out) if is_url(out) else out
         self._local_out = None if local is None else os.path.realpath(local)
         self._remote_out = canonical(out) if local is None else None
+        self._real_folder = lru_cache(maxsize=1024)(os.path.realpath)
         self._folders: list[str] = []
         """Real folders among the sources that lie below `out`, relative to it."""
 
@@ -225,7 +216,7 @@ class _Finder:
             else:
                 path = local_path(path) or path
                 whole = os.path.abspath(path) if "\0" not in path else "/"
-                found = look_at(path, whole)
+                found = look_at(path, whole, self._real(path))
             if "\0" not in path:
                 folders = safe_name(whole.lstrip("/"))[0].split("/")[:-1]
                 common = folders if common is None else shared_folders(common, folders)
@@ -241,6 +232,14 @@ class _Finder:
             (cut + 1, os.fsencode(common[-1] if common else "list"), index),
         )
 
+    def _real(self, path: str) -> str | None:
+        """The real path of what is no link: asking the system for each folder above each file of
+        a list takes longer than all else. None where it is to be asked."""
+        folder, file = os.path.split(path)
+        if "\0" in path or file in ("", ".", "..") or os.path.islink(path):
+            return None
+        return os.path.join(self._real_folder(folder or "."), file)
+
     def _add(self, found: Found | Unusable, index: int, label: str) -> None:
         path = os.fsencode(found.path)
         if isinstance(found, Unusable):
@@ -249,7 +248,7 @@ class _Finder:
             )
             return
         suffixed, stem = map(os.fsencode, safe_name(found.relative))
-        front = os.fsencode(safe_name(f"{label or 'photos'}/")[0].rstrip("/"))
+        front = os.fsencode(safe_folder(label or "photos"))
         real = hashlib.blake2b(os.fsencode(found.real), digest_size=16).digest()
         row = (real, index, front, found.is_link, suffixed, stem, path)
         self._database.execute(ADD, (*row, found.bytes, found.changed_ns))

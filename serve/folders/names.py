@@ -7,6 +7,7 @@ path below the source, made safe) and `stem` (the same without suffix); here `na
 import hashlib
 import os
 import sqlite3
+from functools import lru_cache
 
 LONGEST = 240
 """Bytes of a part of a name: 255 less suffixes such as .json, and a number."""
@@ -20,10 +21,15 @@ OWN_FILES = ("classes.json", "legend.png", "manifest.jsonl", "areas.jsonl", "are
 def safe_name(relative: str) -> tuple[str, str]:
     """(with suffix, without) of a path below a source: folders that look like outputs get a _, so
     that a mask b.png never meets a folder b.png; parts that leave no room for suffixes are cut."""
-    *folders, file = relative.split("/")
-    above = "".join(_shortened(_unlike_outputs(part)) + "/" for part in folders)
-    stem, suffix = os.path.splitext(file)
-    return above + _shortened(stem + suffix), above + _shortened(stem)
+    folder, slash, file = relative.rpartition("/")
+    above = safe_folder(folder) + slash
+    return above + _shortened(file), above + _shortened(os.path.splitext(file)[0])
+
+
+@lru_cache(maxsize=1024)  # the folder of one photo is that of the next
+def safe_folder(folder: str) -> str:
+    """The part of a safe name that folders make."""
+    return "/".join(_shortened(_unlike_outputs(part)) for part in folder.split("/"))
 
 
 def shared_folders(one: list[str], other: list[str]) -> list[str]:
@@ -97,6 +103,8 @@ def _unlike_outputs(folder: str) -> str:
 
 
 def _shortened(part: str) -> str:
+    if len(part) <= LONGEST // 4:  # characters have 4 bytes at most
+        return part
     encoded = os.fsencode(part)
     if len(encoded) <= LONGEST:
         return part

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders import walk as walk_module
 from srdeploy.serve.folders.glob_pattern import GlobPattern
 from srdeploy.serve.folders.listing import find_photos
 from srdeploy.serve.folders.names import KINDS, OWN_FILES
@@ -149,7 +148,7 @@ def test_a_hostile_folder_is_listed_and_everything_wrong_in_it_is_told(
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(walk_module.os, "scandir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
     assert names(folder, out=tmp_path / "out") == ["empty", "good", "sub/deep/b"]
     told = reasons(folder, tmp_path / "out")
     words = {
