@@ -7,8 +7,9 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from srdeploy.errors import UserError
@@ -58,19 +59,11 @@ class LocalStore:
 
     def write(self, path: str, content: bytes) -> None:
         """See Store."""
-        with self._whole(path) as temporary:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                rest = memoryview(content)
-                while rest:
-                    rest = rest[os.write(handle, rest) :]
-            finally:
-                os.close(handle)  # where some file systems tell that they are full
+        self._whole(path, partial(_fill, content))
 
     def write_file(self, path: str, source: Path) -> None:
         """See Store."""
-        with self._whole(path) as temporary:
-            shutil.copyfile(source, temporary)
+        self._whole(path, partial(shutil.copyfile, source))
 
     def size(self, path: str) -> int | None:
         """See Store."""
@@ -98,28 +91,47 @@ class LocalStore:
                     with suppress(OSError):
                         os.unlink(os.path.join(folder, name))
 
-    @contextmanager
-    def _whole(self, path: str) -> Iterator[str]:
-        """Yields a temporary path, which then takes its place."""
+    def _whole(self, path: str, make: Callable[[str], object]) -> None:
+        """`make` gets a temporary path, which then takes its place."""
         target = os.path.join(self.folder, path)
-        folder = os.path.dirname(target)
-        temporary = f"{folder}/.srdeploy.{self._token}.{next(self._count):x}.part"
         try:
-            if folder not in self._made:
-                os.makedirs(folder, exist_ok=True)
-                if len(self._made) >= FOLDERS:
-                    self._made.clear()
-                self._made.add(folder)
-            yield temporary
-            os.replace(temporary, target)
+            try:
+                self._make(target, make)
+            except FileNotFoundError:  # somebody removed the folder, or the temporary file
+                self._made.clear()
+                self._make(target, make)
         except OSError as error:
-            with suppress(OSError):
-                os.unlink(temporary)
-            self._made.discard(folder)
             fault = _NAMES_FAULT.get(error.errno or 0)
             if fault is not None:
                 raise UserError(f"{self._shown(path)}: {fault}") from error
             raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
 
+    def _make(self, target: str, make: Callable[[str], object]) -> None:
+        folder = os.path.dirname(target)
+        if folder not in self._made:
+            os.makedirs(folder, exist_ok=True)
+            if len(self._made) >= FOLDERS:
+                self._made.clear()
+            self._made.add(folder)
+        temporary = f"{folder}/.srdeploy.{self._token}.{next(self._count):x}.part"
+        try:
+            make(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
     def _shown(self, path: str) -> str:
         return os.path.join(self.root, path)
+
+
+def _fill(content: bytes, path: str) -> None:
+    """Writes a new file."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+    finally:
+        os.close(handle)  # where some file systems tell that they are full

@@ -22,15 +22,15 @@ def read_bytes(path: str) -> bytes:
     Folders, fifos and devices are refused without waiting for them. Raises UserError: the path, a
     colon and a few words.
     """
-    if is_url(path):
-        local = local_path(path)
-        if local is None:
-            return _read_remote(path)
-        path = local
+    place = local_path(path) if is_url(path) else path
+    return _read_remote(path) if place is None else _read_local(place, path)
+
+
+def _read_local(place: str, path: str) -> bytes:
     try:
         # A device may act when it is opened, and a fifo waits: both are told before.
-        _check(path, os.stat(path))
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        _check(path, os.stat(place))
+        handle = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         with open(handle, "rb", buffering=0) as file:
             _check(path, os.fstat(handle))
             return file.read()
@@ -62,7 +62,10 @@ def _reason(error: OSError) -> str:
 def _read_remote(url: str) -> bytes:
     system, path = file_system_of(url)
     try:
-        size = system.info(path).get("size")
+        found = system.info(path)
+        if found.get("type") == "directory":
+            raise IsADirectoryError(path)
+        size = found.get("size")
         if isinstance(size, int) and size > MAX_BYTES:
             raise UserError(f"{url}: {size / 1e9:.1f} GB are too many for a photo")
         return bytes(system.cat_file(path))
