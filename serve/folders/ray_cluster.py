@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
         return
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    if address is not None:
+        _knock(address)
     # What a killed process leaves to say goes to stdout, whatever log_to_driver is.
     ray._private.worker._worker_logs_enabled = False
     with _signals_kept(), _stderr_shut():
@@ -92,6 +95,19 @@ def share(actors: int | None, on_gpu: bool) -> Share:
     cores = sum(int(node["CPU"]) for node in able)
     actors = min(actors, cores)
     return Share(actors, max(1, min(smallest, cores // actors)), 0)
+
+
+def _knock(address: str) -> None:
+    """Ray itself waits for minutes, and ends the process where nobody answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager

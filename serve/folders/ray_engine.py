@@ -84,7 +84,6 @@ class RayEngine:
         # restarting after a pass that failed would keep the next one's waiting for their cores.
         suspects: deque[Photo] = deque()
         deaths = 0
-        size = None
         with _marked(out) as mark:
             while True:
                 alone = bool(suspects)
@@ -99,13 +98,17 @@ class RayEngine:
                     for record in self._run(order, spread, batches, 1 if alone else None, lost):
                         deaths = 0
                         yield record
-                if not alone and not lost:
-                    return
                 if len(lost) == 1:
                     deaths += 1
                     reason = "the process that worked on it died, several times"
                     yield Record(lost[0], error=reason)
+                    photos = chain(tuple(suspects), photos)
+                    suspects.clear()
                 suspects.extend(lost if len(lost) > 1 else ())
+                first = tuple(islice(photos, 0 if suspects else 1))
+                if not suspects and not first:
+                    return
+                photos = chain(first, photos)
                 if deaths >= MOST_DEATHS:
                     raise OutputError(
                         "the cluster's processes keep dying, whatever their photo: see to their "
