@@ -75,6 +75,8 @@ class Manifest:
         self._index.execute(
             "CREATE TABLE output (path BLOB PRIMARY KEY, bytes INTEGER) WITHOUT ROWID"
         )
+        # It is never committed: each commit goes through all changed pages in memory.
+        self._index.execute("BEGIN")
         self.continued = 0
 
     def __enter__(self) -> Self:
@@ -153,14 +155,12 @@ class Manifest:
         """Takes the records that are there. Raises UserError where a line is damaged, or where
         they were made otherwise than `header` says."""
         try:
-            self._index.execute("BEGIN")
             self._index.executemany("REPLACE INTO record VALUES (?, ?, ?, ?)", self._rows(header))
             if isinstance(self._store, RemoteStore):
                 self._index.executemany(
                     "REPLACE INTO output VALUES (?, ?)",
                     ((os.fsencode(path), size) for path, size in self._store.sizes()),
                 )
-            self._index.execute("COMMIT")
         except sqlite3.OperationalError as error:
             raise _no_index(error) from error
         self.continued = self._index.execute("SELECT count(*) FROM record WHERE ok").fetchone()[0]
