@@ -15,7 +15,7 @@ class Feed(Datasource):
     """What is put into a queue, until None is: blocks of one row, column `batch`."""
 
     def __init__(self, queue: Queue) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray says no types of it
         self._queue = queue
 
     def estimate_inmemory_data_size(self) -> int | None:
