@@ -44,6 +44,8 @@ def explain_remote_error(error: Exception) -> str:
         return "no such file or folder"
     if isinstance(error, PermissionError):
         return f"no permission ({_one_line(error)})"
+    if isinstance(error, NotImplementedError):
+        return "its file system can't do that"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return _one_line(error)

@@ -1,10 +1,7 @@
 """Outputs in a local folder."""
 
 import errno
-import itertools
 import os
-import re
-import secrets
 import shutil
 import stat
 from collections.abc import Callable
@@ -15,12 +12,12 @@ from pathlib import Path
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
 from srdeploy.serve.folders.file_systems import is_url, local_path
+from srdeploy.serve.folders.partial_names import PartialNames, is_partial
 from srdeploy.serve.folders.store import OutputError, Store
 
 FOLDERS = 10_000
 """Folders that are remembered as made, at most; it bounds the memory."""
 
-_PARTIAL = re.compile(r"\.srdeploy\.[0-9a-f]{12}\.[0-9a-f]+\.part")
 _NAMES_FAULT = {
     errno.ENAMETOOLONG: "the name is too long for the file system of the output",
     errno.EISDIR: "a folder of that name is in the way",
@@ -51,8 +48,7 @@ class LocalStore:
         """Raises UserError where `root` is there and no folder."""
         self.root = root
         self.folder = os.path.abspath(root)
-        self._token = secrets.token_hex(6)  # processes on other machines may write here, too
-        self._count = itertools.count()
+        self._names = PartialNames()
         self._made: set[str] = set()
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise UserError(f"{root} is a file, a folder is to be written there: choose another")
@@ -85,11 +81,15 @@ class LocalStore:
     def remove_leftovers(self) -> None:
         """Removes what writes that were killed have left. Call it while no other process writes
         here."""
-        for folder, _, files in os.walk(self.folder):
-            for name in files:
-                if _PARTIAL.fullmatch(name):
-                    with suppress(OSError):
-                        os.unlink(os.path.join(folder, name))
+        folders = [self.folder]
+        while folders:
+            with suppress(OSError), os.scandir(folders.pop()) as entries:
+                for entry in entries:  # one by one: a folder may hold a million
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif is_partial(entry.name):
+                        with suppress(OSError):
+                            os.unlink(entry.path)
 
     def _whole(self, path: str, make: Callable[[str], object]) -> None:
         """`make` gets a temporary path, which then takes its place."""
@@ -113,7 +113,7 @@ class LocalStore:
             if len(self._made) >= FOLDERS:
                 self._made.clear()
             self._made.add(folder)
-        temporary = f"{folder}/.srdeploy.{self._token}.{next(self._count):x}.part"
+        temporary = f"{folder}/{self._names.next()}"
         try:
             make(temporary)
             os.replace(temporary, target)

@@ -16,14 +16,15 @@ MAX_BYTES = 2 * 1024**3
 """Larger files are no photos that anyone could decode, and would fill the memory first."""
 
 
-def read_bytes(path: str) -> bytes:
-    """The content of the file at `path`, a local path or a URL.
+def read_bytes(path: str, listed: int = 0) -> bytes:
+    """The content of the file at `path`, a local path or a URL. listed: bytes that it had when it
+    was listed, if known, which saves asking a remote file system.
 
     Folders, fifos and devices are refused without waiting for them. Raises UserError: the path, a
     colon and a few words.
     """
     place = local_path(path) if is_url(path) else path
-    return _read_remote(path) if place is None else _read_local(place, path)
+    return _read_remote(path, listed) if place is None else _read_local(place, path)
 
 
 def _read_local(place: str, path: str) -> bytes:
@@ -59,14 +60,16 @@ def _reason(error: OSError) -> str:
     return f"can't be read ({error.strerror or error})"
 
 
-def _read_remote(url: str) -> bytes:
+def _read_remote(url: str, listed: int) -> bytes:
     system, path = file_system_of(url)
     try:
-        found = system.info(path)
-        if found.get("type") == "directory":
-            raise IsADirectoryError(path)
-        size = found.get("size")
-        if isinstance(size, int) and size > MAX_BYTES:
+        size = listed
+        if not size:
+            found = system.info(path)
+            if found.get("type") == "directory":
+                raise IsADirectoryError(path)
+            size = found.get("size") or 0
+        if size > MAX_BYTES:
             raise UserError(f"{url}: {size / 1e9:.1f} GB are too many for a photo")
         return bytes(system.cat_file(path))
     except (UserError, MemoryError):

@@ -1,8 +1,6 @@
 """Outputs on a remote file system, by fsspec."""
 
-import itertools
 import posixpath
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 from srdeploy.errors import UserError
 from srdeploy.serve.folders.file_systems import explain_remote_error, file_system_of
+from srdeploy.serve.folders.partial_names import PartialNames, is_partial
 from srdeploy.serve.folders.store import OutputError
 
 WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"})
@@ -30,8 +29,7 @@ class RemoteStore:
         protocol = self._system.protocol
         names = {protocol} if isinstance(protocol, str) else set(protocol)
         self._puts_whole = not names.isdisjoint(WHOLE_PUTS)
-        self._token = secrets.token_hex(6)
-        self._count = itertools.count()
+        self._names = PartialNames()
         self._made: set[str] = set()
         try:
             a_file = self._system.isfile(self._folder)
@@ -72,11 +70,16 @@ class RemoteStore:
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         """(path, bytes) of all files, folder by folder: asking for a million one by one takes a
-        night. Raises OutputError."""
+        night. What writes that were killed have left is removed: call it while no other process
+        writes here. Raises OutputError."""
         try:
             for folder, _, files in self._system.walk(self._folder, detail=True):
                 below = str(folder).strip("/")[len(self._folder.strip("/")) :].strip("/")
                 for name, found in files.items():
+                    if is_partial(name):
+                        with suppress(Exception):
+                            self._system.rm_file(f"{folder}/{name}")
+                        continue
                     yield (f"{below}/{name}" if below else name), int(found.get("size") or 0)
         except FileNotFoundError:
             return
@@ -95,7 +98,7 @@ class RemoteStore:
                 if len(self._made) >= FOLDERS:
                     self._made.clear()
                 self._made.add(folder)
-            temporary = f"{folder}/.srdeploy.{self._token}.{next(self._count):x}.part"
+            temporary = f"{folder}/{self._names.next()}"
             try:
                 put(temporary)
                 self._move(temporary, target)

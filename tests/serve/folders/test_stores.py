@@ -242,6 +242,33 @@ def test_only_where_puts_are_not_whole_files_are_moved(tmp_path: Path) -> None:
     assert Path(before).name.startswith(".srdeploy.")
 
 
+def test_leftovers_of_killed_writes_on_a_remote_side_are_removed() -> None:
+    store = open_store("drive://bucket/out")
+    with open_manifest(store, HEADER, False) as manifest:
+        manifest.add(record_of("a"))
+    files = fsspec.filesystem("drive")
+    files.pipe_file("/bucket/out/deep/.srdeploy.0123456789ab.1f.part", b"half")
+    files.pipe_file("/bucket/out/deep/.hidden.part", b"theirs")
+    with open_manifest(store, HEADER, False):
+        pass
+    assert files.find("/bucket/out") == [
+        "/bucket/out/deep/.hidden.part",
+        "/bucket/out/manifest.jsonl",
+    ]
+
+
+def test_a_size_that_is_known_saves_asking_the_remote_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fsspec.filesystem("memory").pipe_file("/bucket/a.jpg", b"1234")
+    asked: list[str] = []
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda _, path: asked.append(path))
+    assert read_bytes("memory://bucket/a.jpg", 4) == b"1234"
+    with pytest.raises(UserError, match=r"3\.0 GB are too many"):
+        read_bytes("memory://bucket/a.jpg", 3 * 10**9)
+    assert not asked
+
+
 class LostFileSystem(MemoryFileSystem):  # type: ignore[misc]  # fsspec carries no annotations
     """Its other side is gone."""
 
