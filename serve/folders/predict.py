@@ -8,7 +8,7 @@ from typing import BinaryIO
 from srdeploy import __version__
 from srdeploy.files import sha256_of
 from srdeploy.interrupt import StopRequest
-from srdeploy.serve.folders.areas import write_areas
+from srdeploy.serve.folders.areas import check_areas, write_areas
 from srdeploy.serve.folders.engine import Engine, LocalEngine
 from srdeploy.serve.folders.key import write_key
 from srdeploy.serve.folders.listing import Listing, find_photos
@@ -45,6 +45,7 @@ def predict_photos(
     """
     settings = settings or PredictSettings()
     engine = engine or LocalEngine()
+    check_areas(settings.areas)
     with find_photos(photos, out, list_file, stdin) as listing, ExitStack() as stack:
         store = open_store(out)
         probe = source.runtime_of(None)
@@ -80,7 +81,7 @@ def predict_photos(
                     meter.move()
             except OutputError as error:
                 raise OutputError(
-                    f"{error} ({tally.images + tally.done_before} photos are done, "
+                    f"{error} ({tally.images + tally.done_before:,} photos are done, "
                     "and the same command goes on from there)"
                 ) from error
         seconds, images_per_s = tally.seconds, tally.images_per_s

@@ -21,7 +21,8 @@ from srdeploy.serve.bench.entries import Entry, Setting
 from srdeploy.serve.bench.matrix import Bench
 from srdeploy.serve.bench.measure import Plan
 from srdeploy.serve.bench.results import BenchReport, CheckpointMatch
-from srdeploy.serve.predict import predict_photos
+from srdeploy.serve.folders.predict import predict_photos
+from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.report import write_report
 from srdeploy.serve.scheduling.sessions import Source
 from srdeploy.train.config import TrainConfig
@@ -73,7 +74,8 @@ def run_demo(out: Path, *, steps: int, seed: int, force: bool) -> DemoOutcome:
     bench = _bench(out, data, f"srdeploy demo --steps {steps} --seed {seed}")
     _say_stage("regulated", "predicting the test photos")
     regulated = Source("regulated", out / "deploy" / "regulated")
-    predict_photos(regulated, [data / "images" / "test"], out / "masks", overlays=True)
+    photos = [str(data / "images" / "test")]
+    predict_photos(regulated, photos, str(out / "masks"), PredictSettings(overlay=True))
     curves = {kind: _curves(out / "runs" / kind / METRICS) for kind in KINDS}
     findings = DemoFindings(out, steps, seed, exports, same_graph, bench, curves)
     report = out / "report.html"

@@ -1,6 +1,9 @@
-"""Folder prediction: what is written where, what is skipped, and what a failure leaves behind."""
+"""Folder prediction in this process: what is written, what is skipped, what goes on and what a
+failure leaves behind."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,17 +15,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy.data.classes import read_class_table
-from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, read_labels, read_photo
-from srdeploy.serve import predict as predict_module
-from srdeploy.serve.photos import find_photos, mask_path
-from srdeploy.serve.predict import FEW, WINDOW, draw_legend, predict_folder, predict_photos
-from srdeploy.serve.runtime import ImageShapeError, open_runtime
+from srdeploy.serve.evaluate import predict_labels
+from srdeploy.serve.folders import worker as worker_module
+from srdeploy.serve.folders.engine import LocalEngine
+from srdeploy.serve.folders.predict import predict_photos
+from srdeploy.serve.folders.settings import PredictSettings
+from srdeploy.serve.folders.summary import MOST_WARNED, printable
+from srdeploy.serve.folders.task import PhotoTask
+from srdeploy.serve.folders.worker import FEW, WINDOW
+from srdeploy.serve.runtime import open_runtime
 from srdeploy.serve.scheduling.sessions import Source, open_sessions
 from srdeploy.spec import InputPolicy, Spec
 
 MakeGraph = Callable[..., Path]
+KEPT = {"classes.json", "legend.png", "manifest.jsonl"}
 
 
 def save_photo(path: Path, height: int = 40, width: int = 48, seed: int = 0) -> Path:
@@ -39,37 +46,37 @@ def expected_mask(path: Path) -> Pixels:
 
 
 def names_below(folder: Path) -> set[str]:
-    """Relative paths of all files."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Relative paths of all files but those that every output folder has."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found >= KEPT
+    return found - KEPT
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The manifest without its header."""
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()[1:]]
+
+
+def run(graph: Path, photos: Path | list[Path], out: Path, **more: Any) -> Any:
+    """predict_photos, of an ONNX file."""
+    sources = [str(one) for one in (photos if isinstance(photos, list) else [photos])]
+    return predict_photos(Source("colour", graph), sources, str(out), **more)
 
 
 def test_masks_hold_the_class_ids_at_the_photos_own_sizes(
-    make_graph: MakeGraph, tmp_path: Path, tiny_spec: Spec
+    make_graph: MakeGraph, tmp_path: Path
 ) -> None:
     photos = [
         save_photo(tmp_path / "in" / name, 33 + index, 50 - index, index)
         for index, name in enumerate(["a.png", "deep/er/b.tif", "deep/c.d.bmp"])
     ]
     out = tmp_path / "out"
-    with open_runtime(make_graph()) as runtime:
-        summary = predict_folder(runtime, [tmp_path / "in"], out)
-    masks = [out / "a.png", out / "deep/er/b.png", out / "deep/c.d.png"]
-    for photo, mask in zip(photos, masks, strict=True):
-        assert (read_labels(mask) == expected_mask(photo)).all()
-        with Image.open(mask) as image:
-            assert image.mode == "P"
-            palette = image.getpalette()
-        assert palette is not None
-        assert palette[:9] == [part for colour in tiny_spec.palette for part in colour]
-    assert (summary.images, summary.skipped) == (3, ())
-    assert summary.images_per_s == pytest.approx(3 / summary.seconds)
-    assert names_below(out) == {
-        "a.png",
-        "deep/er/b.png",
-        "deep/c.d.png",
-        "classes.json",
-        "legend.png",
-    }
+    summary = run(make_graph(), tmp_path / "in", out)
+    for photo, mask in zip(photos, ["a.png", "deep/er/b.png", "deep/c.d.png"], strict=True):
+        assert (read_labels(out / mask) == expected_mask(photo)).all()
+    assert (summary.images, summary.skipped, summary.left) == (3, (), 0)
+    assert summary.images_per_s == pytest.approx(3 / summary.seconds, rel=0.05)
+    assert names_below(out) == {"a.png", "deep/er/b.png", "deep/c.d.png"}
 
 
 def test_the_network_sees_the_fitted_photo_and_the_mask_has_the_photos_size(
@@ -77,33 +84,30 @@ def test_the_network_sees_the_fitted_photo_and_the_mask_has_the_photos_size(
 ) -> None:
     policy = InputPolicy(longest_side=40, smallest=(32, 32), usual=(40, 40), largest=(40, 40))
     graph = make_graph(spec=tiny_spec.model_copy(update={"input": policy}), size=(1, 32, 40))
-    save_photo(tmp_path / "in" / "big.png", 160, 200)
+    photo = save_photo(tmp_path / "in" / "big.png", 160, 200)
+    run(graph, tmp_path / "in", tmp_path / "out")
     with open_runtime(graph) as runtime:
-        predict_folder(runtime, [tmp_path / "in"], tmp_path / "out")
-    assert read_labels(tmp_path / "out" / "big.png").shape == (160, 200)
+        evaluated = predict_labels(runtime, read_photo(photo), photo)
+    assert (read_labels(tmp_path / "out" / "big.png") == evaluated).all()
 
 
-def test_overlays_are_pictures_of_the_photos_size(make_graph: MakeGraph, tmp_path: Path) -> None:
-    save_photo(tmp_path / "in" / "sub" / "a.png", 64, 32)
-    with open_runtime(make_graph()) as runtime:
-        predict_folder(runtime, [tmp_path / "in"], tmp_path / "out", overlays=True)
-    assert read_photo(tmp_path / "out" / "overlays" / "sub" / "a.jpg").shape == (64, 32, 3)
-
-
-def test_classes_json_beside_the_masks_reads_as_a_class_table(
-    make_graph: MakeGraph, tmp_path: Path, tiny_spec: Spec
+def test_everything_that_is_asked_for_is_written_in_one_pass(
+    make_graph: MakeGraph, tmp_path: Path
 ) -> None:
-    save_photo(tmp_path / "in" / "a.png")
-    with open_runtime(make_graph()) as runtime:
-        predict_folder(runtime, [tmp_path / "in"], tmp_path / "out")
-    table = read_class_table(tmp_path / "out" / "classes.json")
-    assert (table.names, table.palette) == (tiny_spec.classes, tiny_spec.palette)
-    assert (table.ignore_index, table.scored) == (tiny_spec.ignore_index, tiny_spec.scored)
-
-
-def test_the_legend_shows_every_class_colour(tiny_spec: Spec) -> None:
-    shown = {tuple(colour) for colour in draw_legend(tiny_spec).reshape(-1, 3).tolist()}
-    assert shown >= {*tiny_spec.palette, tiny_spec.void_colour}
+    photo = save_photo(tmp_path / "in" / "sub" / "a.png", 64, 32)
+    settings = PredictSettings(overlay=True, probabilities=True, rle=True, areas="jsonl")
+    out = tmp_path / "out"
+    run(make_graph(output="both"), tmp_path / "in", out, settings=settings)
+    assert names_below(out) == {
+        "sub/a.png",
+        "overlays/sub/a.jpg",
+        "probabilities/sub/a.npz",
+        "rle/sub/a.json",
+        "areas.jsonl",
+    }
+    assert (read_labels(out / "sub" / "a.png") == expected_mask(photo)).all()
+    (record,) = records(out)
+    assert set(record["outputs"]) == names_below(out) - {"areas.jsonl"}
 
 
 def test_photos_that_can_not_be_used_are_skipped_with_the_reason(
@@ -111,17 +115,21 @@ def test_photos_that_can_not_be_used_are_skipped_with_the_reason(
 ) -> None:
     good = save_photo(tmp_path / "in" / "good.png")
     small = save_photo(tmp_path / "in" / "small.png", 31, 48)
+    large = save_photo(tmp_path / "in" / "large.png", 100, 101)
     (tmp_path / "in" / "text.jpg").write_text("not a photo")
     (tmp_path / "in" / "cut.png").write_bytes(good.read_bytes()[:500])
-    with open_runtime(make_graph()) as runtime:
-        summary = predict_folder(runtime, [tmp_path / "in"], tmp_path / "out")
+    settings = PredictSettings(max_megapixels=0.01)
+    summary = run(make_graph(), tmp_path / "in", tmp_path / "out", settings=settings)
     reasons = {Path(skip.photo).name: skip.reason for skip in summary.skipped}
-    assert set(reasons) == {"small.png", "text.jpg", "cut.png"}
+    assert set(reasons) == {"small.png", "text.jpg", "cut.png", large.name}
     assert "48x31 is too small" in reasons["small.png"]
     assert "not a readable image" in reasons["text.jpg"]
-    assert summary.images == 1
-    assert names_below(tmp_path / "out") == {"good.png", "classes.json", "legend.png"}
+    assert "0.01 are allowed" in reasons["large.png"]
+    assert (summary.images, summary.skipped_count) == (1, 4)
+    assert names_below(tmp_path / "out") == {"good.png"}
     assert f"skipped {small}" in capsys.readouterr().err
+    listed = {Path(one["photo"]).name for one in records(tmp_path / "out") if "error" in one}
+    assert listed == set(reasons)
 
 
 def test_a_photo_that_the_fixed_shape_refuses_is_skipped(
@@ -129,75 +137,39 @@ def test_a_photo_that_the_fixed_shape_refuses_is_skipped(
 ) -> None:
     save_photo(tmp_path / "in" / "fits.png", 40, 48)
     save_photo(tmp_path / "in" / "odd.png", 40, 50)
-    with open_runtime(make_graph(size=(1, 40, 48))) as runtime:
-        summary = predict_folder(runtime, [tmp_path / "in"], tmp_path / "out")
+    summary = run(make_graph(size=(1, 40, 48)), tmp_path / "in", tmp_path / "out")
     assert [Path(skip.photo).name for skip in summary.skipped] == ["odd.png"]
+    assert "not [1, 40, 50, 3]" in summary.skipped[0].reason
     assert summary.images == 1
 
 
-def test_a_graph_that_takes_none_of_the_sizes_is_an_error(
+def test_many_skipped_photos_are_told_of_once_and_all_listed(
+    make_graph: MakeGraph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for index in range(MOST_WARNED + 5):
+        (tmp_path / "in" / f"{index}.jpg").write_text("no photo")
+    summary = run(make_graph(), tmp_path / "in", tmp_path / "out")
+    assert summary.skipped_count == len(records(tmp_path / "out")) == MOST_WARNED + 5
+    assert capsys.readouterr().err.count("warning: ") == MOST_WARNED + 1
+
+
+def test_a_second_run_does_only_what_is_left_or_has_changed(
     make_graph: MakeGraph, tmp_path: Path
 ) -> None:
-    save_photo(tmp_path / "in" / "odd.png", 40, 50)
-    with (
-        open_runtime(make_graph(size=(1, 40, 48))) as runtime,
-        pytest.raises(ImageShapeError, match=r"not \[1, 40, 50, 3\]"),
-    ):
-        predict_folder(runtime, [tmp_path / "in"], tmp_path / "out")
-
-
-def test_photos_that_differ_in_their_suffix_alone_keep_it(tmp_path: Path) -> None:
-    for name in ("a.png", "a.bmp", "b.png", "legend.png", "sub/a.png"):
-        save_photo(tmp_path / "in" / name)
-    out = tmp_path / "out"
-    masks = {mask_path(out, photo).name for photo in find_photos([tmp_path / "in"], out)}
-    assert masks == {"a.png.png", "a.bmp.png", "b.png", "legend.png.png", "a.png"}
-
-
-def test_files_and_folders_mix_and_repeats_count_once(tmp_path: Path) -> None:
-    first = save_photo(tmp_path / "in" / "a.png")
-    save_photo(tmp_path / "in" / "b.png")
-    single = save_photo(tmp_path / "elsewhere" / "c.png")
-    photos = find_photos([tmp_path / "in", single, first], tmp_path / "out")
-    assert [str(photo.name) for photo in photos] == ["a", "b", "c"]
-
-
-def test_masks_of_an_earlier_run_and_hidden_files_are_no_photos(tmp_path: Path) -> None:
-    for name in ("a.png", "masks/a.png", ".thumbs/a.png", "._a.png"):
-        save_photo(tmp_path / "in" / name)
-    (tmp_path / "in" / "notes.txt").write_text("")
-    photos = find_photos([tmp_path / "in"], tmp_path / "in" / "masks")
-    assert [photo.path.relative_to(tmp_path / "in") for photo in photos] == [Path("a.png")]
-
-
-def test_two_folders_with_equal_names_are_refused(tmp_path: Path) -> None:
-    save_photo(tmp_path / "one" / "a.png")
-    save_photo(tmp_path / "two" / "a.png")
-    with pytest.raises(UserError, match=r"one/a\.png and .*two/a\.png would get the same mask"):
-        find_photos([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
-
-
-def test_masks_never_replace_the_photos(tmp_path: Path) -> None:
-    photo = save_photo(tmp_path / "in" / "a.png")
-    with pytest.raises(UserError, match="would replace a photo: give another folder than"):
-        find_photos([photo], tmp_path / "in")
-
-
-def test_masks_never_go_among_the_photos_where_the_next_run_would_find_them(tmp_path: Path) -> None:
-    save_photo(tmp_path / "in" / "a.bmp")
-    (tmp_path / "link").symlink_to("in")
-    for out in (tmp_path / "in", tmp_path / "link", tmp_path / "in" / "sub" / ".."):
-        with pytest.raises(UserError, match="holds the photos, and masks among them"):
-            find_photos([tmp_path / "in"], out)
-    assert find_photos([tmp_path / "in" / "a.bmp"], tmp_path / "in")  # named one by one: no harm
-
-
-def test_sources_without_photos_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file or folder: .*absent"):
-        find_photos([tmp_path / "absent"], tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no photos in .*empty: \.bmp, \.jpeg"):
-        find_photos([tmp_path / "empty"], tmp_path / "out")
+    for index in range(4):
+        save_photo(tmp_path / "in" / f"{index}.png", seed=index)
+    graph, out = make_graph(), tmp_path / "out"
+    assert run(graph, tmp_path / "in", out).images == 4
+    os.utime(out / "0.png", ns=(1, 1))
+    (out / "1.png").unlink()
+    save_photo(tmp_path / "in" / "2.png", 50, 50, 7)
+    summary = run(graph, tmp_path / "in", out)
+    assert (summary.images, summary.done_before, summary.left) == (2, 2, 0)
+    assert (out / "0.png").stat().st_mtime_ns == 1
+    assert read_labels(out / "2.png").shape == (50, 50)
+    assert run(graph, tmp_path / "in", out, force=True).images == 4
+    assert (out / "0.png").stat().st_mtime_ns != 1
 
 
 def test_decoding_runs_ahead_by_a_bounded_number_of_photos(
@@ -208,25 +180,26 @@ def test_decoding_runs_ahead_by_a_bounded_number_of_photos(
         save_photo(tmp_path / "in" / f"{index:02d}.png", 32, 32)
     lock = threading.Lock()
     alive = most = 0
-    prepare, finish = predict_module._PhotoFile.prepare, predict_module._PhotoFile.finish
+    prepare, finish = PhotoTask.prepare, PhotoTask.finish
 
-    def counted_prepare(task: Any) -> Pixels:
+    def counted_prepare(task: PhotoTask) -> Pixels:
         nonlocal alive, most
         with lock:
             alive += 1
             most = max(most, alive)
         return prepare(task)
 
-    def counted_finish(task: Any, labels: Pixels) -> None:
+    def counted_finish(task: PhotoTask, labels: Pixels) -> Any:
         nonlocal alive
-        finish(task, labels)
+        found = finish(task, labels)
         with lock:
             alive -= 1
+        return found
 
-    monkeypatch.setattr(predict_module._PhotoFile, "prepare", counted_prepare)
-    monkeypatch.setattr(predict_module._PhotoFile, "finish", counted_finish)
-    with open_runtime(make_graph()) as runtime:
-        predict_folder(runtime, [tmp_path / "in"], tmp_path / "out")
+    monkeypatch.setattr(PhotoTask, "prepare", counted_prepare)
+    monkeypatch.setattr(PhotoTask, "finish", counted_finish)
+    monkeypatch.setattr(worker_module, "usable_cores", lambda: 1)
+    run(make_graph(), tmp_path / "in", tmp_path / "out")
     assert alive == 0
     assert most <= WINDOW
 
@@ -234,23 +207,48 @@ def test_decoding_runs_ahead_by_a_bounded_number_of_photos(
 def test_many_photos_are_shared_by_sessions_and_come_out_the_same(
     make_graph: MakeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict_module, "usable_cores", lambda: 3)
+    monkeypatch.setattr(worker_module, "usable_cores", lambda: 3)
     for index in range(3 * FEW):
         save_photo(tmp_path / "in" / f"{index:02d}.png", 32 + index % 3, 40, index)
     (tmp_path / "in" / "bad.jpg").write_text("not a photo")
     opened: list[int] = []
 
-    def noted(source: Source, layout: Any) -> Any:
+    def noted(source: Source, layout: Any, wrap: Any) -> Any:
         opened.append(layout.sessions)
-        return open_sessions(source, layout)
+        return open_sessions(source, layout, wrap)
 
-    monkeypatch.setattr("srdeploy.serve.predict.open_sessions", noted)
-    summary = predict_photos(Source("colour", make_graph()), [tmp_path / "in"], tmp_path / "out")
+    monkeypatch.setattr(worker_module, "open_sessions", noted)
+    summary = run(make_graph(), tmp_path / "in", tmp_path / "out")
     assert opened == [3]
-    assert (summary.images, len(summary.skipped)) == (3 * FEW, 1)
+    assert (summary.images, summary.skipped_count, summary.sessions) == (3 * FEW, 1, 3)
     for index in range(3 * FEW):
         mask = read_labels(tmp_path / "out" / f"{index:02d}.png")
         assert (mask == expected_mask(tmp_path / "in" / f"{index:02d}.png")).all()
+
+
+def test_batches_of_equal_sizes_give_the_same_masks(make_graph: MakeGraph, tmp_path: Path) -> None:
+    for index in range(24):
+        save_photo(tmp_path / "in" / f"{index:02d}.png", 32 + index % 3, 40, index)
+    graph = make_graph()
+    summary = run(graph, tmp_path / "in", tmp_path / "out", engine=LocalEngine(batch=4))
+    assert summary.batch == 4
+    for photo in (tmp_path / "in").iterdir():
+        assert (read_labels(tmp_path / "out" / photo.name) == expected_mask(photo)).all()
+
+
+def start(
+    graph: Path, photos: Path, out: Path, *words: str, limit: int = 0
+) -> subprocess.Popen[str]:
+    """The verb in a process of its own; limit: of a file's size, in bytes."""
+    command = ["predict", str(graph), str(photos), "--out", str(out), *words]
+    code = (
+        f"import resource, sys; limit = {limit}; "
+        "limit and resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
+        f"sys.argv[1:] = {command!r}; from srdeploy.cli.main import main; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_a_disk_that_fills_up_leaves_nothing_half_written(
@@ -259,16 +257,68 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
     """The file-size limit strikes inside write(), as a full disk does."""
     save_photo(tmp_path / "in" / "a.png", 32, 32)
     save_photo(tmp_path / "in" / "b.png", 300, 300)
-    out = tmp_path / "out"
-    command = ["predict", str(make_graph()), str(tmp_path / "in"), "--out", str(out)]
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)); "
-        f"sys.argv[1:] = {command!r}; from srdeploy.cli.main import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"error: {out / 'b.png'}: File too large" in done.stderr
-    assert names_below(out) == {"a.png", "classes.json", "legend.png"}
+    graph, out = make_graph(), tmp_path / "out"
+    process = start(graph, tmp_path / "in", out, limit=9000)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert f"error: {out / 'b.png'} is larger than" in err
+    assert "(1 photos are done" in err
+    assert names_below(out) == {"a.png"}
     assert (read_labels(out / "a.png") == expected_mask(tmp_path / "in" / "a.png")).all()
-    json.loads((out / "classes.json").read_text())
+    summary = run(graph, tmp_path / "in", out)
+    assert (summary.images, summary.done_before) == (1, 1)
+
+
+@pytest.fixture
+def busy(make_graph: MakeGraph, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A graph that takes its time, 60 photos, and the output folder."""
+    for index in range(60):
+        save_photo(tmp_path / "in" / f"{index:02d}.png", 32, 32, index)
+    return make_graph(work=400), tmp_path / "in", tmp_path / "out"
+
+
+def wait_for_masks(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until so many are there, and the process is still at work."""
+    while len(list(out.glob("*.png"))) < count + 1:  # and the legend
+        assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_what_is_under_way_and_the_next_run_goes_on(
+    busy: tuple[Path, Path, Path], blow: signal.Signals
+) -> None:
+    graph, photos, out = busy
+    process = start(graph, photos, out, "--json")
+    wait_for_masks(out, 3, process)
+    process.send_signal(blow)
+    told, err = process.communicate()
+    summary = json.loads(told)
+    assert process.returncode == 130, err
+    assert summary["left"] > 0
+    assert summary["images"] + summary["left"] == 60
+    assert len(names_below(out)) == len(records(out)) == summary["images"]
+    assert run(graph, photos, out).done_before == summary["images"]
+    for photo in photos.iterdir():
+        assert (read_labels(out / photo.name) == expected_mask(photo)).all()
+
+
+def test_a_second_ctrl_c_ends_it_at_once_without_a_traceback(
+    busy: tuple[Path, Path, Path],
+) -> None:
+    graph, photos, out = busy
+    process = start(graph, photos, out)
+    wait_for_masks(out, 3, process)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert "once more to stop at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode != 0
+    assert "Traceback" not in err
+    run(graph, photos, out)
+    assert names_below(out) == {photo.name for photo in photos.iterdir()}
+
+
+def test_names_are_shown_on_one_line() -> None:
+    assert printable("a\nb\x1b[0m\udcff é 名") == "a\\nb\\x1b[0m\\udcff é 名"

@@ -14,9 +14,10 @@ from PIL import Image
 
 from srdeploy import imaging
 from srdeploy.imaging import Pixels
-from srdeploy.serve.predict import predict_folder
+from srdeploy.serve.folders.predict import predict_photos
 from srdeploy.serve.regions import polygons
 from srdeploy.serve.runtime import open_runtime
+from srdeploy.serve.scheduling.sessions import Source
 from srdeploy.serve.scheduling.task import Task
 from srdeploy.serve.server import photo_task
 from srdeploy.serve.server.limits import Limits
@@ -75,8 +76,9 @@ def test_a_mask_is_byte_for_byte_what_predict_writes(
     tmp_path: Path, make_graph: Any, tiny_data: Path
 ) -> None:
     photos = sorted((tiny_data / "images" / "val").iterdir())
-    with open_runtime(make_graph()) as runtime:
-        predict_folder(runtime, photos, tmp_path / "out")
+    graph = make_graph()
+    predict_photos(Source("colour", graph), [str(one) for one in photos], str(tmp_path / "out"))
+    with open_runtime(graph) as runtime:
         for photo in photos:
             task = PhotoTask(photo.read_bytes(), photo.name, runtime.spec, Limits(), Wanted())
             answer = task.finish(runtime.run(task.prepare()))
