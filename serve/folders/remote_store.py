@@ -73,6 +73,7 @@ class RemoteStore:
         night. What writes that were killed have left is removed: call it while no other process
         writes here. Raises OutputError."""
         try:
+            self._system.invalidate_cache()  # other processes may have written here
             for folder, _, files in self._system.walk(self._folder, detail=True):
                 below = str(folder).strip("/")[len(self._folder.strip("/")) :].strip("/")
                 for name, found in files.items():
@@ -85,6 +86,8 @@ class RemoteStore:
             return
         except Exception as error:
             raise self._explained(error, "") from error
+        finally:
+            self._system.invalidate_cache()  # drivers remember a kilobyte for each file
 
     def _whole(self, path: str, put: Callable[[str], object]) -> None:
         target = self._place(path)
@@ -126,4 +129,6 @@ class RemoteStore:
         place = f"{self.root.rstrip('/')}/{path}" if path else self.root
         if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
             return UserError(f"{place}: a file or folder of that name is in the way")
+        if isinstance(error, FileNotFoundError):
+            return OutputError(f"{place}: no such bucket or folder, make it first")
         return OutputError(f"{place}: {explain_remote_error(error)}")
