@@ -14,6 +14,7 @@ from srdeploy.files import explain_os_error
 from srdeploy.serve.folders.file_systems import is_url, local_path
 from srdeploy.serve.folders.partial_names import PartialNames, is_partial
 from srdeploy.serve.folders.store import OutputError, Store
+from srdeploy.serve.folders.summary import printable
 
 FOLDERS = 10_000
 """Folders that are remembered as made, at most; it bounds the memory."""
@@ -51,7 +52,9 @@ class LocalStore:
         self._names = PartialNames()
         self._made: set[str] = set()
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
-            raise UserError(f"{root} is a file, a folder is to be written there: choose another")
+            raise UserError(
+                f"{printable(root)} is a file, a folder is to be written there: choose another"
+            )
 
     def write(self, path: str, content: bytes) -> None:
         """See Store."""
@@ -76,7 +79,7 @@ class LocalStore:
         try:
             os.makedirs(self.folder, exist_ok=True)
         except OSError as error:
-            raise OutputError(str(explain_os_error(error, self.root))) from error
+            raise OutputError(str(explain_os_error(error, printable(self.root)))) from error
 
     def remove_leftovers(self) -> None:
         """Removes what writes that were killed have left. Call it while no other process writes
@@ -123,7 +126,7 @@ class LocalStore:
             raise
 
     def _shown(self, path: str) -> str:
-        return os.path.join(self.root, path)
+        return printable(os.path.join(self.root, path))
 
 
 def _fill(content: bytes, path: str) -> None:

@@ -23,6 +23,7 @@ from srdeploy.serve.folders.record_line import from_line, name_and_verdict, to_l
 from srdeploy.serve.folders.remote_store import RemoteStore
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.store import OutputError, Store
+from srdeploy.serve.folders.summary import printable
 from srdeploy.serve.folders.text import as_text
 from srdeploy.serve.folders.upload import Upload
 from srdeploy.validation import Settings
@@ -170,7 +171,7 @@ class Manifest:
         for number, (start, line) in enumerate(self._journal.lines(), 1):
             try:
                 if number == 1:
-                    _compare(json.loads(line), header, self._store.root)
+                    _compare(json.loads(line), header, printable(self._store.root))
                     continue
                 name, ok = name_and_verdict(line)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -205,7 +206,7 @@ def open_manifest(store: Store, header: Header, force: bool) -> Manifest:
     a line is damaged, or the records were made by another artifact, runtime, precision or with
     other settings; OutputError where it can't be written.
     """
-    shown = f"{store.root.rstrip('/')}/{MANIFEST}"
+    shown = printable(f"{store.root.rstrip('/')}/{MANIFEST}")
     with ExitStack() as stack:
         upload = None
         if isinstance(store, RemoteStore):

@@ -10,6 +10,7 @@ from srdeploy.errors import UserError
 from srdeploy.serve.folders.file_systems import explain_remote_error, file_system_of
 from srdeploy.serve.folders.partial_names import PartialNames, is_partial
 from srdeploy.serve.folders.store import OutputError
+from srdeploy.serve.folders.summary import printable
 
 WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"})
 """File systems whose files appear once they are complete, and that have no folders to be made."""
@@ -36,7 +37,9 @@ class RemoteStore:
         except Exception as error:  # drivers raise what their libraries raise
             raise self._explained(error, "") from error
         if a_file:
-            raise UserError(f"{root} is a file, a folder is to be written there: choose another")
+            raise UserError(
+                f"{printable(root)} is a file, a folder is to be written there: choose another"
+            )
 
     def write(self, path: str, content: bytes) -> None:
         """See Store."""
@@ -126,7 +129,7 @@ class RemoteStore:
         return f"{self._folder}/{path}"
 
     def _explained(self, error: Exception, path: str) -> UserError:
-        place = f"{self.root.rstrip('/')}/{path}" if path else self.root
+        place = printable(f"{self.root.rstrip('/')}/{path}" if path else self.root)
         if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
             return UserError(f"{place}: a file or folder of that name is in the way")
         if isinstance(error, FileNotFoundError):

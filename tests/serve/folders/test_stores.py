@@ -152,6 +152,15 @@ def test_names_of_any_bytes_are_written(tmp_path: Path) -> None:
         assert os.path.exists(os.fsencode(tmp_path) + b"/o\xff/" + raw)
 
 
+def test_messages_have_one_line_whatever_the_names(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out\n\udcff"))
+    store.write("a\n\udcff.png/b", b"1")
+    with pytest.raises(UserError) as caught:
+        store.write("a\n\udcff.png", b"1")
+    shown = f"{tmp_path}/out\\n\\udcff/a\\n\\udcff.png"
+    assert str(caught.value) == f"{shown}: a folder of that name is in the way"
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [
