@@ -67,7 +67,11 @@ def cluster(address: str | None) -> Iterator[None]:
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             if address is None:
                 raise UserError(f"Ray can't start on this machine: {_first_line(error)}") from error
-            raise UserError(f"no Ray cluster answers at {address}: {_first_line(error)}") from error
+            raise UserError(
+                f"the Ray cluster at {address} can't be joined ({_first_line(error)}): see that it "
+                f"runs, with version {ray.__version__}, and that RAY_AUTH_TOKEN is its token if it "
+                "has one"
+            ) from error
     try:
         yield
     finally:
