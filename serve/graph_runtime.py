@@ -28,6 +28,11 @@ class GraphRuntime(Runtime):
         self.signature = artifact.signature
         self.precision = artifact.signature.precision
 
+    @property
+    def gives_logits(self) -> bool:
+        """Whether the graph has an output with them."""
+        return self.signature.logits is not None
+
     @abstractmethod
     def _infer(
         self, images: Pixels, feed: npt.NDArray[Any], outputs: list[str]

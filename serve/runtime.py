@@ -86,6 +86,11 @@ class Runtime(ABC):
         self._check(images)
         return self._logits(images)
 
+    @property
+    def gives_logits(self) -> bool:
+        """Whether `logits` works."""
+        return True
+
     def __str__(self) -> str:
         return f"{self.path} ({self.backend}, {self.device}, {self.precision})"
 

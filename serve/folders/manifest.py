@@ -101,8 +101,12 @@ class Manifest:
         self._stack = stack
 
     def is_done(self, photo: Photo) -> bool:
-        """Whether the same photo, unchanged, has a record without error whose outputs are all
-        there. Raises OutputError."""
+        """Whether the photo of that name, unchanged, has a record without error whose outputs are
+        all there. Raises OutputError.
+
+        Unchanged: of the same size and date, wherever it is found now, for people say `photos`
+        today and `/home/me/photos` tomorrow; where dates are not told, also of the same path.
+        """
         with self._lock:
             found = self._index.execute(
                 "SELECT start, length FROM record WHERE name = ? AND ok", (os.fsencode(photo.name),)
@@ -110,7 +114,11 @@ class Manifest:
         if found is None:
             return False
         record = from_line(self._journal.line_at(*found))
-        return record.photo == photo and all(
+        before = record.photo
+        if not before.changed_ns and before.path != photo.path:
+            return False
+        unchanged = (before.bytes, before.changed_ns) == (photo.bytes, photo.changed_ns)
+        return unchanged and all(
             self._size(path) == output.bytes for path, output in record.outputs.items()
         )
 

@@ -34,7 +34,7 @@ class PhotoTask:
 
     def prepare(self) -> Pixels:
         """uint8 [1, h, w, 3]. Raises UserError where it can't be read or is too small."""
-        content = read_bytes(self.photo.path)
+        content = read_bytes(self.photo.path, self.photo.bytes)
         self.sha256 = hashlib.sha256(content).hexdigest()
         most = round(self.settings.max_megapixels * 1e6)
         picture = decode_photo(content, self.photo.path, most)

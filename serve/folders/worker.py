@@ -15,6 +15,7 @@ from srdeploy.serve.folders.rendering import needs_logits
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.store import OutputError, Store
 from srdeploy.serve.folders.task import PhotoTask
+from srdeploy.serve.folders.views import with_views
 from srdeploy.serve.runtime import ImageShapeError, Runtime, parse_device
 from srdeploy.serve.scheduling.cores import usable_cores
 from srdeploy.serve.scheduling.job import Job
@@ -23,7 +24,6 @@ from srdeploy.serve.scheduling.plan import Layout, Plan
 from srdeploy.serve.scheduling.planner import Wishes, make_plan
 from srdeploy.serve.scheduling.scheduler import Scheduler
 from srdeploy.serve.scheduling.sessions import Source, open_sessions
-from srdeploy.serve.views import with_views
 
 WINDOW = 8
 """Photos under way for each session and image of a batch, at most; few of them are decoded. It
@@ -75,6 +75,11 @@ class Worker:
             plain = open_sessions(self._source, plan.shared, self._seen)
             sessions = stack.enter_context(plain)
             self.spec = sessions[0].spec
+            if needs_logits(self._settings) and not sessions[0].gives_logits:
+                raise UserError(
+                    f"{self._source.path} gives labels alone, and probabilities come from logits: "
+                    "export it with --output both"
+                )
             self._scheduler = Scheduler(codec_threads=max(2, usable_cores()))
             stack.callback(self._scheduler.stop)
             ahead = BUCKETS * plan.shared.sessions * plan.batch if plan.batch > 1 else None
