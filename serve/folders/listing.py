@@ -29,7 +29,7 @@ from srdeploy.serve.folders.path_list import listed_paths, open_list
 from srdeploy.serve.folders.photo import Photo, Unusable
 from srdeploy.serve.folders.photo_tables import ADD, TABLES
 from srdeploy.serve.folders.remote_listing import canonical, find_remote, look_at_remote
-from srdeploy.serve.folders.summary import printable
+from srdeploy.serve.folders.text import printable
 from srdeploy.serve.folders.walk import Found, look_at, source_error, walk
 
 ROWS = 1000

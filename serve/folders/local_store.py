@@ -14,7 +14,7 @@ from srdeploy.files import explain_os_error
 from srdeploy.serve.folders.file_systems import is_url, local_path
 from srdeploy.serve.folders.partial_names import PartialNames, is_partial
 from srdeploy.serve.folders.store import OutputError, Store
-from srdeploy.serve.folders.summary import printable
+from srdeploy.serve.folders.text import printable
 
 FOLDERS = 10_000
 """Folders that are remembered as made, at most; it bounds the memory."""

@@ -23,8 +23,7 @@ from srdeploy.serve.folders.record_line import from_line, name_and_verdict, to_l
 from srdeploy.serve.folders.remote_store import RemoteStore
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.store import OutputError, Store
-from srdeploy.serve.folders.summary import printable
-from srdeploy.serve.folders.text import as_text
+from srdeploy.serve.folders.text import as_text, printable
 from srdeploy.serve.folders.upload import Upload
 from srdeploy.validation import Settings
 

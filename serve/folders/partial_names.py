@@ -4,7 +4,8 @@ import itertools
 import re
 import secrets
 
-_PARTIAL = re.compile(r"\.srdeploy\.[0-9a-f]{12}\.[0-9a-f]+\.part")
+_PARTIAL = re.compile(r"\.srdeploy\.[0-9a-f]{12}\.[0-9a-f]+\.part|\.cluster\.[0-9a-f]{8}\.part")
+"""The second kind are the marks of cluster jobs; see ray_engine."""
 
 
 class PartialNames:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
-from srdeploy.serve.folders.summary import printable
+from srdeploy.serve.folders.text import printable
 
 CHUNK = 1 << 16
 LONGEST = 1 << 16

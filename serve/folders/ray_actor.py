@@ -135,11 +135,9 @@ class BatchActor:
                 source = order.source
                 if parse_device(source.device)[0] == "cuda":
                     source = replace(source, device="cuda")  # Ray shows each process its own GPU
-                plan = folder_plan(source, order.photos, order.threads, order.batch)
-                if plan.shared.sessions > order.cores and parse_device(source.device)[0] == "cpu":
-                    shared = plan.shared.model_copy(update={"sessions": order.cores})
-                    plan = plan.model_copy(update={"shared": shared})
-                worker = Worker(source, plan, order.settings, open_store(order.out))
+                plan = folder_plan(source, order.photos, order.threads, order.batch, order.cores)
+                store = open_store(order.out)
+                worker = Worker(source, plan, order.settings, store, order.cores)
                 self._worker = self._stack.enter_context(worker)
             return self._worker
 

@@ -8,7 +8,7 @@ from srdeploy.errors import UserError
 from srdeploy.serve.folders.file_systems import explain_remote_error, file_system_of
 from srdeploy.serve.folders.glob_pattern import GlobPattern, split_glob
 from srdeploy.serve.folders.photo import Unusable
-from srdeploy.serve.folders.summary import printable
+from srdeploy.serve.folders.text import printable
 from srdeploy.serve.folders.walk import Found, is_photo_name
 
 DEEPEST = 100

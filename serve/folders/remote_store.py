@@ -10,7 +10,7 @@ from srdeploy.errors import UserError
 from srdeploy.serve.folders.file_systems import explain_remote_error, file_system_of
 from srdeploy.serve.folders.partial_names import PartialNames, is_partial
 from srdeploy.serve.folders.store import OutputError
-from srdeploy.serve.folders.summary import printable
+from srdeploy.serve.folders.text import printable
 
 WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"})
 """File systems whose files appear once they are complete, and that have no folders to be made."""

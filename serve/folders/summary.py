@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from srdeploy import console
 from srdeploy.serve.folders.record import Record
+from srdeploy.serve.folders.text import printable
 from srdeploy.validation import Settings
 
 MOST_LISTED = 1000
@@ -104,10 +105,3 @@ class Tally:
     def images_per_s(self) -> float:
         """Written by this run."""
         return self.images / self.seconds if self.images else 0.0
-
-
-def printable(path: str) -> str:
-    """A path on one line, whatever is in its name."""
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in path
-    )

@@ -14,7 +14,7 @@ from srdeploy.files import explain_os_error
 from srdeploy.imaging import PHOTO_SUFFIXES
 from srdeploy.serve.folders.glob_pattern import GlobPattern
 from srdeploy.serve.folders.photo import Unusable
-from srdeploy.serve.folders.summary import printable
+from srdeploy.serve.folders.text import printable
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,17 @@ MAX_WAIT_MS = 20.0
 """How long a run waits for photos of its size that are being decoded."""
 
 
-def folder_plan(source: Source, photos: int, threads: int | None, batch: int | None) -> Plan:
+def folder_plan(
+    source: Source, photos: int, threads: int | None, batch: int | None, cores: int | None = None
+) -> Plan:
     """How `photos` photos are run. threads: of each session; batch: photos in a run; None: what
-    does most in a second. Raises UserError as open_runtime.
+    does most in a second. cores: of the CPU; None: all. Raises UserError as open_runtime.
 
     On a GPU this is measured. On a CPU photos are run one by one, in one session of one thread for
     each core: batches and threads do less in a second there.
     """
     runtime = source.runtime_of(threads)
-    cores = usable_cores()
+    cores = cores or usable_cores()
     if parse_device(runtime.device)[0] == "cuda":
         wishes = Wishes(threads=threads, max_batch=batch or MAX_BATCH, max_wait_ms=MAX_WAIT_MS)
         return make_plan(source, cores, wishes)
@@ -61,7 +63,16 @@ def folder_plan(source: Source, photos: int, threads: int | None, batch: int | N
 class Worker:
     """One artifact at work on photos. A context manager: it is open before use."""
 
-    def __init__(self, source: Source, plan: Plan, settings: PredictSettings, store: Store) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        settings: PredictSettings,
+        store: Store,
+        cores: int | None = None,
+    ) -> None:
+        """cores: of the CPU, for threads that decode and encode; None: all."""
+        self._cores = cores or usable_cores()
         self._source = source
         self.plan = plan
         self._settings = settings
@@ -80,7 +91,7 @@ class Worker:
                     f"{self._source.path} gives labels alone, and probabilities come from logits: "
                     "export it with --output both"
                 )
-            self._scheduler = Scheduler(codec_threads=max(2, usable_cores()))
+            self._scheduler = Scheduler(codec_threads=max(2, self._cores))
             stack.callback(self._scheduler.stop)
             ahead = BUCKETS * plan.shared.sessions * plan.batch if plan.batch > 1 else None
             run = Runtime.logits if needs_logits(self._settings) else Runtime.run

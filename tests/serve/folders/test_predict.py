@@ -21,8 +21,9 @@ from srdeploy.serve.folders import worker as worker_module
 from srdeploy.serve.folders.engine import LocalEngine
 from srdeploy.serve.folders.predict import predict_photos
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.summary import MOST_WARNED, printable
+from srdeploy.serve.folders.summary import MOST_WARNED
 from srdeploy.serve.folders.task import PhotoTask
+from srdeploy.serve.folders.text import printable
 from srdeploy.serve.folders.worker import FEW, WINDOW
 from srdeploy.serve.runtime import open_runtime
 from srdeploy.serve.scheduling.sessions import Source, open_sessions
