@@ -160,8 +160,12 @@ class Manifest:
         self._journal.append(json.dumps(values, ensure_ascii=False).encode() + b"\n")
 
     def load(self, header: Header) -> None:
-        """Takes the records that are there. Raises UserError where a line is damaged, or where
-        they were made otherwise than `header` says."""
+        """Takes the records that are there; where there is none yet, starts anew. Raises UserError
+        where a line is damaged, or where they were made otherwise than `header` says."""
+        first = next(self._journal.lines())[1]
+        if len(first) == self._journal.length and _is_header(first):
+            self.begin(header)
+            return
         try:
             self._index.executemany("REPLACE INTO record VALUES (?, ?, ?, ?)", self._rows(header))
             if isinstance(self._store, RemoteStore):
@@ -238,6 +242,14 @@ def open_manifest(store: Store, header: Header, force: bool) -> Manifest:
             upload.begin()
         manifest.keep(stack.pop_all())
     return manifest
+
+
+def _is_header(line: bytes) -> bool:
+    try:
+        Header.model_validate_json(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _compare(before: dict[str, Any], header: Header, root: str) -> None:

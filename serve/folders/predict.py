@@ -20,6 +20,7 @@ from srdeploy.serve.folders.record import Record
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.store import OutputError
 from srdeploy.serve.folders.summary import Summary, Tally
+from srdeploy.serve.folders.views import with_views
 from srdeploy.serve.scheduling.sessions import Source
 
 
@@ -49,6 +50,7 @@ def predict_photos(
     with find_photos(photos, out, list_file, stdin) as listing, ExitStack() as stack:
         store = open_store(out)
         probe = source.runtime_of(None)
+        with_views(probe, settings, 1)  # what can be refused is refused before anything is written
         header = Header(
             srdeploy=__version__,
             artifact=str(source.path),

@@ -86,11 +86,6 @@ class Worker:
             plain = open_sessions(self._source, plan.shared, self._seen)
             sessions = stack.enter_context(plain)
             self.spec = sessions[0].spec
-            if needs_logits(self._settings) and not sessions[0].gives_logits:
-                raise UserError(
-                    f"{self._source.path} gives labels alone, and probabilities come from logits: "
-                    "export it with --output both"
-                )
             self._scheduler = Scheduler(codec_threads=max(2, self._cores))
             stack.callback(self._scheduler.stop)
             ahead = BUCKETS * plan.shared.sessions * plan.batch if plan.batch > 1 else None

@@ -93,6 +93,18 @@ def start_adding(out: Path) -> "subprocess.Popen[str]":
     )
 
 
+def test_a_manifest_without_records_binds_nobody(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out"))
+    with open_manifest(store, HEADER, False):
+        pass
+    other = HEADER.model_copy(update={"artifact_sha256": "f" * 64})
+    with open_manifest(store, other, False) as manifest:
+        assert manifest.continued == 0
+    (tmp_path / "out" / "manifest.jsonl").write_text('{"some": "thing of the user"}\n')
+    with pytest.raises(UserError, match="is no manifest"):
+        open_manifest(store, HEADER, False)
+
+
 def test_a_photo_is_done_once_it_is_recorded_and_its_outputs_are_there(tmp_path: Path) -> None:
     write_manifest(tmp_path / "out", record_of("a"), record_of("b", error="no photo"))
     with open_manifest(open_store(str(tmp_path / "out")), HEADER, False) as manifest:

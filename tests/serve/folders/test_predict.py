@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, read_labels, read_photo
 from srdeploy.serve.evaluate import predict_labels
 from srdeploy.serve.folders import worker as worker_module
@@ -171,6 +172,27 @@ def test_a_second_run_does_only_what_is_left_or_has_changed(
     assert read_labels(out / "2.png").shape == (50, 50)
     assert run(graph, tmp_path / "in", out, force=True).images == 4
     assert (out / "0.png").stat().st_mtime_ns != 1
+
+
+def test_what_the_artifact_can_not_give_is_refused_before_anything_is_written(
+    make_graph: MakeGraph, tmp_path: Path
+) -> None:
+    save_photo(tmp_path / "in" / "a.png")
+    for settings in (PredictSettings(probabilities=True), PredictSettings(flip=True)):
+        with pytest.raises(UserError, match="--output both"):
+            run(make_graph(), tmp_path / "in", tmp_path / "out", settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tiles_take_photos_at_their_own_size(
+    make_graph: MakeGraph, tmp_path: Path, tiny_spec: Spec
+) -> None:
+    policy = InputPolicy(longest_side=64, smallest=(32, 32), usual=(64, 64), largest=(64, 64))
+    graph = make_graph(spec=tiny_spec.model_copy(update={"input": policy}))
+    photo = save_photo(tmp_path / "in" / "large.png", 200, 300)
+    settings = PredictSettings(tile=(64, 64), overlap=16)
+    run(graph, tmp_path / "in", tmp_path / "out", settings=settings)
+    assert (read_labels(tmp_path / "out" / "large.png") == expected_mask(photo)).all()
 
 
 def test_decoding_runs_ahead_by_a_bounded_number_of_photos(
