@@ -155,7 +155,10 @@ class _Finder:
         """Raises UserError where there are no photos, or where outputs would replace them."""
         run = self._database.execute
         if run("SELECT 1 FROM photos LIMIT 1").fetchone() is None:
-            listed = ", ".join(map(printable, chain(sources, [list_file] if list_file else [])))
+            listed = ", ".join(
+                "the list on stdin" if one == "-" else printable(one)
+                for one in chain(sources, [list_file] if list_file else [])
+            )
             first = run("SELECT path, reason FROM unusable ORDER BY path LIMIT 1").fetchone()
             looked_for = f"{', '.join(sorted(PHOTO_SUFFIXES))} are looked for"
             if first is not None:
