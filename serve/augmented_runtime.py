@@ -7,6 +7,7 @@ from PIL import Image
 
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
+from srdeploy.serve.folders.rendering import strongest
 from srdeploy.serve.runtime import Logits, Runtime
 from srdeploy.serve.wrapped_runtime import WrappedRuntime
 
@@ -14,7 +15,8 @@ from srdeploy.serve.wrapped_runtime import WrappedRuntime
 class AugmentedRuntime(WrappedRuntime):
     """Test-time augmentation: the classes' probabilities are averaged over the views.
 
-    Its logits are the logarithms of the mean probabilities: softmax gives these back.
+    Its logits are the logarithms of the mean probabilities: softmax gives these back. Scale 1 alone
+    gives what the inner runtime gives, bit for bit.
     """
 
     def __init__(self, inner: Runtime, scales: Sequence[float], flip: bool) -> None:
@@ -31,12 +33,16 @@ class AugmentedRuntime(WrappedRuntime):
         super().__init__(inner, inner.spec, inner.input_shape)
         self._scales = tuple(scales)
         self._flip = flip
+        self._plain = not flip and set(scales) == {1.0}
 
     def _labels(self, images: Pixels) -> Pixels:
-        labels: Pixels = self._mean(images).argmax(1).astype(np.uint8)
-        return labels
+        if self._plain:
+            return self.inner.run(images)
+        return np.stack([strongest(mean) for mean in self._mean(images)])
 
     def _logits(self, images: Pixels) -> Logits:
+        if self._plain:
+            return self.inner.logits(images)
         mean = self._mean(images)
         logits: Logits = np.log(np.maximum(mean, np.finfo(np.float32).tiny))
         return logits
@@ -76,7 +82,8 @@ class AugmentedRuntime(WrappedRuntime):
 
 
 def _resized(logits: Logits, height: int, width: int) -> Logits:
-    """Logits [N, K, h, w] at [N, K, height, width], bilinear with half-pixel centres."""
+    """Logits [N, K, h, w] at [N, K, height, width], bilinear with half-pixel centres; where they
+    shrink, each takes the mean of what lies under it, as photos do."""
     if logits.shape[2:] == (height, width):
         return logits
     resized = np.empty((*logits.shape[:2], height, width), np.float32)

@@ -65,6 +65,13 @@ def test_probabilities_are_averaged_over_the_views(
         assert (label == mean.argmax(0))[sure].all()
 
 
+def test_scale_1_alone_is_exactly_the_inner_runtime(make_graph: MakeGraph) -> None:
+    images, inner = images_of(2, 40, 48), open_runtime(make_graph(output="both"))
+    with AugmentedRuntime(inner, [1.0], False) as runtime:
+        assert np.array_equal(runtime.logits(images), inner.logits(images))
+        assert np.array_equal(runtime.run(images), inner.run(images))
+
+
 def test_small_scales_stay_as_large_as_the_network_needs(make_graph: MakeGraph) -> None:
     images = images_of(1, 40, 40)
     with AugmentedRuntime(open_runtime(make_graph(output="both")), [0.25], False) as runtime:

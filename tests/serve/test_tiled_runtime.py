@@ -1,4 +1,4 @@
-"""Tiles: where they lie, how they are blended, and that they give what the whole image gives."""
+"""Tiles give what the whole image gives, whatever its size, in little memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
+from srdeploy.serve.augmented_runtime import AugmentedRuntime
 from srdeploy.serve.runtime import Runtime, open_runtime
 from srdeploy.serve.tiled_runtime import TiledRuntime
-from srdeploy.serve.tiling import blending, cuts, spans
-from srdeploy.spec import Spec
+from srdeploy.spec import InputPolicy, Spec
+from tests.serve.conftest import colour_model
 
 MakeGraph = Callable[..., Path]
 REACH = 7
@@ -28,6 +29,38 @@ def images_of(count: int, height: int, width: int, seed: int = 0) -> Pixels:
     """Noise."""
     shape = (count, height, width, 3)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def strongest_colour(images: Pixels) -> Pixels:
+    """What the colour graph answers."""
+    labels: Pixels = images[..., [1, 0, 2]].argmax(-1).astype(np.uint8)
+    return labels
+
+
+def noted_runs(
+    runtime: Runtime, method: str, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, ...]]:
+    """The shapes of the images that the method is given, as they come."""
+    shapes: list[tuple[int, ...]] = []
+    plain = getattr(runtime, method)
+
+    def noted(images: Pixels) -> Any:
+        shapes.append(images.shape)
+        return plain(images)
+
+    monkeypatch.setattr(runtime, method, noted)
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def colour_graphs(tmp_path_factory: pytest.TempPathFactory, tiny_spec: Spec) -> dict[str, Path]:
+    """The colour graph by its outputs."""
+    folder = tmp_path_factory.mktemp("colour")
+    for output in ("both", "labels"):
+        model = colour_model("uint8", output, ("N", "H", "W"), TensorProto.UINT8, 1, 0)
+        model.metadata_props.add(key="srdeploy.spec", value=tiny_spec.to_json())
+        onnx.save(model, str(folder / f"{output}.onnx"))
+    return {output: folder / f"{output}.onnx" for output in ("both", "labels")}
 
 
 @pytest.fixture(scope="module")
@@ -75,61 +108,6 @@ def looking(tmp_path_factory: pytest.TempPathFactory, tiny_spec: Spec) -> Callab
         return path
 
     return write
-
-
-lengths = st.integers(1, 700)
-tiles = st.integers(64, 200)
-grids = st.sampled_from([1, 8, 32])
-
-
-@settings(max_examples=200, deadline=None)
-@given(lengths, tiles, st.integers(0, 150), grids, st.booleans())
-def test_tiles_cover_an_axis_on_the_grid_with_the_overlap(
-    length: int, tile: int, overlap: int, grid: int, exact: bool
-) -> None:
-    overlap = min(overlap, tile - grid)
-    found = spans(length, tile, overlap, grid, exact)
-    assert (found[0].start, found[-1].end) == (0, length)
-    for before, after in zip(found, found[1:], strict=False):
-        assert before.start < after.start
-        assert before.end - after.start >= overlap
-        assert before.length == tile
-        assert before.start % grid == 0
-    if len(found) > 1:
-        assert found[-1].length == tile if exact else tile <= found[-1].length < tile + grid
-
-
-@settings(max_examples=200, deadline=None)
-@given(lengths, tiles, st.integers(0, 150), grids, st.booleans())
-def test_weights_sum_to_1_and_every_pixel_has_one_tile_that_decides(
-    length: int, tile: int, overlap: int, grid: int, exact: bool
-) -> None:
-    overlap = min(overlap, tile - grid)
-    found = spans(length, tile, overlap, grid, exact)
-    total = np.zeros(length)
-    for span, weight in zip(found, blending(found, overlap), strict=True):
-        assert weight.min() >= 0
-        total[span.start : span.end] += weight
-    np.testing.assert_allclose(total, 1, atol=1e-6)
-    own = cuts(found)
-    assert [(one.start, one.end) for one in own] == [
-        (before, after)
-        for before, after in zip(
-            [0, *(one.end for one in own[:-1])],
-            [*(one.end for one in own[:-1]), length],
-            strict=True,
-        )
-    ]
-    for span, mine in zip(found, own, strict=True):
-        assert span.start <= mine.start <= mine.end <= span.end
-
-
-def test_the_outer_quarter_of_an_overlap_does_not_count() -> None:
-    found = spans(160, 96, 32, 32, exact=False)
-    first, second = blending(found, 32)
-    assert (first[:72] == 1).all()
-    assert (first[88:] == 0).all()
-    assert (second[:8] == 0).all()
 
 
 @pytest.mark.parametrize("size", [(200, 333), (97, 64), (64, 301), (256, 256)])
@@ -191,8 +169,99 @@ def test_small_images_are_padded_and_the_result_is_cut(make_graph: MakeGraph) ->
     images = images_of(3, 5, 40)
     with TiledRuntime(open_runtime(make_graph()), (64, 64), 0) as tiled:
         assert np.shares_memory(fit(images[0], tiled.spec), images)
-        expected = images[..., [1, 0, 2]].argmax(-1)
-        assert (tiled.run(images) == expected).all()
+        assert (tiled.run(images) == strongest_colour(images)).all()
+
+
+def test_a_graph_of_one_width_takes_images_of_any_size(looking: Callable[..., Path]) -> None:
+    images = images_of(1, 150, 170)
+    with open_runtime(looking()) as whole:
+        expected = whole.logits(images)
+    fixed = open_runtime(looking(size=("H", 96)))
+    with pytest.raises(UserError, match="of Hx96 alone: use --tile 64x96"):
+        TiledRuntime(fixed, (64, 64))
+    with TiledRuntime(fixed, (64, 96), 4 * REACH + 4) as tiled:
+        # The last tile is shifted to an even column, which the stride of 2 sees alike.
+        np.testing.assert_allclose(tiled.logits(images), expected, atol=1e-5)
+
+
+def test_a_graph_of_one_size_may_pad_to_multiples_itself(
+    make_graph: MakeGraph, tiny_spec: Spec
+) -> None:
+    policy = InputPolicy(smallest=(72, 72), usual=(72, 72), largest=(72, 72), multiple=32)
+    spec = tiny_spec.model_copy(update={"input": policy})
+    images = images_of(1, 100, 100)
+    fixed = open_runtime(make_graph(size=("N", 72, 72), spec=spec))
+    with TiledRuntime(fixed, (72, 72), 16) as tiled:
+        assert (tiled.run(images) == strongest_colour(images)).all()
+
+
+def test_an_image_in_one_tile_has_the_labels_of_the_graph_itself(
+    make_graph: MakeGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = images_of(5, 40, 64)
+    inner = open_runtime(make_graph(output="both"))
+    monkeypatch.setattr(inner, "logits", None)
+    ran = noted_runs(inner, "run", monkeypatch)
+    with TiledRuntime(inner, (64, 64), 0, batch=2) as tiled:
+        assert (tiled.run(images) == strongest_colour(images)).all()
+    assert ran == [(2, 40, 64, 3), (2, 40, 64, 3), (1, 40, 64, 3)]
+
+
+def test_tiles_of_one_size_run_in_batches(
+    make_graph: MakeGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = open_runtime(make_graph(output="both"))
+    ran = noted_runs(inner, "logits", monkeypatch)
+    with TiledRuntime(inner, (64, 64), 32, batch=4) as tiled:
+        tiled.run(images_of(1, 64, 230))
+    assert ran == [(4, 64, 64, 3), (1, 64, 64, 3), (1, 64, 70, 3)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 260), st.integers(1, 260)),
+    st.tuples(st.integers(64, 150), st.integers(64, 150)),
+    st.integers(0, 100),
+    st.sampled_from(["both", "labels"]),
+)
+def test_a_network_that_looks_at_each_pixel_alone_does_so_through_any_tiles(
+    colour_graphs: dict[str, Path],
+    size: tuple[int, int],
+    tile: tuple[int, int],
+    overlap: int,
+    output: str,
+) -> None:
+    images = images_of(2, *size)
+    inner = open_runtime(colour_graphs[output])
+    with TiledRuntime(inner, tile, min(overlap, min(tile) - 32), batch=3) as tiled:
+        found = tiled.run(images)
+        if output == "both":
+            expected = images[..., [1, 0, 2]].transpose(0, 3, 1, 2)
+            np.testing.assert_allclose(tiled.logits(images), expected, rtol=1e-6)
+    expected = images[..., [1, 0, 2]]
+    ordered = np.sort(expected, axis=-1)
+    sure = ordered[..., -1] > ordered[..., -2]  # blending may part equal values
+    assert (found == strongest_colour(images))[sure].all()
+
+
+def test_where_one_tile_counts_alone_its_logits_are_unchanged(
+    looking: Callable[..., Path],
+) -> None:
+    images = images_of(1, 96, 160)
+    inner = open_runtime(looking())
+    with TiledRuntime(inner, (96, 96), 32) as tiled:
+        found = tiled.logits(images)
+        left, right = inner.logits(images[:, :, :96]), inner.logits(images[:, :, 64:])
+    assert np.array_equal(found[..., :72], left[..., :72])
+    assert np.array_equal(found[..., 88:], right[..., 24:])
+
+
+def test_runs_of_torch_are_tiled_and_mirrored_too(run_folder: Path) -> None:
+    images = images_of(1, 100, 64)
+    inner = AugmentedRuntime(open_runtime(run_folder), [1.0, 0.5], True)
+    with TiledRuntime(inner, (64, 64), 32) as tiled:
+        logits = tiled.logits(images)
+        assert (tiled.run(images) == logits.argmax(1)).all()
 
 
 @pytest.mark.parametrize(
