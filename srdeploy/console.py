@@ -25,10 +25,10 @@ def set_quiet(quiet: bool) -> None:
 
 @cache
 def stderr() -> "Console":
-    """The console for everything that is not a result."""
+    """The console for everything that is not a result. A file called :smile: keeps its name."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(message: str) -> None:
@@ -65,7 +65,7 @@ def print_table(table: "Table") -> None:
     """The result of a verb for people, on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = (
             120  # a pipe has no width; tables that wrap at 80 are hard to read and to grep
