@@ -1,11 +1,12 @@
 """What Pillow says of broken and of large files, and what of that people are told."""
 
+import ctypes
 import logging
 import re
 import struct
 import warnings
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, _imaging
 
 _SPOKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning)
 """Errors whose text is meant for people."""
@@ -40,3 +41,15 @@ def ignore_remarks() -> None:
     log, and grow its list of warnings given. Call it once, before threads decode."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    _silence_libtiff()
+
+
+def _silence_libtiff() -> None:
+    """libtiff writes to the process's stderr by itself, and Pillow leaves it so. Nothing is done
+    where Pillow has none, or hides it."""
+    library = ctypes.CDLL(_imaging.__file__)  # finds also what it is linked with
+    silence = getattr(library, "TIFFSetErrorHandler", None)
+    if silence is not None:
+        silence.argtypes = [ctypes.c_void_p]
+        silence.restype = ctypes.c_void_p
+        silence(None)

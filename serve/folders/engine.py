@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator
 from typing import Protocol
 
+from srdeploy.pillow_remarks import ignore_remarks
 from srdeploy.serve.folders.local_store import open_store
 from srdeploy.serve.folders.photo import Photo
 from srdeploy.serve.folders.record import Record
@@ -57,7 +58,8 @@ class LocalEngine:
         out: str,
         settings: PredictSettings,
     ) -> Generator[Record]:
-        """See Engine."""
+        """See Engine. Silences Pillow's remarks on damaged files, for the whole process."""
+        ignore_remarks()
         plan = folder_plan(source, expected, *self._wishes)
         self.sessions, self.batch = plan.shared.sessions, plan.batch
         self.threads = plan.shared.threads
