@@ -1,5 +1,6 @@
 """A script of ours that is loaded once, and then asked for one measurement after the other."""
 
+import contextlib
 import json
 import shlex
 import signal
@@ -48,7 +49,8 @@ class AskedProcess:
         """The answer to one line. Ends the benchmark where the process has ended."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
-        print(line, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer, either
+            print(line, file=self._process.stdin, flush=True)
         return json.loads(self._line())
 
     def _line(self) -> str:
@@ -61,8 +63,11 @@ class AskedProcess:
 
     def _end(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
         try:
             self._process.wait(15)
         except subprocess.TimeoutExpired:

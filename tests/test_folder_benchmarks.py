@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -82,7 +85,7 @@ def test_processes_that_do_every_photo_as_evaluate_would_are_compared(
     graph: Path, photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "folders.json"
-    contenders = ["srdeploy", "dataloader", "side-by-side"]
+    contenders = ["srdeploy", "srdeploy-anew", "dataloader"]
     words = ["--contenders", ",".join(contenders), "--rounds", "2", "--out", str(out)]
     result = run(str(graph), "--photos", str(photos), *words)
     assert result.returncode == 0, result.stderr
@@ -167,6 +170,31 @@ def test_a_pass_of_the_raw_runtime_runs_every_photo_once(monkeypatch: pytest.Mon
 
     assert plain_runtime.rate_of_pass([session, session, session], photos) > 0
     assert sorted(seen) == list(range(50))
+
+
+def test_processes_stand_still_between_their_answers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "twice.py"
+    script.write_text("print('ready', flush=True)\nprint(2 * int(input()), flush=True)\n")
+    asked = module(monkeypatch, "asked_process").AskedProcess("twice", str(script))
+    with asked:
+        (child,) = (one for one in psutil.Process().children() if str(script) in one.cmdline())
+        assert until(lambda: child.status() == psutil.STATUS_STOPPED)
+        assert asked.ask("21") == 42
+        assert until(lambda: child.status() == psutil.STATUS_STOPPED)
+        with pytest.raises(SystemExit, match="twice ended: nothing was measured"):
+            asked.ask("4")
+    assert not child.is_running()
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    """Whether it holds at last."""
+    for _ in range(1000):
+        if holds():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_without_photos_nothing_is_measured_in_silence() -> None:
