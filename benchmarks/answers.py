@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 from load import Call, Reply
 from PIL import Image
+from same_labels import compare_labels
 
 from srdeploy.imaging import Pixels, encode_mask, fit, read_photo
 from srdeploy.serve.runtime import open_runtime
 
 MODEL = "segmenter"
 """The name under which `srdeploy serve` is told to serve the artifact."""
-ROUNDING = 1e-3
-"""Share of a mask's pixels that may have another label: another batch size or number of threads
-adds in another order, which turns pixels where two classes are as good as equal."""
 
 
 @dataclass
@@ -31,7 +29,7 @@ class Verdict:
     same_labels: int = 0
     """Another PNG of the same labels."""
     rounded: int = 0
-    """Labels that differ in no more than ROUNDING of the pixels."""
+    """Labels that differ in no more than same_labels.ROUNDING of the pixels."""
     wrong: int = 0
     refused: Counter[int] = field(default_factory=Counter)
     """Replies of other statuses, by status."""
@@ -144,9 +142,5 @@ class Photos:
                 labels = np.asarray(Image.open(io.BytesIO(body)))
         except (OSError, ValueError):
             return "wrong"
-        if labels.shape != wanted.shape:
-            return "wrong"
-        share = np.count_nonzero(labels != wanted) / wanted.size
-        if share == 0:
-            return "same_labels"
-        return "rounded" if share <= ROUNDING else "wrong"
+        found = compare_labels(labels, wanted)
+        return "same_labels" if found == "same" else found

@@ -1,25 +1,26 @@
 """The raw runtime (plain_runtime.py as a program), measured on demand."""
 
-import json
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from server_process import script
+import numpy as np
+from asked_process import AskedProcess
+
+Rates = dict[str, float]
+"""Images per second of each way to run it."""
 
 
 class RawRuntime:
     """A process with open sessions and decoded photos, which is at rest until it is asked."""
 
     def __init__(self, graph: Path, photos: list[Path], engine: list[str]) -> None:
-        self._command = script("plain_runtime.py", str(graph), *map(str, photos), *engine)
+        words = [str(graph), *map(str, photos), *engine]
+        self._process = AskedProcess("the raw runtime", "plain_runtime.py", *words)
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._line()
+        self._process.__enter__()
         return self
 
     def __exit__(
@@ -28,20 +29,34 @@ class RawRuntime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.__exit__(kind, error, traceback)
 
-    def measure(self, seconds: float) -> dict[str, float]:
-        """Images per second of each way to run it, `seconds` each."""
-        assert self._process.stdin is not None
-        print(seconds, file=self._process.stdin, flush=True)
-        found: dict[str, float] = json.loads(self._line())
+    def measure(self, seconds: float) -> Rates:
+        """Of `seconds` each, over the photos again and again."""
+        found: Rates = self._process.ask(str(seconds))
         return found
 
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("the raw runtime ended: nothing was measured")
-        return line
+    def measure_pass(self) -> Rates:
+        """Of one pass each over all photos."""
+        found: Rates = self._process.ask("pass")
+        return found
+
+
+def raw_summary(measured: Sequence[Rates]) -> dict[str, Any]:
+    """Images per second of each way to run the raw runtime, over the whole run, and the better."""
+    mean = {kind: float(np.mean([one[kind] for one in measured])) for kind in measured[0]}
+    deviation = {kind: float(np.std([one[kind] for one in measured])) for kind in measured[0]}
+    return {
+        "images_per_s": mean,
+        "deviation": deviation,
+        "best": max(mean, key=lambda kind: mean[kind]),
+    }
+
+
+def raw_text(raw: dict[str, Any]) -> str:
+    """A summary as a sentence."""
+    told = "; ".join(
+        f"{kind} {rate:.1f} +- {raw['deviation'][kind]:.1f}"
+        for kind, rate in raw["images_per_s"].items()
+    )
+    return f"Raw runtime, images/s: {told}; fractions are of {raw['best']}."

@@ -9,8 +9,8 @@ A JPEG goes in and a PNG mask comes out, for 1, 8 and 32 clients that each wait 
 All servers run from the start, and all but the one under load stand still (SIGSTOP), for some burn
 CPU while they idle. Rounds go through the servers forth and back. Before and after each load the
 raw runtime is measured on decoded photos; the fraction is images per second over the better of its
-two ways (two 1-thread sessions, one 2-thread session). Every reply is compared with the mask that
-the runtime gives by itself.
+two ways (a 1-thread session for each core, one session with all cores). Every reply is compared
+with the mask that the runtime gives by itself.
 """
 
 import gc
@@ -26,9 +26,9 @@ import numpy as np
 import typer
 import uvloop
 from answers import MODEL, Photos, Verdict
+from intervals import interval, interval_text
 from load import Outcome, closed_loop
-from raw_rates import RawRuntime
-from scipy import stats
+from raw_rates import RawRuntime, raw_summary, raw_text
 from server_process import ServerProcess, harmless, plan_of, script
 
 from srdeploy import console
@@ -95,17 +95,17 @@ def main(
             one.pause()
             started[name] = one
         raw_runtime = stack.enter_context(RawRuntime(graph, files, engine))
-        before = raw_runtime.measure(raw)
+        raw_rates = [raw_runtime.measure(raw)]
         order = list(chosen)
         for number in range(rounds):
             for many in clients if number % 2 == 0 else reversed(clients):
                 for name in order:
                     console.say(f"round {number + 1}/{rounds}: {name}, {many} clients")
                     outcome, cell = load(started, name, prepared, protocol, many, warm, seconds)
-                    after = raw_runtime.measure(raw)
+                    raw_rates.append(raw_runtime.measure(raw))
+                    before, after = raw_rates[-2:]
                     cell |= {"round": number, "raw_before": before, "raw_after": after}
                     cells.append(cell)
-                    before = after
                     verdict = prepared.judge(outcome.replies)
                     judged[name, many] = added(judged.get((name, many)), verdict)
             order.reverse()
@@ -127,8 +127,8 @@ def main(
         "servers": {name: harmless(command) for name, command in commands.items()},
         "memory_mib": memory,
         "plan": plan,
-        "raw": raw_summary(cells),
-        "rows": rows(cells, judged, chosen, clients),
+        "raw": raw_summary(raw_rates),
+        "rows": rows(cells, judged, chosen, clients, raw_summary(raw_rates)["best"]),
         "cells": [{key: one for key, one in cell.items() if key != "times"} for cell in cells],
     }
     write_json(out, report)
@@ -224,26 +224,15 @@ def added(first: Verdict | None, second: Verdict) -> Verdict:
     )
 
 
-def raw_summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Images per second of each way to run the raw runtime, over the whole run, and the better."""
-    measured = [cells[0]["raw_before"], *(cell["raw_after"] for cell in cells)]
-    mean = {kind: float(np.mean([one[kind] for one in measured])) for kind in measured[0]}
-    deviation = {kind: float(np.std([one[kind] for one in measured])) for kind in measured[0]}
-    return {
-        "images_per_s": mean,
-        "deviation": deviation,
-        "best": max(mean, key=lambda kind: mean[kind]),
-    }
-
-
 def rows(
     cells: list[dict[str, Any]],
     judged: dict[tuple[str, int], Verdict],
     chosen: list[str],
     clients: list[int],
+    best: str,
 ) -> list[dict[str, Any]]:
-    """One row for each server and number of clients, over all rounds."""
-    best = raw_summary(cells)["best"]
+    """One row for each server and number of clients, over all rounds. best: the raw way
+    that fractions are of."""
     found = []
     for many in clients:
         rates = {}
@@ -275,13 +264,6 @@ def rows(
     return found
 
 
-def interval(values: Any) -> list[float]:
-    """[mean, low, high]: 95 % over rounds, by the t distribution."""
-    mean = float(np.mean(values))
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return [mean, mean - half, mean + half]
-
-
 def percentile(times: list[float], which: float) -> float | None:
     """In milliseconds; None of no times at all."""
     return 1000 * float(np.percentile(times, which)) if times else None
@@ -298,18 +280,13 @@ def table(report: dict[str, Any]) -> str:
         errors = row["connection_errors"] + sum(row["other_statuses"].values())
         cells = [str(row["clients"]), row["server"], f"{row['requests_per_s']:.1f}"]
         cells += [_milliseconds(row["p50_ms"]), _milliseconds(row["p99_ms"])]
-        cells += [_ratio(row["fraction"]), _ratio(row["srdeploy_over_it"]), str(row["replies"])]
-        cells += [str(errors), str(row["wrong"]), str(row["rounded"])]
+        cells += [interval_text(row["fraction"]), interval_text(row["srdeploy_over_it"])]
+        cells += [str(row["replies"]), str(errors), str(row["wrong"]), str(row["rounded"])]
         lines.append("| " + " | ".join(cells) + " |")
-    raw = report["raw"]
-    told = "; ".join(
-        f"{kind} {rate:.1f} +- {raw['deviation'][kind]:.1f}"
-        for kind, rate in raw["images_per_s"].items()
-    )
     loads = [cell["client_cores"] for cell in report["cells"]]
     lines += [
         "",
-        f"Raw runtime, images/s: {told}; fractions are of {raw['best']}.",
+        raw_text(report["raw"]),
         f"The load itself took {max(loads):.3f} cores at most.",
     ]
     return "\n".join(lines)
@@ -317,10 +294,6 @@ def table(report: dict[str, Any]) -> str:
 
 def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
-
-
-def _ratio(found: list[float] | None) -> str:
-    return "" if found is None else f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
 
 
 if __name__ == "__main__":
