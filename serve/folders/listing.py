@@ -141,8 +141,10 @@ class _Finder:
                     yield from self._add_list(index, file, source)
                 continue
             if source == "-":
-                file = sys.stdin.buffer if stdin is None else stdin
-                yield from self._add_list(index, file, "standard input")
+                given = stdin or getattr(sys.stdin, "buffer", None)
+                if given is None:
+                    raise UserError("- is a list on standard input, which is closed: use --list")
+                yield from self._add_list(index, given, "standard input")
                 continue
             label, found = self._look(source)
             for one in found:

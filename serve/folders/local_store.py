@@ -46,7 +46,9 @@ class LocalStore:
     """See Store. Files are made beside their place under a short name, and moved there."""
 
     def __init__(self, root: str) -> None:
-        """Raises UserError where `root` is there and no folder."""
+        """Raises UserError where `root` is empty, or there and no folder."""
+        if not root:
+            raise UserError("--out is empty: name a folder, or give . for the current one")
         self.root = root
         self.folder = os.path.abspath(root)
         self._names = PartialNames()

@@ -16,6 +16,8 @@ import pytest
 
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, decode_photo, read_labels
+from srdeploy.serve.folders.listing import find_photos
+from srdeploy.serve.folders.local_store import open_store
 from srdeploy.serve.folders.record import Record
 from srdeploy.serve.folders.record_line import from_line
 from srdeploy.serve.folders.summary import MOST_WARNED
@@ -263,3 +265,13 @@ def test_hostile_lines_of_a_list_are_told_of_and_the_others_done(
     told = {os.fsencode(one.photo.path) for one in found if one.error}
     long = {line for line in HOSTILE_LINES if len(line) > 2**16}
     assert hostile.bad - told <= long  # cut to what a path may have
+
+
+def test_no_folder_for_outputs_and_a_closed_stdin_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="--out is empty"):
+        open_store("")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input, which is closed"):
+        find_photos(["-"], str(tmp_path / "out"))

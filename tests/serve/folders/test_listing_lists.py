@@ -83,7 +83,7 @@ def test_lists_of_garbage_end_and_are_told(here: Path) -> None:
         listed(list_file="/dev/zero")
     with pytest.raises(UserError, match="no such file or folder: absent"):
         listed(list_file="absent")
-    with pytest.raises(UserError, match=r"no photos in -: gone\.jpg: no such file"):
+    with pytest.raises(UserError, match=r"no photos in the list on stdin: gone\.jpg: no such file"):
         listed("-", stdin=b"gone.jpg\n")
 
 
