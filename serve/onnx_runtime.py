@@ -1,5 +1,6 @@
 """onnxruntime behind the runtime contract, on the CPU, CUDA, or TensorRT through its provider."""
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -153,7 +154,12 @@ class OnnxRuntime(GraphRuntime):
 
 
 def import_onnxruntime() -> Any:
-    """The package; it is optional. Raises MissingPackageError with the pip line."""
+    """The package; it is optional. Raises MissingPackageError with the pip line.
+
+    Its telemetry is off, unless the environment says otherwise: who runs a network is nobody's
+    business, and it leaves files in the temporary and the home folder.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -74,6 +74,9 @@ class OpenVINORuntime(GraphRuntime):
             ) from error
         self.precision = self._require_precision(compiled)
         self._request = compiled.create_infer_request()
+        # Two threads that ask for the first dtype at once, as first runs do, wait for each other
+        # for ever: one has the interpreter's lock, the other that of OpenVINO's table.
+        openvino.Type.u8.to_dtype()
 
     def _close(self) -> None:
         self._request = None

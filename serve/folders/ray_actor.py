@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from srdeploy.errors import UserError
+from srdeploy.pillow_remarks import ignore_remarks
 from srdeploy.serve.folders.local_store import open_store
 from srdeploy.serve.folders.photo import Photo
 from srdeploy.serve.folders.record import Record
@@ -123,6 +124,7 @@ class BatchActor:
         order = self._order
         with self._lock:
             if self._worker is None:
+                ignore_remarks()
                 try:
                     os.chdir(order.folder)
                 except OSError:

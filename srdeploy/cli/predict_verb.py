@@ -1,6 +1,5 @@
 """`srdeploy predict`: masks and more for folders of photos."""
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -212,7 +211,6 @@ def predict(
         settings,
         engine=_engine(engine, threads, batch, ray_address, actors),
         list_file=list_file,
-        stdin=sys.stdin.buffer,
         force=force,
     )
     if as_json:

@@ -256,3 +256,25 @@ def test_the_verbs_take_runtime_and_precision(
     code, _, err = srdeploy("evaluate", graph, tiny_data, "--precision", "bf16")
     assert code == 2
     assert "--precision bf16: onnxruntime computes what the types in" in err
+
+
+def test_first_runs_of_several_sessions_at_once_do_not_wait_for_each_other(
+    make_graph: MakeGraph,
+) -> None:
+    """With quick switches between threads nearly every process hung: the runs' first look at
+    OpenVINO's types met another thread's."""
+    code = (
+        "import sys, threading, numpy as np\n"
+        "from srdeploy.serve.runtime import open_runtime\n"
+        f"opened = [open_runtime({str(make_graph())!r}, runtime='openvino', threads=1)"
+        ".__enter__() for _ in range(4)]\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "gate = threading.Barrier(4)\n"
+        "images = np.zeros((1, 40, 48, 3), np.uint8)\n"
+        "def go(one):\n    gate.wait()\n    one.run(images)\n"
+        "threads = [threading.Thread(target=go, args=(one,)) for one in opened]\n"
+        "[one.start() for one in threads]\n"
+        "[one.join() for one in threads]\n"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
