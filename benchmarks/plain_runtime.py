@@ -78,6 +78,8 @@ def _openvino_sessions(file: Path, count: int, threads: int, precision: str) -> 
     # One network with streams: two networks with a thread each would share one core.
     import openvino
 
+    # Two threads that ask for this the first time at once wait for each other for ever.
+    openvino.Type.u8.to_dtype()
     settings = {
         "NUM_STREAMS": count,
         "INFERENCE_NUM_THREADS": count * threads,
