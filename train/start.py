@@ -190,10 +190,11 @@ def describe(config: TrainConfig, job: Job) -> str:
     taps = len(job.regulated.taps)
     how = f"self-regulation at {taps} exits + its own" if taps else "no regulation (baseline)"
     images = config.batch * config.accumulate
+    averaged = "; the moving average of the weights is validated and saved" if config.ema else ""
     return (
         f"{config.network.name}, {count / 1e6:.2f} M parameters, {how}, on {_device_name(job)}: "
         f"{config.steps} steps of {images} images, {len(job.training)} to train on, "
-        f"{len(job.validation)} to validate"
+        f"{len(job.validation)} to validate{averaged}"
     )
 
 
