@@ -102,6 +102,9 @@ class TrainConfig(Settings):
     deterministic: bool = False
     """On a GPU too every run gives the same bits: deterministic algorithms alone, an operation that
     has none is refused by name. Slower. On the CPU runs always do."""
+    compile: bool = False
+    """Train through torch.compile, which needs a C++ compiler, and on a GPU Triton: the first step
+    takes longer, the others less. Numbers differ by rounding."""
     channels_last: bool = False
     """Lay activations out as N, H, W, C in memory."""
     log_every: Positive = 20

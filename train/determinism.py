@@ -34,15 +34,15 @@ def deterministic(wanted: bool) -> Iterator[None]:
         ):
             yield
     except RuntimeError as error:
-        refused = _refused(error)
-        if refused is None:
+        found = refused(error)
+        if found is None:
             raise
-        raise refused from error
+        raise found from error
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
-def _refused(error: RuntimeError) -> UserError | None:
+def refused(error: RuntimeError) -> UserError | None:
     """The refusal in one line, where that is what torch reports."""
     text = str(error)
     if "deterministic" not in text or WORKSPACE not in text and "implementation" not in text:

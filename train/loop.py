@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 
@@ -15,11 +14,13 @@ from srdeploy import console
 from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
 from srdeploy.interrupt import StopRequest
-from srdeploy.models.imported import is_imported
 from srdeploy.runs import STATE
 from srdeploy.train.average import Average
 from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_best, save_state
+from srdeploy.train.compiled import compiled, require_compiler
 from srdeploy.train.config import TrainConfig, learning_rate
+from srdeploy.train.determinism import deterministic
+from srdeploy.train.failures import explain_failure
 from srdeploy.train.guard import NORM, Guard
 from srdeploy.train.loader import batches
 from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
@@ -114,6 +115,8 @@ def train(
     has_state = resume and (folder / STATE).exists()
     job = prepare(config, trained=has_state)
     regulated, device = job.regulated, job.device
+    if config.compile:
+        require_compiler(device)
     optimizer = make_optimizer(regulated, config)
     average = None if config.ema is None else Average(regulated, config.ema)
     guard = Guard(config, job.samples)
@@ -135,6 +138,8 @@ def train(
     console.say(describe(config, job))
 
     with (
+        deterministic(config.deterministic),
+        compiled(regulated, config.compile),
         StopRequest("stopping after this step; once more to stop at once") as stop,
         Recorder(folder, resumed_at=progress.step) as recorder,
         console.progress("{task.fields[losses]}") as bar,
@@ -167,17 +172,11 @@ def train(
                     job.amp,
                     config.channels_last,
                 )
-            except torch.OutOfMemoryError as error:
-                raise _out_of_memory(config, device) from error
             except RuntimeError as error:
-                name = config.network.name
-                if not is_imported(name):
+                known = explain_failure(error, config, device)
+                if known is None:
                     raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(
-                    f"network '{name}': a step of training failed ({reason}): see that its "
-                    "loss.backward() works in training mode at this --batch and --crop"
-                ) from error
+                raise known from error
             if config.clip is not None:
                 terms[NORM] = nn.utils.clip_grad_norm_(regulated.parameters(), config.clip)
             guard.look(terms, progress.step + 1)
@@ -276,11 +275,3 @@ def _say_how_it_ended(result: TrainResult, config: TrainConfig) -> None:
 def _live(loss: float, terms: dict[str, float], images_per_s: float) -> str:
     parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
     return f"loss {loss:.3f} ({parts}), {images_per_s:.1f} images/s"
-
-
-def _out_of_memory(config: TrainConfig, device: torch.device) -> UserError:
-    height, width = config.crop
-    return UserError(
-        f"out of memory on {device} with batch {config.batch} of {height}x{width}: lower --batch "
-        "and raise accumulate by the same factor, or use a smaller --crop"
-    )
