@@ -31,6 +31,7 @@ from srdeploy.train.start import (
     Job,
     describe,
     prepare,
+    remove_torn,
     require_new,
     require_same,
     require_same_spec,
@@ -135,6 +136,7 @@ def train(
         console.done(f"going on with {folder} after step {progress.step}")
     else:
         write_start(folder, config, job)
+    remove_torn(folder)
     console.say(describe(config, job))
 
     with (
