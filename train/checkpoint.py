@@ -17,17 +17,20 @@ from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, whole_file
 from srdeploy.models.weights import save_weights
 from srdeploy.runs import EXITS, STATE, WEIGHTS
+from srdeploy.train.average import Average
 from srdeploy.train.regulation import SelfRegulation
 
 METADATA_KEY = "srdeploy.best"
 """Key in the weight files' metadata: JSON of the step and the val mIoU (0..1) they are from."""
-FORMAT = 1
-"""Version of state.pt."""
+FORMAT = 2
+"""Version of state.pt: 2 added "ema"."""
+READABLE = (1, 2)
+"""Versions that are read."""
 KEYS = {
     *("format", "step", "network", "exits", "optimizer", "rng", "cuda_rng"),
     *("best_miou", "best_step", "items"),
 }
-"""What a state.pt holds."""
+"""What every state.pt holds."""
 
 
 @dataclass
@@ -52,6 +55,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     items: str,
+    average: Average | None = None,
 ) -> None:
     """Writes state.pt. The old one stays until the new one is whole; raises UserError (full
     disk)."""
@@ -67,6 +71,7 @@ def save_state(
         "best_miou": progress.best_miou,
         "best_step": progress.best_step,
         "items": items,
+        "ema": None if average is None else average.shadow,
     }
     path = folder / STATE
     with whole_file(path) as temporary:
@@ -84,9 +89,10 @@ def load_state(
     regulated: SelfRegulation,
     optimizer: torch.optim.Optimizer,
     items: str,
+    average: Average | None = None,
 ) -> Progress:
-    """Puts state.pt into the network, exits, optimizer and torch's random numbers; returns how far
-    it was.
+    """Puts state.pt into the network, exits, optimizer, average and torch's random numbers; returns
+    how far it was.
 
     Raises UserError where the file is truncated, of another network, or of another list of photos.
     """
@@ -102,6 +108,8 @@ def load_state(
         if regulated.exits is not None:
             regulated.exits.load_state_dict(state["exits"])
         optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.load(state.get("ema") or {})
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: does not fit this network ({_first_line(error)}): was it written by another "
@@ -138,9 +146,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: truncated or not a checkpoint of srdeploy: {remedy}") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise UserError(f"{path}: not a checkpoint of srdeploy: {remedy}")
-    if state["format"] != FORMAT:
+    if state["format"] not in READABLE:
         raise UserError(
-            f"{path}: format {state['format']}, but this version reads format {FORMAT}: {remedy}"
+            f"{path}: format {state['format']}, but this version reads {READABLE}: {remedy}"
         )
     return state
 

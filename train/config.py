@@ -93,6 +93,18 @@ class TrainConfig(Settings):
     """Weights of the classes in the cross-entropies."""
     amp: bool | None = None
     """bfloat16 autocast in training; null: on CUDA only. Validation is always float32."""
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of a step's gradient, of network and exits together: longer ones are shortened
+    to it, and the norms stand in metrics.jsonl; null: off."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of a moving average of network and exits, e.g. 0.999: what is validated and
+    saved as the run's network is then the average; null: off."""
+    deterministic: bool = False
+    """On a GPU too every run gives the same bits: deterministic algorithms alone, an operation that
+    has none is refused by name. Slower. On the CPU runs always do."""
+    compile: bool = False
+    """Train through torch.compile, which needs a C++ compiler, and on a GPU Triton: the first step
+    takes longer, the others less. Numbers differ by rounding."""
     channels_last: bool = False
     """Lay activations out as N, H, W, C in memory."""
     log_every: Positive = 20

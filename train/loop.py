@@ -1,25 +1,27 @@
 """The training loop: one linear function. Resuming continues bit for bit on the CPU."""
 
-import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress as RichProgress
-from torch import Tensor
+from torch import Tensor, nn
 
 from srdeploy import console
 from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
 from srdeploy.interrupt import StopRequest
-from srdeploy.models.imported import is_imported
 from srdeploy.runs import STATE
+from srdeploy.train.average import Average
 from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_best, save_state
+from srdeploy.train.compiled import compiled, require_compiler
 from srdeploy.train.config import TrainConfig, learning_rate
+from srdeploy.train.determinism import deterministic
+from srdeploy.train.failures import explain_failure
+from srdeploy.train.guard import NORM, Guard
 from srdeploy.train.loader import batches
 from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
 from srdeploy.train.pictures import save_predictions
@@ -29,6 +31,7 @@ from srdeploy.train.start import (
     Job,
     describe,
     prepare,
+    remove_torn,
     require_new,
     require_same,
     require_same_spec,
@@ -113,7 +116,11 @@ def train(
     has_state = resume and (folder / STATE).exists()
     job = prepare(config, trained=has_state)
     regulated, device = job.regulated, job.device
+    if config.compile:
+        require_compiler(device)
     optimizer = make_optimizer(regulated, config)
+    average = None if config.ema is None else Average(regulated, config.ema)
+    guard = Guard(config, job.samples)
     normalise = Normalise(job.spec).to(device)
     items = items_digest(job.training)
 
@@ -122,16 +129,19 @@ def train(
     progress = Progress()
     if has_state:
         require_same_spec(folder, job.spec)
-        progress = load_state(folder, regulated, optimizer, items)
+        progress = load_state(folder, regulated, optimizer, items, average)
         if progress.step >= config.steps:
             console.done(f"{folder} is finished already: {progress.step} steps")
             return _result(folder, progress, config, began)
         console.done(f"going on with {folder} after step {progress.step}")
     else:
         write_start(folder, config, job)
+    remove_torn(folder)
     console.say(describe(config, job))
 
     with (
+        deterministic(config.deterministic),
+        compiled(regulated, config.compile),
         StopRequest("stopping after this step; once more to stop at once") as stop,
         Recorder(folder, resumed_at=progress.step) as recorder,
         console.progress("{task.fields[losses]}") as bar,
@@ -164,26 +174,19 @@ def train(
                     job.amp,
                     config.channels_last,
                 )
-            except torch.OutOfMemoryError as error:
-                raise _out_of_memory(config, device) from error
             except RuntimeError as error:
-                name = config.network.name
-                if not is_imported(name):
+                known = explain_failure(error, config, device)
+                if known is None:
                     raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(
-                    f"network '{name}': a step of training failed ({reason}): see that its "
-                    "loss.backward() works in training mode at this --batch and --crop"
-                ) from error
-            if device.type == "cpu":
-                # Free here; on a GPU it would wait for the device, and the log below looks at the
-                # sums.
-                _require_finite(
-                    {name: float(t) for name, t in terms.items()}, progress.step + 1, config
-                )
+                raise known from error
+            if config.clip is not None:
+                terms[NORM] = nn.utils.clip_grad_norm_(regulated.parameters(), config.clip)
+            guard.look(terms, progress.step + 1)
             optimizer.step()
             window.add(terms)
             progress.step += 1
+            if average is not None:
+                average.update(progress.step)
             bar.advance(task)
 
             # Losses, live and on record. Before every checkpoint too, so that no sum outlives it.
@@ -193,11 +196,11 @@ def train(
             saving = last or stopping or progress.step % config.checkpoint_interval == 0
             validating = last or progress.step % config.val_every == 0
             if saving or validating or progress.step % config.log_every == 0:
+                guard.check()
                 means = window.means()
-                _require_finite(means, progress.step, config)
                 images_per_s = window.rate() * config.batch * config.accumulate
-                loss = means.pop("total")
-                recorder.train(progress.step, rate, loss, means, images_per_s)
+                loss, norm = means.pop("total"), means.pop(NORM, None)
+                recorder.train(progress.step, rate, loss, means, images_per_s, norm)
                 live = _live(loss, means, images_per_s)
                 wide = bar.console.width >= WIDE
                 bar.update(task, losses=live if wide else f"loss {loss:.3f}")
@@ -207,12 +210,13 @@ def train(
 
             # Validation; the best weights so far become the run's network.
             if validating:
-                _validate(folder, config, job, progress, recorder, bar)
+                with nullcontext() if average is None else average.in_place():
+                    _validate(folder, config, job, progress, recorder, bar)
                 window = Window()
 
             # The checkpoint comes last: whatever it counts as done is on the disk by now.
             if saving:
-                save_state(folder, regulated, optimizer, progress, items)
+                save_state(folder, regulated, optimizer, progress, items, average)
                 window = Window()
 
     result = _result(folder, progress, config, began)
@@ -273,24 +277,3 @@ def _say_how_it_ended(result: TrainResult, config: TrainConfig) -> None:
 def _live(loss: float, terms: dict[str, float], images_per_s: float) -> str:
     parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
     return f"loss {loss:.3f} ({parts}), {images_per_s:.1f} images/s"
-
-
-def _require_finite(terms: dict[str, float], step: int, config: TrainConfig) -> None:
-    """Raises UserError naming the first term that is not a finite number, the cause before the
-    sum."""
-    bad = [name for name, value in terms.items() if not math.isfinite(value)]
-    if bad:
-        name = next((name for name in bad if name != "total"), "total")
-        raise UserError(
-            f"step {step}: the loss term '{name}' is {terms[name]}: lower --lr (it is "
-            f"{config.lr:g}) or raise warm_up, then start again with --force; --resume only "
-            "repeats it"
-        )
-
-
-def _out_of_memory(config: TrainConfig, device: torch.device) -> UserError:
-    height, width = config.crop
-    return UserError(
-        f"out of memory on {device} with batch {config.batch} of {height}x{width}: lower --batch "
-        "and raise accumulate by the same factor, or use a smaller --crop"
-    )

@@ -24,8 +24,9 @@ class Recorder:
     """Appends records to metrics.jsonl; must be open before use. Steps count finished steps, from
     1.
 
-    {"kind": "train", "step", "lr", "loss", "terms": {name: value}, "images_per_s"}: losses are
-    means over the steps since the last record; {"kind": "val", "step", "miou", "pixel_accuracy",
+    {"kind": "train", "step", "lr", "loss", "terms": {name: value}, "images_per_s"} and, where
+    gradients are clipped, "gradient_norm" (before clipping): losses and norms are means over the
+    steps since the last record; {"kind": "val", "step", "miou", "pixel_accuracy",
     "iou": {class: value}, "failure1", "failure2"}: shares, 0..1, null where undefined.
     """
 
@@ -60,20 +61,28 @@ class Recorder:
             self._board.close()
 
     def train(
-        self, step: int, lr: float, loss: float, terms: Mapping[str, float], images_per_s: float
+        self,
+        step: int,
+        lr: float,
+        loss: float,
+        terms: Mapping[str, float],
+        images_per_s: float,
+        gradient_norm: float | None = None,
     ) -> None:
         """One record of the losses."""
-        self._write(
-            {
-                "kind": "train",
-                "step": step,
-                "lr": lr,
-                "loss": loss,
-                "terms": dict(terms),
-                "images_per_s": round(images_per_s, 3),
-            }
-        )
-        self._plot(step, {"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s})
+        record = {
+            "kind": "train",
+            "step": step,
+            "lr": lr,
+            "loss": loss,
+            "terms": dict(terms),
+            "images_per_s": round(images_per_s, 3),
+        }
+        figures = {"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s}
+        if gradient_norm is not None:
+            record["gradient_norm"] = figures["train/gradient_norm"] = gradient_norm
+        self._write(record)
+        self._plot(step, figures)
         self._plot(step, {f"train/{name}": value for name, value in terms.items()})
 
     def val(self, step: int, scores: Scores) -> None:

@@ -19,6 +19,7 @@ from srdeploy.errors import UserError
 from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.outputs import main_logits, resize_logits
 from srdeploy.train import losses
+from srdeploy.train.compiled import Compiled
 from srdeploy.train.exits import Exits, make_exits
 from srdeploy.train.own_exits import check_classes, find_own_exits
 from srdeploy.train.regulation_config import RegulationConfig
@@ -105,6 +106,7 @@ class SelfRegulation(nn.Module):
         check_classes(network, classes, self.own_exits, probe_size)
         self.choice: TapChoice | None = None
         """The taps, their maps and why they were chosen; None for a baseline."""
+        self.compiled: Compiled | None = None  # set while `compiled` is open
         self.exits: Exits | None = None
         if settings.enabled:
             names = settings.taps if taps == "auto" else taps
@@ -113,13 +115,12 @@ class SelfRegulation(nn.Module):
             else:
                 self.choice = given_taps(network, names, probe_size)
             maps = self.choice.maps
-            like = next(network.parameters(), torch.empty(0))
             self.exits = make_exits(
                 [one.channels for one in maps],
                 [one.stride for one in maps],
                 classes,
                 settings,
-                like,
+                next(network.parameters(), torch.empty(0)),
             )
             if settings.srf_form == "feature" and settings.srf_weight > 0 and len(self.taps) < 2:
                 raise UserError(
@@ -137,8 +138,12 @@ class SelfRegulation(nn.Module):
         Raises UserError where a map can't be read at this size, and in training where an exit has
         one value per channel, which BatchNorm can't be trained on.
         """
-        with collected(self.network, (*self.taps, *self.own_exits)) as outputs:
-            logits = main_logits(self.network(images))
+        faster = self.compiled if self.training else None
+        if faster is None:
+            with collected(self.network, (*self.taps, *self.own_exits)) as outputs:
+                logits = main_logits(self.network(images))
+        else:
+            logits, outputs = faster.network(images)
         # A head that the network runs in training mode alone has nothing to say in evaluation.
         asked = (n for n in self.own_exits if n in outputs or self.network.training)
         own = {name: feature_map(outputs, name) for name in asked}
@@ -148,7 +153,7 @@ class SelfRegulation(nn.Module):
         maps = [feature_map(outputs, one.name, one, size) for one in self.choice.maps]
         if self.exits.training:
             self.exits.check_cells(maps, self.taps)
-        found = self.exits(maps)
+        found = self.exits(maps) if faster is None else faster.exits(maps)
         return ExitOutputs(
             logits=[*(one.logits for one in found), logits],
             class_logits=[*(one.class_logits for one in found), self.exits.classify(logits)],
@@ -263,10 +268,8 @@ class SelfRegulation(nn.Module):
         # The network's own output has no hidden map and so no part in the feature form.
         form, temperature = self.settings.srf_form, self.settings.temperature
         if form == "feature":
-            maps, join = (
-                [one for one in outputs.hidden if one is not None],
-                losses.pooled_to_student,
-            )
+            maps = [one for one in outputs.hidden if one is not None]
+            join = losses.pooled_to_student
         else:
             maps, join = outputs.logits, losses.on_one_grid
         found = []

@@ -1,6 +1,7 @@
 """Before the first step: everything is opened, built and checked, and only then a run folder is
 written."""
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def require_new(folder: Path, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: a run needs a folder")
     # A folder with nothing but its spec is a run that was killed while it began.
-    if not folder.exists() or all(path.name == SPEC for path in folder.iterdir()):
+    if not folder.exists() or all(p.name == SPEC or _is_torn(p) for p in folder.iterdir()):
         return
     if not is_run(folder):
         raise UserError(f"{folder} exists and is not a run: give another --out, or remove it")
@@ -159,6 +160,19 @@ def write_start(folder: Path, config: TrainConfig, job: Job) -> None:
     write_whole(folder / CONFIG, config.to_yaml())
     for name, content in pictures.items():
         write_whole(folder / SAMPLES / name, content)
+
+
+def remove_torn(folder: Path) -> None:
+    """Removes what killed writes left in the run: half a state.pt is as large as a whole one."""
+    for path in folder.rglob(".*.part*"):
+        if _is_torn(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether it is a temporary file of `srdeploy.files.whole_file`, such as
+    .state.pt.x7_2ab9q.part.pt."""
+    return re.fullmatch(r"\..+\.\w+\.part(\.\w+)?", path.name) is not None and path.is_file()
 
 
 def saved_config(folder: Path) -> TrainConfig:
@@ -190,10 +204,11 @@ def describe(config: TrainConfig, job: Job) -> str:
     taps = len(job.regulated.taps)
     how = f"self-regulation at {taps} exits + its own" if taps else "no regulation (baseline)"
     images = config.batch * config.accumulate
+    averaged = "; the moving average of the weights is validated and saved" if config.ema else ""
     return (
         f"{config.network.name}, {count / 1e6:.2f} M parameters, {how}, on {_device_name(job)}: "
         f"{config.steps} steps of {images} images, {len(job.training)} to train on, "
-        f"{len(job.validation)} to validate"
+        f"{len(job.validation)} to validate{averaged}"
     )
 
 
