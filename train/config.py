@@ -66,7 +66,7 @@ class TrainConfig(Settings):
     steps: Positive = 2000
     """Optimizer steps."""
     batch: Positive = 8
-    """Images per forward pass."""
+    """Images per forward pass, over all processes that train together."""
     accumulate: Positive = 1
     """Forward passes per step; the step's gradient is that of batch x accumulate images."""
     crop: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (320, 320)
@@ -93,6 +93,9 @@ class TrainConfig(Settings):
     """Weights of the classes in the cross-entropies."""
     amp: bool | None = None
     """bfloat16 autocast in training; null: on CUDA only. Validation is always float32."""
+    sync_batch_norm: bool = False
+    """BatchNorm's statistics over the images of all processes (on GPUs alone); false: each
+    process's own."""
     channels_last: bool = False
     """Lay activations out as N, H, W, C in memory."""
     log_every: Positive = 20
