@@ -8,6 +8,8 @@ one that was killed.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +142,8 @@ def joined() -> Iterator[World]:
         console.follow()
     try:
         yield world
+        # A leader that fails in its last writes fails the job: the others don't end well before.
+        world.wait()
     except Exception as error:
         _end(world, error)
     else:
@@ -169,6 +173,9 @@ def lost(error: BaseException) -> bool:
 
 def _end(world: World, error: Exception) -> None:
     """Raises what this process has to say about its end: the first one that fails speaks."""
+    if threading.current_thread() is threading.main_thread():
+        # torchrun ends the others as soon as one has gone: not before the line is out.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     store = dist.distributed_c10d._get_default_store()
     missing: list[int] = []
     try:
