@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ if what == "photo" and rank == "1":
     loader.Samples.read = unreadable
 runpy.run_module("srdeploy", run_name="__main__")
 """
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the subprocesses."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config_for(data: Path, **changes: Any) -> TrainConfig:
@@ -143,18 +153,20 @@ def test_a_killed_process_ends_the_job_with_one_line_and_one_process_goes_on(
         tiny_data,
         network={"name": "plain_of_two:make"},
         regulation={"enabled": False},
-        steps=150,
+        steps=200,
+        val_every=100,
+        save_every=5,
     )
     job = start_two(config, tmp_path / "killed")
-    train(config, tmp_path / "whole")
     wait_for_step(job, tmp_path / "killed" / METRICS, 12)
     os.kill(process_of(job.pid, rank=1), signal.SIGKILL)
     assert errors_of(job) == [
         "error: rank 1 of 2 ended without a word (killed, or its machine is gone): start all "
         "processes again with --resume"
     ]
-    assert 10 <= read_state(tmp_path / "killed" / STATE)["step"] < 150
+    assert 10 <= read_state(tmp_path / "killed" / STATE)["step"] < 200
     assert train(config, tmp_path / "killed", resume=True).finished
+    train(config, tmp_path / "whole")
     ours, theirs = (read_state(tmp_path / name / STATE) for name in ("killed", "whole"))
     close(ours["network"], theirs["network"])
 
