@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 _quiet = False
+_follows = False
 
 
 def set_quiet(quiet: bool) -> None:
     """Silences messages and progress; warnings, errors and results stay."""
     global _quiet
-    _quiet = quiet
+    _quiet = quiet or _follows
+
+
+def follow() -> None:
+    """Silences all but errors and results: another process of the same job speaks."""
+    global _quiet, _follows
+    _quiet = _follows = True
 
 
 @cache
@@ -52,8 +59,9 @@ def failed(message: str) -> None:
 
 def warn(message: str) -> None:
     """One line that people should read although the job goes on."""
-    stderr().print("[yellow]warning:[/yellow] ", end="")
-    stderr().print(message, markup=False)
+    if not _follows:
+        stderr().print("[yellow]warning:[/yellow] ", end="")
+        stderr().print(message, markup=False)
 
 
 def print_json(value: Any) -> None:

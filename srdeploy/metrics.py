@@ -151,6 +151,20 @@ class Score:
             if present[index] >= SPECK_PIXELS:
                 self._count_components(labels == index, predicted, index)
 
+    def counts(self) -> Counts:
+        """Everything that was counted, int64 [n]: those of parts of the images add up."""
+        parts = (self.confusion, self._small, self._large, np.array([self.images]))
+        return np.concatenate([part.ravel() for part in parts])
+
+    def set_counts(self, counts: Counts) -> None:
+        """Takes `counts`, such as a sum over processes, for what was counted."""
+        classes = self.spec.class_count
+        ends = np.cumsum([classes * classes, classes * 2, classes * 3])
+        confusion, small, large, images = np.split(counts, ends)
+        self.confusion = confusion.reshape(classes, classes)
+        self._small, self._large = small.reshape(classes, 2), large.reshape(classes, 3)
+        self.images = int(images[0])
+
     def tallies(self) -> Counts:
         """All that was counted so far, int64 [K, T] with a column for each of TALLIES."""
         correct, true = self.confusion.diagonal(), self.confusion.sum(axis=1)

@@ -98,9 +98,11 @@ def without_comments() -> Iterator[None]:
         yield
 
 
-def require_compiler(device: torch.device) -> None:
+def require_compiler(device: torch.device, processes: int) -> None:
     """Compiles a sum on `device`. Raises UserError where this machine can't (no C++ compiler, no
-    Triton)."""
+    Triton), and where several processes train together, which nobody has tried with it."""
+    if processes > 1:
+        raise UserError("compile is for one process: leave it away under torchrun")
     try:
         with without_comments():
             torch.compile(_add_one)(torch.ones(2, device=device))

@@ -66,7 +66,7 @@ class TrainConfig(Settings):
     steps: Positive = 2000
     """Optimizer steps."""
     batch: Positive = 8
-    """Images per forward pass."""
+    """Images per forward pass, over all processes that train together."""
     accumulate: Positive = 1
     """Forward passes per step; the step's gradient is that of batch x accumulate images."""
     crop: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (320, 320)
@@ -105,6 +105,9 @@ class TrainConfig(Settings):
     compile: bool = False
     """Train through torch.compile, which needs a C++ compiler, and on a GPU Triton: the first step
     takes longer, the others less. Numbers differ by rounding."""
+    sync_batch_norm: bool = False
+    """BatchNorm's statistics over the images of all processes (on GPUs alone); false: each
+    process's own."""
     channels_last: bool = False
     """Lay activations out as N, H, W, C in memory."""
     log_every: Positive = 20

@@ -20,6 +20,7 @@ from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.spec import Spec
 from srdeploy.train.augment import Augmentation, augment
+from srdeploy.train.distributed import ALONE, World
 
 ORDER, VIEW = 0, 1
 """First word of the streams of random numbers that order the photos and that vary them."""
@@ -98,28 +99,34 @@ def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
-def batches(samples: Samples, size: int, first: int, last: int, workers: int) -> Generator[Batch]:
-    """Batches number `first` .. `last` - 1 of `size` samples each, read ahead by `workers` threads.
+def batches(
+    samples: Samples, size: int, first: int, last: int, workers: int, world: World = ALONE
+) -> Generator[Batch]:
+    """Batches number `first` .. `last` - 1 of `size` samples each, read ahead by `workers` threads;
+    of each the part of this process among those of `world`.
 
     Threads, not processes: decoding and resizing release the interpreter's lock, the cache is
     shared, and a killed run leaves nobody behind.
     """
+    part = world.share(size)
+    offset = world.rank * part
     if workers == 0:
         for number in range(first, last):
-            start = number * size
-            yield collate([samples.read(start + i) for i in range(size)], start)
+            start = number * size + offset
+            yield collate([samples.read(start + i) for i in range(part)], start)
         return
-    ahead = max(2, -(-2 * workers // size))
+    ahead = max(2, -(-2 * workers // part))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
     pending: deque[list[Future[tuple[Pixels, Pixels]]]] = deque()
     try:
         submitted = first
         for number in range(first, last):
             while submitted < min(number + 1 + ahead, last):
-                start = submitted * size
-                pending.append([pool.submit(samples.read, start + i) for i in range(size)])
+                start = submitted * size + offset
+                pending.append([pool.submit(samples.read, start + i) for i in range(part)])
                 submitted += 1
-            yield collate([future.result() for future in pending.popleft()], number * size)
+            found = [future.result() for future in pending.popleft()]
+            yield collate(found, number * size + offset)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

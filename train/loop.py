@@ -20,10 +20,12 @@ from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_b
 from srdeploy.train.compiled import compiled, require_compiler
 from srdeploy.train.config import TrainConfig, learning_rate
 from srdeploy.train.determinism import deterministic
+from srdeploy.train.distributed import ALONE, World, lost
 from srdeploy.train.failures import explain_failure
 from srdeploy.train.guard import NORM, Guard
 from srdeploy.train.loader import batches
 from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
+from srdeploy.train.parallel import Parallel
 from srdeploy.train.pictures import save_predictions
 from srdeploy.train.recorder import Recorder
 from srdeploy.train.start import (
@@ -79,9 +81,13 @@ class Window:
             self._sums[name] = self._sums[name] + term if name in self._sums else term
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def means(self) -> dict[str, float]:
-        """Mean of every term over the steps in which it was there."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+    def means(self, world: World) -> dict[str, float]:
+        """Mean of every term over the steps in which it was there; the processes' parts add up."""
+        rows = world.gather([float(total) for total in self._sums.values()])
+        totals = [sum(parts) for parts in zip(*rows, strict=True)]
+        return {
+            name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)
+        }
 
     def rate(self) -> float:
         """Steps per second."""
@@ -89,13 +95,18 @@ class Window:
 
 
 def train(
-    config: TrainConfig, folder: Path, resume: bool = False, force: bool = False
+    config: TrainConfig,
+    folder: Path,
+    resume: bool = False,
+    force: bool = False,
+    world: World = ALONE,
 ) -> TrainResult:
     """Trains as `config` says into the run folder (its files: srdeploy/runs.py); returns how it
     ended.
 
     resume: goes on from the last checkpoint of the run in `folder`, with the very results that an
-    uninterrupted run has on the CPU. force: replaces a run that is there.
+    uninterrupted run has on the CPU. force: replaces a run that is there. world: the processes that
+    train together, each of which calls this (`distributed.joined`).
     Raises UserError for anything that can't be used, before the folder is touched; and where a loss
     stops being finite, the memory does not suffice, or a photo can't be read in the middle of the
     run.
@@ -114,15 +125,17 @@ def train(
     else:
         require_new(folder, force)
     has_state = resume and (folder / STATE).exists()
-    job = prepare(config, trained=has_state)
+    job = prepare(config, trained=has_state, world=world)
     regulated, device = job.regulated, job.device
     if config.compile:
-        require_compiler(device)
+        require_compiler(device, world.size)
     optimizer = make_optimizer(regulated, config)
     average = None if config.ema is None else Average(regulated, config.ema)
     guard = Guard(config, job.samples)
     normalise = Normalise(job.spec).to(device)
     items = items_digest(job.training)
+    world.require_same(items, "other photos")
+    world.require_same(config.to_yaml() + str(has_state), "another configuration or run folder")
 
     # A new folder, or the state of the old one. A run that was killed before its first checkpoint
     # begins anew.
@@ -134,16 +147,18 @@ def train(
             console.done(f"{folder} is finished already: {progress.step} steps")
             return _result(folder, progress, config, began)
         console.done(f"going on with {folder} after step {progress.step}")
-    else:
+    elif world.leads:
         write_start(folder, config, job)
-    remove_torn(folder)
+    if world.leads:
+        remove_torn(folder)
+    parallel = Parallel(regulated, config, world) if world.size > 1 else None
     console.say(describe(config, job))
 
     with (
         deterministic(config.deterministic),
         compiled(regulated, config.compile),
         StopRequest("stopping after this step; once more to stop at once") as stop,
-        Recorder(folder, resumed_at=progress.step) as recorder,
+        Recorder(folder, resumed_at=progress.step, writes=world.leads) as recorder,
         console.progress("{task.fields[losses]}") as bar,
         closing(
             batches(
@@ -152,6 +167,7 @@ def train(
                 progress.step * config.accumulate,
                 config.steps * config.accumulate,
                 config.workers,
+                world,
             )
         ) as stream,
     ):
@@ -164,24 +180,28 @@ def train(
             rate = learning_rate(config, progress.step)
             set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
+            world.seed(config.seed, progress.step)
             try:
                 terms = accumulate_gradient(
                     regulated,
                     normalise,
                     group,
-                    shares(group, job.spec.ignore_index, job.weights),
+                    shares(group, job.spec.ignore_index, job.weights, world),
                     progress.step / config.steps,
                     job.amp,
                     config.channels_last,
+                    parallel,
                 )
             except RuntimeError as error:
-                known = explain_failure(error, config, device)
+                known = None if lost(error) else explain_failure(error, config, device)
                 if known is None:
                     raise
                 raise known from error
             if config.clip is not None:
                 terms[NORM] = nn.utils.clip_grad_norm_(regulated.parameters(), config.clip)
             guard.look(terms, progress.step + 1)
+            if config.clip is not None:
+                terms[NORM] /= world.size  # all have the same, and parts are added up
             optimizer.step()
             window.add(terms)
             progress.step += 1
@@ -192,12 +212,12 @@ def train(
             # Losses, live and on record. Before every checkpoint too, so that no sum outlives it.
             last = progress.step == config.steps
             # Read once a step: a request that comes later is met after the next step.
-            stopping = stop.requested
+            stopping = world.any(stop.requested)
             saving = last or stopping or progress.step % config.checkpoint_interval == 0
             validating = last or progress.step % config.val_every == 0
             if saving or validating or progress.step % config.log_every == 0:
                 guard.check()
-                means = window.means()
+                means = window.means(world)
                 images_per_s = window.rate() * config.batch * config.accumulate
                 loss, norm = means.pop("total"), means.pop(NORM, None)
                 recorder.train(progress.step, rate, loss, means, images_per_s, norm)
@@ -216,7 +236,8 @@ def train(
 
             # The checkpoint comes last: whatever it counts as done is on the disk by now.
             if saving:
-                save_state(folder, regulated, optimizer, progress, items, average)
+                if world.leads:
+                    save_state(folder, regulated, optimizer, progress, items, average)
                 window = Window()
 
     result = _result(folder, progress, config, began)
@@ -234,11 +255,16 @@ def _validate(
 ) -> None:
     """Scores the network on val, on record and in pictures; keeps its weights where they are the
     best."""
-    scores = validate(job.regulated.network, job.spec, job.validation, config.val_limit, bar)
+    scores = validate(
+        job.regulated.network, job.spec, job.validation, config.val_limit, bar, job.world
+    )
     recorder.val(progress.step, scores)
     better = progress.best_miou is None or scores.miou > progress.best_miou
     if better:
         progress.best_miou, progress.best_step = scores.miou, progress.step
+    if not job.world.leads:
+        return
+    if better:
         save_best(folder, job.regulated, progress)
     console.say(
         f"step {progress.step}/{config.steps}: val mIoU {100 * scores.miou:.2f}, pixel accuracy "

@@ -2,12 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from srdeploy.train.config import TrainConfig
+from srdeploy.train.distributed import ALONE, World
 from srdeploy.train.loader import Batch
+from srdeploy.train.parallel import Parallel
 from srdeploy.train.regulation import SelfRegulation
 
 
@@ -42,15 +45,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
-def shares(group: Sequence[Batch], ignore_index: int, weights: Tensor | None) -> list[float]:
+def shares(
+    group: Sequence[Batch], ignore_index: int, weights: Tensor | None, world: World = ALONE
+) -> list[float]:
     """What each micro-batch weighs in its step, so that their losses add up to the big batch's
-    mean.
+    mean, over all processes.
 
     A pixel loss is a mean over valid pixels, each with its class's weight; micro-batches have
     unequal numbers of those. The sum is exact for the network's own loss, and for the others where
     the counts are equal. weights: float32 [K], on the CPU.
     """
-    if len(group) == 1:
+    if len(group) * world.size == 1:
         return [1.0]
     totals = []
     for batch in group:
@@ -59,8 +64,8 @@ def shares(group: Sequence[Batch], ignore_index: int, weights: Tensor | None) ->
         if weights is not None:
             counts[: len(weights)] *= weights.double()
         totals.append(float(counts.sum()))
-    whole = sum(totals)
-    return [total / whole if whole else 1 / len(group) for total in totals]
+    whole = sum(sum(row) for row in world.gather(totals))
+    return [total / whole if whole else 1 / (len(group) * world.size) for total in totals]
 
 
 def accumulate_gradient(
@@ -71,21 +76,26 @@ def accumulate_gradient(
     progress: float,
     amp: bool,
     channels_last: bool,
+    parallel: Parallel | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of a step's micro-batches; returns the loss terms, and their "total",
     detached.
 
-    weights: from `shares`; progress: share of the training that is done, 0..1.
+    weights: from `shares`; progress: share of the training that is done, 0..1; parallel: where
+    several processes train: the gradient is that of all, the terms are this one's part.
     """
     device = next(regulated.network.parameters()).device
     layout = torch.channels_last if channels_last else torch.contiguous_format
     sums: dict[str, Tensor] = {}
-    for batch, weight in zip(group, weights, strict=True):
+    for number, (batch, weight) in enumerate(zip(group, weights, strict=True), start=1):
         here = batch.to(device)
         images = normalise(here.images).contiguous(memory_format=layout)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-            losses = regulated.losses(images, here.labels, progress)
-        torch.autograd.backward(losses.total * weight)
+        with nullcontext() if parallel is None else parallel.micro_batch(number == len(group)):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                losses = (parallel or regulated).losses(images, here.labels, progress)
+            # Processes' gradients meet as a mean, but the weights are made for a sum.
+            scale = weight if parallel is None else weight * parallel.world.size
+            torch.autograd.backward(losses.total * scale)
         for name, term in {"total": losses.total.detach(), **losses.terms}.items():
             sums[name] = sums[name] + weight * term if name in sums else weight * term
     return sums

@@ -28,16 +28,20 @@ class Recorder:
     gradients are clipped, "gradient_norm" (before clipping): losses and norms are means over the
     steps since the last record; {"kind": "val", "step", "miou", "pixel_accuracy",
     "iou": {class: value}, "failure1", "failure2"}: shares, 0..1, null where undefined.
+    With `writes` False nothing is written: another process of the run does it.
     """
 
-    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
+    def __init__(self, folder: Path, resumed_at: int = 0, writes: bool = True) -> None:
         self.path = folder / METRICS
         self._events = folder / TENSORBOARD
         self._resumed_at = resumed_at
+        self._writes = writes
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
 
     def __enter__(self) -> Self:
+        if not self._writes:
+            return self
         cut_back(self.path, self._resumed_at)
         try:
             self._file = self.path.open("a", encoding="utf-8")
@@ -98,6 +102,8 @@ class Recorder:
         self._plot(step, {f"iou/{name}": v for name, v in scores.iou.items() if v is not None})
 
     def _write(self, record: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         assert self._file is not None, "open the recorder before use"
         # In one write with its newline, and out of our buffers: a killed run leaves whole lines.
         self._file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srdeploy import console
 from srdeploy.data import DataSet, open_dataset, spec_for
@@ -34,6 +34,7 @@ from srdeploy.train.augment import augmentation_for
 from srdeploy.train.balance import class_weights
 from srdeploy.train.config import TrainConfig, check_resumable
 from srdeploy.train.device import find_device
+from srdeploy.train.distributed import ALONE, World
 from srdeploy.train.loader import Samples
 from srdeploy.train.pictures import sample_pictures
 from srdeploy.train.recorder import TENSORBOARD
@@ -57,17 +58,24 @@ class Job:
     """Class weights float32 [K] on the CPU, or None."""
     device: torch.device
     amp: bool
+    world: World = ALONE
 
 
-def prepare(config: TrainConfig, trained: bool = False) -> Job:
+def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) -> Job:
     """Opens the data and builds the network, exits and class weights; writes nothing. Raises
     UserError.
 
     The network's start depends on config.seed alone: not on regulation, nor on the device.
     `trained`: weights will be loaded from a checkpoint, so that the pretrained file need not be
-    there any more.
+    there any more. `world`: the processes that train together.
     """
-    device = find_device(config.device)
+    device = find_device(config.device, world)
+    world.share(config.batch)
+    if config.sync_batch_norm and device.type == "cpu":
+        raise UserError(
+            "sync_batch_norm needs GPUs, torch has none for the CPU: give "
+            "--set sync_batch_norm=false"
+        )
     training = open_dataset(config.data, config.train_split, config.layout)
     validation = open_dataset(config.data, config.val_split, config.layout)
     spec = spec_for(
@@ -94,6 +102,9 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
         class_weights=weights,
         probe_size=probe_size,
     )
+    if config.sync_batch_norm and world.size > 1:
+        # The layers' weights and names stay, and so does what is saved.
+        nn.SyncBatchNorm.convert_sync_batchnorm(regulated)
     place(regulated, device, config.channels_last)
     return Job(
         spec=spec,
@@ -106,6 +117,7 @@ def prepare(config: TrainConfig, trained: bool = False) -> Job:
         weights=weights,
         device=device,
         amp=config.autocast(device.type),
+        world=world,
     )
 
 
@@ -214,6 +226,8 @@ def describe(config: TrainConfig, job: Job) -> str:
 
 def _device_name(job: Job) -> str:
     precision = "bfloat16" if job.amp else "float32"
+    if job.world.size > 1:
+        precision = f"{job.world.size} processes, {precision}"
     if job.device.type == "cuda":
         return f"{torch.cuda.get_device_name(job.device)} ({precision})"
     return f"the CPU ({precision}, {torch.get_num_threads()} threads)"

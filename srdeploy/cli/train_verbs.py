@@ -73,8 +73,11 @@ def train(
     Example: srdeploy train data --out runs/base --no-sr --set accumulate=2 --set scale=[0.75,1.5]
 
     Example: srdeploy train --out runs/sr --resume
+
+    Example: torchrun --nproc-per-node 4 -m srdeploy train data --batch 16 --out runs/four
     """
     from srdeploy import console
+    from srdeploy.train.distributed import joined
     from srdeploy.train.loop import train as run_training
 
     console.set_quiet(quiet or as_json)
@@ -93,10 +96,10 @@ def train(
         "workers": workers,
     }
     given = {key: value for key, value in flags.items() if value is not None}
-    result = run_training(
-        _configure(out, resume, config, given, settings or []), out, resume, force
-    )
-    if as_json:
+    with joined() as world:
+        configured = _configure(out, resume, config, given, settings or [])
+        result = run_training(configured, out, resume, force, world)
+    if as_json and world.leads:
         console.print_json(result.summary())
     if not result.finished:
         raise typer.Exit(1)

@@ -1,0 +1,201 @@
+"""The processes of a training run: torchrun's, or this one alone.
+
+    torchrun --nproc-per-node 2 -m srdeploy train DATA --out RUN
+
+Every process computes a share of each batch; rank 0 leads: it alone writes and speaks. An error
+anywhere ends the job with one line, said by the process that failed, or by the first that misses
+one that was killed.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import sleep
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from srdeploy import console
+from srdeploy.errors import UserError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun puts into the environment of each process."""
+SPOKEN = "srdeploy/spoken"
+"""Key of torchrun's store: how many processes have met an error; the first one says so."""
+MISSED = "srdeploy/misses-a-process/"
+"""Prefix of keys of the store, one for each rank that lost its connection to another."""
+PATIENCE = 1.0
+"""Seconds in which all processes that are alive notice that one is not."""
+_LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "peer")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a run. All methods but `seed` are called by every process at the
+    same point; alone they cost nothing."""
+
+    rank: int = 0
+    """0 .. size - 1."""
+    size: int = 1
+    local_rank: int = 0
+    """Number of this process on its machine: the number of its GPU."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run's files and speaks."""
+        return self.rank == 0
+
+    def share(self, batch: int) -> int:
+        """How many of a batch's images each process takes. Raises UserError where they don't
+        divide."""
+        if batch % self.size:
+            raise UserError(
+                f"batch {batch} can't be dealt out to {self.size} processes evenly: it counts the "
+                f"images of all of them; give a --batch that is divisible by {self.size}"
+            )
+        return batch // self.size
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Equally many values of every process, in the order of ranks."""
+        if self.size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine)
+        return [row.tolist() for row in found]
+
+    def sum(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The processes' counts added up, exactly; int64 of any shape, equal everywhere."""
+        if self.size == 1:
+            return counts
+        total = torch.from_numpy(counts.copy())
+        dist.all_reduce(total)
+        return total.numpy()
+
+    def sum_tensor(self, values: Tensor) -> None:
+        """Adds up the processes' tensors, in place, on their device; alone it is left as it is."""
+        if self.size > 1:
+            dist.all_reduce(values)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any process."""
+        return any(row[0] for row in self.gather([float(flag)]))
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.any(False)
+
+    def require_same(self, text: str, what: str) -> None:
+        """Raises UserError where another process has another `text` than the leader."""
+        if self.size == 1:
+            return
+        texts: list[str | None] = [None] * self.size
+        dist.all_gather_object(texts, text)
+        for rank, other in enumerate(texts):
+            if other != texts[0]:
+                raise UserError(
+                    f"rank {rank} of {self.size} has {what} than rank 0: start all processes with "
+                    "the same flags, and give all machines the same data"
+                )
+
+    def seed(self, seed: int, step: int) -> None:
+        """Torch's random numbers for a step, other ones on every rank.
+
+        They follow from seed, rank and step, so that a checkpoint need not hold them. The leader's
+        go on as those of a process alone do.
+        """
+        if not self.leads:
+            words = np.random.SeedSequence([seed, self.rank, step]).generate_state(2)
+            torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+
+ALONE = World()
+"""One process, without torchrun."""
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Joins torchrun's other processes for the block; without them, `ALONE`.
+
+    Tensors on the CPU travel by gloo, those on a GPU by NCCL. Processes that follow are silent. An
+    error in the block leaves it on one process, with its rank, and on the others as a silent exit.
+    Raises UserError for an environment that is none of torchrun's.
+    """
+    world = found_world()
+    if world.size == 1:
+        yield ALONE
+        return
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    if cuda and world.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if not world.leads:
+        console.follow()
+    try:
+        yield world
+        # A leader that fails in its last writes fails the job: the others don't end well before.
+        world.wait()
+    except Exception as error:
+        _end(world, error)
+    else:
+        dist.destroy_process_group()
+
+
+def found_world() -> World:
+    """The place that torchrun's environment gives this process. Raises UserError where it is no
+    number."""
+    if any(name not in os.environ for name in TORCHRUN):
+        return ALONE
+    try:
+        rank, size, local = (int(os.environ[name]) for name in TORCHRUN[:3])
+    except ValueError as error:
+        raise UserError(
+            "RANK, WORLD_SIZE and LOCAL_RANK in the environment are to be numbers: start with "
+            "torchrun, or unset them"
+        ) from error
+    return World(rank, size, local)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether the error is that another process could not be reached any more."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)
+
+
+def _end(world: World, error: Exception) -> None:
+    """Raises what this process has to say about its end: the first one that fails speaks."""
+    if threading.current_thread() is threading.main_thread():
+        # torchrun ends the others as soon as one has gone: not before the line is out.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    store = dist.distributed_c10d._get_default_store()
+    missing: list[int] = []
+    try:
+        if lost(error):
+            store.set(f"{MISSED}{world.rank}", "")
+        first = store.add(SPOKEN, 1) == 1
+        if lost(error) and first:
+            sleep(PATIENCE)
+            ranks = range(world.size)
+            missing = [rank for rank in ranks if not store.check([f"{MISSED}{rank}"])]
+    except RuntimeError:  # the store went away with its machine
+        first = True
+    if not first:
+        raise SystemExit(2) from error
+    if lost(error):
+        who = " and ".join(f"rank {rank}" for rank in missing) or "another process"
+        raise UserError(
+            f"{who} of {world.size} ended without a word (killed, or its machine is gone): start "
+            "all processes again with --resume"
+        ) from error
+    if isinstance(error, UserError):
+        raise UserError(f"{world}: {error}") from error
+    raise error
