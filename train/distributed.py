@@ -7,6 +7,7 @@ anywhere ends the job with one line, said by the process that failed, or by the 
 one that was killed.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -147,6 +148,9 @@ def joined() -> Iterator[World]:
     except Exception as error:
         _end(world, error)
     else:
+        # DistributedDataParallel holds the group in cycles; a group that outlives the interpreter
+        # aborts the process now and then.
+        gc.collect()
         dist.destroy_process_group()
 
 
