@@ -77,7 +77,7 @@ def train(
     Example: torchrun --nproc-per-node 4 -m srdeploy train data --batch 16 --out runs/four
     """
     from srdeploy import console
-    from srdeploy.train.distributed import joined
+    from srdeploy.train.distributed import joined, leave
     from srdeploy.train.loop import train as run_training
 
     console.set_quiet(quiet or as_json)
@@ -101,6 +101,8 @@ def train(
         result = run_training(configured, out, resume, force, world)
     if as_json and world.leads:
         console.print_json(result.summary())
+    if world.size > 1:
+        leave(0 if result.finished else 1)
     if not result.finished:
         raise typer.Exit(1)
 
