@@ -68,6 +68,10 @@ ifneq ($(CAMVID),)
 		--out bench/serving.json
 	$(SCRIPT)/overload.py bench/deploy/camvid-baseline --photos $(CAMVID)/images/test \
 		--out bench/overload.json
+	$(SCRIPT)/folders.py bench/deploy/camvid-baseline --photos $(CAMVID)/images/test --count 233 \
+		--rounds 3 --out bench/folders.json
+	$(SCRIPT)/folder_soak.py bench/deploy/camvid-baseline --photos $(CAMVID)/images/test \
+		--shrink 3 --out bench/folder-soak.json
 else
 	@echo "CamVid's figures were NOT repeated: give CAMVID=folder and MOBILENET=file.safetensors"
 endif
