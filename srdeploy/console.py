@@ -47,21 +47,30 @@ def say(message: str) -> None:
 def done(message: str) -> None:
     """One line for a step that went well."""
     if not _quiet:
-        stderr().print("[green]✓[/green] ", end="")
-        stderr().print(message, markup=False)
+        _print_marked("✓", "green", message)
 
 
 def failed(message: str) -> None:
     """One line for a verdict that went against the artifact."""
-    stderr().print("[red]✗[/red] ", end="")
-    stderr().print(message, markup=False)
+    _print_marked("✗", "red", message)
 
 
 def warn(message: str) -> None:
     """One line that people should read although the job goes on."""
     if not _follows:
-        stderr().print("[yellow]warning:[/yellow] ", end="")
-        stderr().print(message, markup=False)
+        _print_marked("warning:", "yellow", message)
+
+
+def error(message: str) -> None:
+    """One line for what ended the verb; line breaks in it become spaces."""
+    _print_marked("error:", "red", " ".join(message.split()))
+
+
+def _print_marked(mark: str, style: str, message: str) -> None:
+    # As one piece: processes that share a terminal or a pipe would write between two.
+    from rich.text import Text
+
+    stderr().print(Text.assemble((mark, style), " ", message))
 
 
 def print_json(value: Any) -> None:

@@ -93,6 +93,5 @@ def main() -> None:
 
 
 def _refuse(message: str) -> None:
-    console.stderr().print("[red]error:[/red] ", end="")
-    console.stderr().print(" ".join(message.split()), markup=False)
+    console.error(message)
     sys.exit(2)
