@@ -85,7 +85,9 @@ def test_a_recipe_is_one_yaml_file_whose_keys_stand_once_and_are_known(
     name: str, tmp_path: Path
 ) -> None:
     recipe = open_recipe(name)
-    keys = [key.value for key, _ in yaml.compose(recipe.text).value]
+    node = yaml.compose(recipe.text)
+    assert isinstance(node, yaml.MappingNode)
+    keys = [key.value for key, _ in node.value]
     assert len(keys) == len(set(keys))
     config = load_config(recipe=name, flags={"data": "somewhere"})
     assert config.network.name == name.partition("/")[0]
