@@ -106,7 +106,9 @@ def save_curves(path: Path, title: str, curves: dict[str, list[list[list[float]]
         label = f"{variant} ({len(runs)})"
         (line,) = axes.plot(steps, miou.mean(0), style, marker=".", label=label)
         axes.fill_between(steps, miou.min(0), miou.max(0), color=line.get_color(), alpha=0.12, lw=0)
-    axes.set(title=f"{title}: mean and range over seeds", xlabel="step", ylabel="mIoU, %")
+    axes.set(title=f"{title}: mean and range over seeds", xlabel="step")
+    axes.set(ylabel="mIoU on the selecting split, %")
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(title="variant (seeds)")
     with whole_file(path) as part:

@@ -19,6 +19,7 @@ from srdeploy.models import NETWORKS, make_network
 from srdeploy.models.pretrained import IMAGENET_FILES
 from srdeploy.train.config import TrainConfig, load_config
 from srdeploy.train.loop import train
+from srdeploy.train.recipe import DATA as DATA_PARTS
 from srdeploy.train.recipe import NETWORKS as NETWORK_PARTS
 from srdeploy.train.recipe import open_recipe, recipe_names, recipe_parts
 
@@ -193,3 +194,12 @@ def test_train_takes_a_recipe_and_resume_refuses_one(
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, UserError)
     assert "leave --recipe away" in str(result.exception)
+
+
+def test_the_documented_table_is_what_the_recipes_say() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    for data in recipe_parts(DATA_PARTS):
+        config = load_config(recipe=f"unet/{data}", flags={"data": "somewhere"})
+        height, width = config.crop
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {data} |")]
+        assert row.endswith(f"| {config.steps:,} | {config.batch} | {height}x{width} |")
