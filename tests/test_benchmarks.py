@@ -41,7 +41,15 @@ def test_step_cost_reports_time_and_memory_of_every_variant(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "script",
-    ["step_cost.py", "camvid.py", "verdicts.py", "precisions.py", "power.py", "one_convolution.py"],
+    [
+        "step_cost.py",
+        "camvid.py",
+        "verdicts.py",
+        "precisions.py",
+        "power.py",
+        "one_convolution.py",
+        "evidence.py",
+    ],
 )
 def test_every_benchmark_says_what_it_does(script: str) -> None:
     result = run(script, "--help")
@@ -54,6 +62,7 @@ def test_every_benchmark_says_what_it_does(script: str) -> None:
     [
         ("camvid.py", "{absent}", "--pretrained", "absent.safetensors"),
         ("precisions.py", "{absent}", "--data", "{absent}"),
+        ("evidence.py", "{absent}"),
         ("one_convolution.py", "{absent}", "stages.0"),
     ],
 )

@@ -1,7 +1,6 @@
 """The configuration of a training run: one frozen model, made of defaults, a YAML file, flags and
 --set."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from srdeploy.errors import UserError
 from srdeploy.files import read_text
 from srdeploy.runs import NetworkConfig
 from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD, Mean, Std
+from srdeploy.train.recipe import open_recipe
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.validation import Settings, parse_size, validated
 
@@ -179,8 +179,10 @@ def load_config(
     file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
     settings: Sequence[str] = (),
+    recipe: str | None = None,
 ) -> TrainConfig:
-    """Defaults, then `base` (a resumed run's own configuration), then `file`, `flags`, `settings`.
+    """Defaults, then `base` (a resumed run's own configuration), `recipe` (by its name), `file`,
+    `flags`, `settings`.
 
     flags maps dotted keys to values, settings are "key=value" with the value read as YAML.
     Raises UserError naming the source, the key and the closest known one.
@@ -188,6 +190,8 @@ def load_config(
     layers: list[tuple[str, dict[str, Any]]] = []
     if base is not None:
         layers.append(("the run's configuration", dict(base)))
+    if recipe is not None:
+        layers.append((f"recipe {recipe}", open_recipe(recipe).values))
     if file is not None:
         layers.append((str(file), read_config_file(file)))
     for key, value in (flags or {}).items():
@@ -290,11 +294,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[prefix + key] = value
     return result
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of step 0 .. steps - 1: linear warm-up times poly decay, Chen et al., DeepLab (TPAMI
-    2018)."""
-    warm = min(1.0, (step + 1) / (config.warm_up + 1))
-    decay = math.pow(1 - step / config.steps, config.power)
-    return config.lr * warm * decay

@@ -18,7 +18,7 @@ from srdeploy.runs import STATE
 from srdeploy.train.average import Average
 from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_best, save_state
 from srdeploy.train.compiled import compiled, require_compiler
-from srdeploy.train.config import TrainConfig, learning_rate
+from srdeploy.train.config import TrainConfig
 from srdeploy.train.determinism import deterministic
 from srdeploy.train.distributed import ALONE, World, lost
 from srdeploy.train.failures import explain_failure
@@ -28,6 +28,7 @@ from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_lea
 from srdeploy.train.parallel import Parallel
 from srdeploy.train.pictures import save_predictions
 from srdeploy.train.recorder import Recorder
+from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import (
     PREDICTIONS,
     Job,

@@ -1,4 +1,11 @@
-"""When self-regulation acts: exits are trained alone first, then their feedback is ramped up."""
+"""What follows from how far training is: the learning rate, and the feedback's strength.
+
+Exits are trained alone first, then their feedback is ramped up.
+"""
+
+import math
+
+from srdeploy.train.config import TrainConfig
 
 
 def ramp(progress: float, start: float, length: float) -> float:
@@ -11,3 +18,11 @@ def ramp(progress: float, start: float, length: float) -> float:
     if length <= 0:
         return 1.0 if progress >= start else 0.0
     return min(1.0, max(0.0, (progress - start) / length))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step 0 .. steps - 1: linear warm-up times poly decay, Chen et al., DeepLab (TPAMI
+    2018)."""
+    warm = min(1.0, (step + 1) / (config.warm_up + 1))
+    decay = math.pow(1 - step / config.steps, config.power)
+    return config.lr * warm * decay

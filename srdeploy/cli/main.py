@@ -23,6 +23,7 @@ from srdeploy.cli import (
     inspect_verb,
     model_verbs,
     predict_verb,
+    recipe_verb,
     serve_verb,
     strip_verb,
     train_verbs,
@@ -61,6 +62,7 @@ def _root(
 
 
 train_verbs.register(app)
+recipe_verb.register(app)
 export_verbs.register(app)
 certify_verb.register(app)
 strip_verb.register(app)

@@ -46,6 +46,10 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Threads that read and augment photos (default: 2).")
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NETWORK/DATA", help="Recipe to start from: see srdeploy recipes."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Configuration to start from.")
     ] = None,
@@ -62,9 +66,9 @@ def train(
 ) -> None:
     """Train a network with self-regulation, or the baseline (--no-sr), into a run folder.
 
-    Keys count in this order: defaults, --config, the flags here, --set. The folder's config.yaml
-    lists all keys and can be given as --config. Ctrl-C stops after the step and saves; --resume
-    goes on from there.
+    Keys count in this order: defaults, --recipe, --config, the flags here, --set. The folder's
+    config.yaml lists all keys and can be given as --config. Ctrl-C stops after the step and saves;
+    --resume goes on from there.
 
     Example: srdeploy train data --network deeplabv2-resnet18 --pretrained imagenet --out runs/sr
 
@@ -73,6 +77,8 @@ def train(
     Example: srdeploy train data --out runs/base --no-sr --set accumulate=2 --set scale=[0.75,1.5]
 
     Example: srdeploy train --out runs/sr --resume
+
+    Example: srdeploy train camvid --recipe segnet/camvid --batch 4 --out runs/segnet
 
     Example: torchrun --nproc-per-node 4 -m srdeploy train data --batch 16 --out runs/four
     """
@@ -97,7 +103,7 @@ def train(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     with joined() as world:
-        configured = _configure(out, resume, config, given, settings or [])
+        configured = _configure(out, resume, recipe, config, given, settings or [])
         result = run_training(configured, out, resume, force, world)
     if as_json and world.leads:
         console.print_json(result.summary())
@@ -108,16 +114,25 @@ def train(
 
 
 def _configure(
-    out: Path, resume: bool, file: Path | None, flags: dict[str, Any], settings: list[str]
+    out: Path,
+    resume: bool,
+    recipe: str | None,
+    file: Path | None,
+    flags: dict[str, Any],
+    settings: list[str],
 ) -> "TrainConfig":
     from srdeploy.errors import UserError
     from srdeploy.train.config import load_config
     from srdeploy.train.start import saved_config
 
+    if resume and recipe is not None:
+        raise UserError(
+            f"--resume goes on with the configuration that {out} began with: leave --recipe away"
+        )
     base = saved_config(out).model_dump(mode="json") if resume else None
     if base is None and file is None and "data" not in flags and not settings:
         raise UserError("no data set given: srdeploy train DATA --out RUN")
-    return load_config(base, file, flags, settings)
+    return load_config(base, file, flags, settings, recipe)
 
 
 def register(app: typer.Typer) -> None:

@@ -14,11 +14,11 @@ from srdeploy.train.config import (
     TrainConfig,
     check_resumable,
     flat,
-    learning_rate,
     load_config,
     merge,
     nested,
 )
+from srdeploy.train.schedule import learning_rate
 from srdeploy.validation import validated
 
 pytestmark = pytest.mark.wheel
