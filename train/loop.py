@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress as RichProgress
-from torch import Tensor, nn
+from torch import nn
 
 from srdeploy import console
 from srdeploy.deployable import Normalise
@@ -41,6 +41,7 @@ from srdeploy.train.start import (
     write_start,
 )
 from srdeploy.train.validate import validate
+from srdeploy.train.window import Window
 
 WIDE = 140
 """Columns of a terminal in which all losses fit beside the progress bar."""
@@ -64,35 +65,6 @@ class TrainResult:
     def summary(self) -> dict[str, Any]:
         """The result as JSON."""
         return {**self.__dict__, "folder": str(self.folder), "seconds": round(self.seconds, 3)}
-
-
-class Window:
-    """Sums of the loss terms since the last record; they stay on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._began = time.perf_counter()
-        self._steps = 0
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """One more step's terms."""
-        self._steps += 1
-        for name, term in terms.items():
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def means(self, world: World) -> dict[str, float]:
-        """Mean of every term over the steps in which it was there; the processes' parts add up."""
-        rows = world.gather([float(total) for total in self._sums.values()])
-        totals = [sum(parts) for parts in zip(*rows, strict=True)]
-        return {
-            name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)
-        }
-
-    def rate(self) -> float:
-        """Steps per second."""
-        return self._steps / max(time.perf_counter() - self._began, 1e-9)
 
 
 def train(

@@ -80,6 +80,8 @@ class StepCost(Settings):
     """Of activations in memory: NCHW or NHWC."""
     threads: int
     """CPU threads of torch."""
+    compiled: bool = False
+    """Whether all variants, the baseline too, stepped through torch.compile."""
     variants: tuple[VariantCost, ...]
     floor: Interval
     """Ratio of the second baseline's times to the first's: smaller differences are noise."""
@@ -137,6 +139,7 @@ def step_cost(config: TrainConfig, classes: int, rounds: int, threads: int | Non
         arithmetic="bfloat16 autocast" if config.autocast(device.type) else "float32",
         layout="NHWC" if config.channels_last else "NCHW",
         threads=used,
+        compiled=config.compile,
         variants=rows,
         floor=paired_ratio(times[TWIN], times[BASELINE]),
         environment=describe_environment(),

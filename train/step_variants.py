@@ -27,6 +27,7 @@ from srdeploy.models.imported import is_imported
 from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.runs import NetworkConfig, build_network
 from srdeploy.spec import Spec
+from srdeploy.train.compiled import Compiled, require_compiler
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.device import find_device
 from srdeploy.train.loader import Batch
@@ -70,9 +71,11 @@ def training_of(
     size: tuple[int, int],
     batch: int,
     device: str,
+    compile_steps: bool = False,
 ) -> TrainConfig:
     """The configuration of `srdeploy train` whose steps are measured, with its defaults for the
-    rest; size is (height, width). Raises UserError, also for a device that is not there."""
+    rest; size is (height, width). Raises UserError, also for a device that is not there, and where
+    steps are to be compiled and can't be."""
     height, width = size
     if min(size) < SMALLEST:
         raise UserError(
@@ -86,13 +89,17 @@ def training_of(
         # Costs nothing, and refuses an unknown name or option before anything is measured.
         with torch.device("meta"):
             build_network(chosen, classes)
+    found = find_device(device)
+    if compile_steps:
+        require_compiler(found, processes=1)
     values = {
         "data": Path(),  # nothing is read
         "network": chosen,
         "crop": size,
         "batch": batch,
         "lr": LEARNING_RATE,
-        "device": str(find_device(device)),
+        "device": str(found),
+        "compile": compile_steps,
     }
     return validated(TrainConfig, values, "the training")
 
@@ -114,6 +121,9 @@ class Trainee:
             names = tuple(f"class {index}" for index in range(classes))
             spec = Spec(classes=names, palette=((0, 0, 0),) * classes)
             self.normalise = Normalise(spec).to(self.device)
+        if config.compile:
+            # For as long as the trainee lives: it is never validated or saved.
+            self.regulated.compiled = Compiled(self.regulated)
         self.optimizer = make_optimizer(self.regulated, config)
         rng = np.random.default_rng(config.seed)
         shape = (config.batch, *config.crop)

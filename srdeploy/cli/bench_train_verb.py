@@ -33,6 +33,14 @@ def bench_train(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of torch; its own choice by default.", min=1)
     ] = None,
+    compile_steps: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Through torch.compile, as --set compile=true trains: all variants, the baseline "
+            "too.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write the JSON report here.", show_default=False)
     ] = None,
@@ -69,7 +77,13 @@ def bench_train(
 
     console.set_quiet(quiet or as_json)
     config = training_of(
-        network, parse_options(option or []), classes, parse_size(size, "--size"), batch, device
+        network,
+        parse_options(option or []),
+        classes,
+        parse_size(size, "--size"),
+        batch,
+        device,
+        compile_steps,
     )
     found = step_cost(config, classes, rounds, threads)
     if out is not None:
@@ -128,6 +142,11 @@ def _remarks(found: "StepCost") -> list[str]:
         f"on {found.device}, {found.threads} CPU threads, {found.arithmetic}, {found.layout}; "
         "without reading photos"
     )
+    if found.compiled:
+        lines.append(
+            "compiled: all variants, through torch.compile"
+            + ("" if found.variants[0].process_mib is None else "; memory includes the compiler's")
+        )
     unsettled = [row.name for row in found.variants if not row.settled]
     if unsettled:
         lines.append(f"times never settled while warming up: {', '.join(unsettled)}")

@@ -33,6 +33,25 @@ def known_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srdeploy.train.step_cost.memory_of", known)
 
 
+@pytest.mark.usefixtures("known_memory")
+def test_all_variants_step_through_the_compiler_where_that_is_asked(
+    srdeploy: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # tests/train/test_compiled.py compiles in earnest, which takes long.
+    handed: list[str] = []
+
+    def as_it_is(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        handed.append(function.__name__)
+        return function
+
+    monkeypatch.setattr("torch.compile", as_it_is)
+    code, text, _ = srdeploy("bench", "train", *SMALL, "--compile", "--json")
+    assert code == 0
+    assert StepCost.model_validate_json(text).compiled
+    assert handed.count("_collect") == len(VARIANTS) + 1, "the baseline twice"
+    assert handed.count("forward") == len(VARIANTS) - 1, "the baseline has no exits"
+
+
 def test_the_first_two_words_are_tried_before_the_first() -> None:
     app = typer.Typer(cls=TwoWords)
 

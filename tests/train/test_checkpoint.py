@@ -125,3 +125,21 @@ def test_photos_may_have_names_that_are_no_utf8(tiny_data: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     odd = replace(data, items=(replace(data.items[0], name=name),))
     assert items_digest(odd) != items_digest(data)
+
+
+def test_a_checkpoint_of_the_first_format_is_read_and_unknown_ones_are_refused(
+    tmp_path: Path,
+) -> None:
+    regulated, optimizer = make()
+    step(regulated, optimizer, 0)
+    save_state(tmp_path, regulated, optimizer, Progress(step=1), "items")
+    state = read_state(tmp_path / STATE)
+    del state["ema"]
+    torch.save(state | {"format": 1}, tmp_path / STATE)
+    other, its_optimizer = make(seed=1)
+    assert load_state(tmp_path, other, its_optimizer, "items").step == 1
+    for name, value in regulated.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    torch.save(state | {"format": 99}, tmp_path / STATE)
+    with pytest.raises(UserError, match="format 99, but this version reads"):
+        load_state(tmp_path, other, its_optimizer, "items")
