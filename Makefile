@@ -57,6 +57,7 @@ bench: $(READY)
 	mkdir -p bench
 	$(SCRIPT)/power.py --out bench/power.json
 	$(SCRIPT)/step_cost.py --out bench/step-cost.json
+	$(SCRIPT)/step_cost.py deeplabv2-resnet50 --size 321x321 --rounds 10 --out bench/step-cost-resnet50.json
 	$(SCRIPT)/verdicts.py --out bench/verdicts.json
 ifneq ($(CAMVID),)
 	$(SCRIPT)/camvid.py $(CAMVID) --pretrained $(MOBILENET) --runs bench/runs --deploy bench/deploy \

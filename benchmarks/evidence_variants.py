@@ -34,6 +34,9 @@ VARIANTS: dict[str, list[str]] = {
         srl_weight=1.25,
         ramp=0.0,
     ),
+    # The default weights at the authors' heads, each of which works as much as a network: whether
+    # lean exits cost accuracy.
+    "authors-heads": regulated(exits="authors"),
     # When feedback comes in; after a quarter, ramped over a tenth, is the default.
     "at-once": regulated(start=0.0, ramp=0.0),
     "stepped": regulated(ramp=0.0),
@@ -45,6 +48,7 @@ SETS: dict[str, list[str]] = {
     "main": [BASELINE, "mea", "srf", "srl", "all"],
     "forms": [BASELINE, "all", "hard", "feature"],
     "weights": [BASELINE, "all", "half", "double", "authors"],
+    "heads": [BASELINE, "all", "authors-heads"],
     "schedule": [BASELINE, "all", "at-once", "stepped", "late"],
 }
 """Names that stand for several variants."""
