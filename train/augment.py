@@ -2,6 +2,7 @@
 throughout."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -9,6 +10,9 @@ from PIL import Image
 from srdeploy.imaging import Pixels
 from srdeploy.spec import Spec
 from srdeploy.train.config import TrainConfig
+
+GRAY = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in a colour's gray, after ITU-R BT.601."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Augmentation:
     to 0."""
     ignore_index: int
     """Label of that ground."""
+    on_device: bool = False
+    """Whether mirroring and colours are left to the device."""
 
 
 def augmentation_for(config: TrainConfig, spec: Spec) -> Augmentation:
@@ -39,28 +45,56 @@ def augmentation_for(config: TrainConfig, spec: Spec) -> Augmentation:
         colour=config.colour,
         fill=(red, green, blue),
         ignore_index=spec.ignore_index,
+        on_device=config.augment_on == "device",
     )
 
 
-def augment(
-    photo: Pixels, labels: Pixels, how: Augmentation, rng: np.random.Generator
-) -> tuple[Pixels, Pixels]:
-    """One random view: uint8 [h, w, 3] and uint8 [h, w] with (h, w) = how.crop.
+class Look(NamedTuple):
+    """What is left to do to a crop where that is done on the device (`train.device_augment`)."""
 
-    photo uint8 [H, W, 3] RGB, labels uint8 [H, W]. The same number of values is drawn from `rng`
-    whatever the settings, so that changing one setting leaves the other choices as they were.
+    brightness: float
+    contrast: float
+    saturation: float
+    mirrored: bool
+    top: int
+    left: int
+    height: int
+    width: int
+    """The part of the crop that the photo fills, in pixels."""
+
+
+class Sample(NamedTuple):
+    """One random view of a photo."""
+
+    photo: Pixels
+    """uint8 [h, w, 3] RGB, (h, w) the crop's size."""
+    labels: Pixels
+    """uint8 [h, w]."""
+    look: Look | None = None
+    """None where nothing is left to do."""
+
+
+def augment(photo: Pixels, labels: Pixels, how: Augmentation, rng: np.random.Generator) -> Sample:
+    """One random view. photo uint8 [H, W, 3] RGB, labels uint8 [H, W].
+
+    The same number of values is drawn from `rng` whatever the settings, so that changing one
+    setting leaves the other choices as they were.
     """
     scale = rng.uniform(*how.scale)
     place = rng.random(2)
-    mirrored = rng.random() < how.flip
+    mirrored = bool(rng.random() < how.flip)
     factors = rng.uniform(1 - how.colour, 1 + how.colour, 3)
+    brightness, contrast, saturation = (float(factor) for factor in factors)
     photo, labels, offset = scaled_crop(photo, labels, scale, how.crop, place)
+    if how.on_device:
+        look = Look(brightness, contrast, saturation, mirrored, *offset, *labels.shape)
+        return Sample(*pad(photo, labels, how, offset), look)
     if how.colour > 0:
-        photo = jitter(photo, *(float(factor) for factor in factors))
+        photo = jitter(photo, brightness, contrast, saturation)
     photo, labels = pad(photo, labels, how, offset)
     if mirrored:
         photo, labels = photo[:, ::-1], labels[:, ::-1]
-    return np.ascontiguousarray(photo), np.ascontiguousarray(labels)
+    return Sample(np.ascontiguousarray(photo), np.ascontiguousarray(labels))
 
 
 def scaled_crop(
@@ -106,7 +140,7 @@ def jitter(photo: Pixels, brightness: float, contrast: float, saturation: float)
     Each of the three is an affine map of the colour (contrast blends with the mean gray, saturation
     with the pixel's gray), so their product is one matrix and one pass.
     """
-    gray = np.array([0.299, 0.587, 0.114])
+    gray = np.array(GRAY)
     # Channel by channel: numpy takes six times as long over all three at once.
     mean = sum(float(photo[..., i].mean()) * gray[i] for i in range(3)) * brightness
     mix = saturation * np.eye(3) + (1 - saturation) * gray[None, :]

@@ -77,6 +77,9 @@ class TrainConfig(Settings):
     """Share of the photos that are mirrored left to right."""
     colour: Share = 0.25
     """Brightness, contrast and saturation are each multiplied by 1 - colour to 1 + colour."""
+    augment_on: Literal["threads", "device"] = "threads"
+    """Where photos are mirrored and their colours varied: by the threads that read them, or on the
+    training device, where those can't keep up with it. Equal to one level of 255."""
     lr: float = Field(default=0.01, gt=0)
     """Learning rate of SGD at its highest, after the warm-up."""
     head_lr_factor: float = Field(default=10.0, gt=0)

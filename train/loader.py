@@ -19,7 +19,8 @@ from srdeploy.data import DataSet
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.spec import Spec
-from srdeploy.train.augment import Augmentation, augment
+from srdeploy.train.augment import Augmentation, Sample, augment
+from srdeploy.train.device_augment import varied
 from srdeploy.train.distributed import ALONE, World
 
 ORDER, VIEW = 0, 1
@@ -29,18 +30,21 @@ ORDER, VIEW = 0, 1
 @dataclass(frozen=True)
 class Batch:
     """images uint8 [N, H, W, 3] RGB, labels uint8 [N, H, W]; where it began in the stream of
-    samples."""
+    samples; what is left to do on the device, float32 [N, 8], in the order of `Look`'s fields."""
 
     images: Tensor
     labels: Tensor
     position: int
+    looks: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`."""
-        if device.type == "cpu":
-            return self
-        images = self.images.pin_memory().to(device, non_blocking=True)
-        labels = self.labels.pin_memory().to(device, non_blocking=True)
+        """The batch on `device`, with nothing left to do."""
+        here = [self.images, self.labels, *(() if self.looks is None else (self.looks,))]
+        if device.type != "cpu":
+            here = [one.pin_memory().to(device, non_blocking=True) for one in here]
+        images, labels = here[:2]
+        if self.looks is not None:
+            images, labels = varied(images, labels, here[2])
         return Batch(images, labels, self.position)
 
 
@@ -65,9 +69,8 @@ class Samples:
         epoch, place = divmod(position, len(self.dataset))
         return int(epoch_order(self.seed, epoch, len(self.dataset))[place])
 
-    def read(self, position: int) -> tuple[Pixels, Pixels]:
-        """The sample at `position`: photo uint8 [h, w, 3], labels uint8 [h, w]. Raises
-        UserError."""
+    def read(self, position: int) -> Sample:
+        """The sample at `position`. Raises UserError."""
         photo, labels = self._fitted(self.index(position))
         return augment(photo, labels, self.how, np.random.default_rng([self.seed, VIEW, position]))
 
@@ -117,7 +120,7 @@ def batches(
         return
     ahead = max(2, -(-2 * workers // part))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-    pending: deque[list[Future[tuple[Pixels, Pixels]]]] = deque()
+    pending: deque[list[Future[Sample]]] = deque()
     try:
         submitted = first
         for number in range(first, last):
@@ -131,8 +134,9 @@ def batches(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def collate(samples: list[tuple[Pixels, Pixels]], position: int) -> Batch:
+def collate(samples: list[Sample], position: int) -> Batch:
     """Samples of one size as a batch."""
-    images = torch.from_numpy(np.stack([photo for photo, _ in samples]))
-    labels = torch.from_numpy(np.stack([label for _, label in samples]))
-    return Batch(images, labels, position)
+    images = torch.from_numpy(np.stack([one.photo for one in samples]))
+    labels = torch.from_numpy(np.stack([one.labels for one in samples]))
+    looks = [one.look for one in samples if one.look is not None]
+    return Batch(images, labels, position, torch.tensor(looks) if looks else None)

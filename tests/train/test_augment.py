@@ -74,7 +74,7 @@ def test_photo_and_labels_stay_on_top_of_each_other() -> None:
     labels[20:45, 30:60] = 1
     photo = np.repeat(labels[:, :, None] * np.uint8(200), 3, axis=2)
     for seed in range(20):
-        view, mask = augment(
+        view, mask, _ = augment(
             photo,
             labels,
             how(scale=(0.5, 2.0), flip=0.5, fill=(0, 0, 0)),
@@ -87,7 +87,7 @@ def test_photo_and_labels_stay_on_top_of_each_other() -> None:
 
 def test_a_photo_smaller_than_the_crop_is_laid_on_mean_colour_with_ignored_labels() -> None:
     photo, labels = scene(20, 24)
-    view, mask = augment(photo, labels, how(), np.random.default_rng(3))
+    view, mask, _ = augment(photo, labels, how(), np.random.default_rng(3))
     assert view.shape == (32, 48, 3)
     assert mask.shape == (32, 48)
     outside = mask == 255
@@ -99,14 +99,14 @@ def test_a_photo_smaller_than_the_crop_is_laid_on_mean_colour_with_ignored_label
 
 def test_without_variation_and_at_the_crops_size_nothing_changes() -> None:
     photo, labels = scene(32, 48)
-    view, mask = augment(photo, labels, how(), np.random.default_rng(0))
+    view, mask, _ = augment(photo, labels, how(), np.random.default_rng(0))
     assert np.array_equal(view, photo)
     assert np.array_equal(mask, labels)
 
 
 def test_a_flip_mirrors_both() -> None:
     photo, labels = scene(32, 48)
-    view, mask = augment(photo, labels, how(flip=1.0), np.random.default_rng(0))
+    view, mask, _ = augment(photo, labels, how(flip=1.0), np.random.default_rng(0))
     assert np.array_equal(view, photo[:, ::-1])
     assert np.array_equal(mask, labels[:, ::-1])
 
@@ -114,15 +114,17 @@ def test_a_flip_mirrors_both() -> None:
 def test_turning_one_variation_off_leaves_the_others_as_they_were() -> None:
     photo, labels = scene(70, 90)
     settings = {"scale": (0.5, 2.0), "flip": 0.5}
-    _, with_colour = augment(photo, labels, how(**settings, colour=0.4), np.random.default_rng(5))
-    _, without = augment(photo, labels, how(**settings), np.random.default_rng(5))
+    with_colour = augment(
+        photo, labels, how(**settings, colour=0.4), np.random.default_rng(5)
+    ).labels
+    without = augment(photo, labels, how(**settings), np.random.default_rng(5)).labels
     assert np.array_equal(with_colour, without)
 
 
 def test_labels_are_never_blended() -> None:
     photo, labels = scene(50, 60)
     for seed in range(10):
-        _, mask = augment(photo, labels, how(scale=(0.5, 2.0)), np.random.default_rng(seed))
+        mask = augment(photo, labels, how(scale=(0.5, 2.0)), np.random.default_rng(seed)).labels
         assert set(np.unique(mask)) <= {*np.unique(labels), 255}
 
 

