@@ -128,9 +128,9 @@ ALONE = World()
 def joined() -> Iterator[World]:
     """Joins torchrun's other processes for the block; without them, `ALONE`.
 
-    Tensors on the CPU travel by gloo, those on a GPU by NCCL. Processes that follow are silent. An
-    error in the block leaves it on one process, with its rank, and on the others as a silent exit.
-    Raises UserError for an environment that is none of torchrun's.
+    Tensors on the CPU travel by gloo, those on a GPU by NCCL. Processes that follow are silent.
+    Where one of several meets a UserError, or misses another, one of them says so with its rank,
+    and all end with exit code 2. Raises UserError for an environment that is none of torchrun's.
     """
     world = found_world()
     if world.size == 1:
@@ -147,13 +147,16 @@ def joined() -> Iterator[World]:
         # A leader that fails in its last writes fails the job: the others don't end well before.
         world.wait()
     except Exception as error:
-        _end(world, error)
+        words = _last_words(world, error)
+        if words is not None:
+            console.error(words)
+        leave(2)
     else:
         dist.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a process of several with `code`, now that all is written.
+    """Ends a process of several with `code`, now that all is written and said.
 
     Without the interpreter's own end, during which torch's threads aborted one process in six
     ("terminate called without an active exception"): the job would count as failed.
@@ -184,8 +187,9 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)
 
 
-def _end(world: World, error: Exception) -> None:
-    """Raises what this process has to say about its end: the first one that fails speaks."""
+def _last_words(world: World, error: Exception) -> str | None:
+    """What this process has to say about its end: the first one that fails speaks, the others are
+    silent (None). What is a mistake of ours is raised again."""
     if threading.current_thread() is threading.main_thread():
         # torchrun ends the others as soon as one has gone: not before the line is out.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -202,13 +206,13 @@ def _end(world: World, error: Exception) -> None:
     except RuntimeError:  # the store went away with its machine
         first = True
     if not first:
-        raise SystemExit(2) from error
+        return None
     if lost(error):
         who = " and ".join(f"rank {rank}" for rank in missing) or "another process"
-        raise UserError(
+        return (
             f"{who} of {world.size} ended without a word (killed, or its machine is gone): start "
             "all processes again with --resume"
-        ) from error
+        )
     if isinstance(error, UserError):
-        raise UserError(f"{world}: {error}") from error
+        return f"{world}: {error}"
     raise error
