@@ -26,6 +26,7 @@ VARIANTS: dict[str, list[str]] = {
     # All weights of exits and feedback, and the authors' loss at lean exits.
     "half": regulated(seg_weight=0.2, cls_weight=0.05, srf_weight=0.1, srl_weight=0.05),
     "double": regulated(seg_weight=0.8, cls_weight=0.2, srf_weight=0.4, srl_weight=0.2),
+    "light-srf": regulated(srf_weight=0.05),
     "authors": regulated(
         srf_form="hard",
         seg_weight=1.0,
@@ -47,7 +48,7 @@ VARIANTS: dict[str, list[str]] = {
 SETS: dict[str, list[str]] = {
     "main": [BASELINE, "mea", "srf", "srl", "all"],
     "forms": [BASELINE, "all", "hard", "feature"],
-    "weights": [BASELINE, "all", "half", "double", "authors"],
+    "weights": [BASELINE, "all", "half", "double", "light-srf", "authors"],
     "heads": [BASELINE, "all", "authors-heads"],
     "schedule": [BASELINE, "all", "at-once", "stepped", "late"],
 }
