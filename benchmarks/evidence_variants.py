@@ -23,6 +23,7 @@ VARIANTS: dict[str, list[str]] = {
     # What SR-F compares; soft is the default.
     "hard": regulated(srf_form="hard"),
     "feature": regulated(srf_form="feature"),
+    "right": regulated(srf_where="right"),
     # All weights of exits and feedback, and the authors' loss at lean exits.
     "half": regulated(seg_weight=0.2, cls_weight=0.05, srf_weight=0.1, srl_weight=0.05),
     "double": regulated(seg_weight=0.8, cls_weight=0.2, srf_weight=0.4, srl_weight=0.2),
@@ -47,7 +48,7 @@ VARIANTS: dict[str, list[str]] = {
 
 SETS: dict[str, list[str]] = {
     "main": [BASELINE, "mea", "srf", "srl", "all"],
-    "forms": [BASELINE, "all", "hard", "feature"],
+    "forms": [BASELINE, "all", "hard", "feature", "right"],
     "weights": [BASELINE, "all", "half", "double", "light-srf", "authors"],
     "heads": [BASELINE, "all", "authors-heads"],
     "schedule": [BASELINE, "all", "at-once", "stepped", "late"],

@@ -108,26 +108,36 @@ def classification(class_logits: Tensor, targets: Tensor, labelled: Tensor) -> T
     return _masked_mean(losses, labelled)
 
 
-def hard_feedback(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+def hard_feedback(
+    student: Tensor, teacher: Tensor, valid: Tensor, trusted: Tensor | None = None
+) -> Tensor:
     """SR-F on labels: cross-entropy against the teacher's argmax.
 
-    student, teacher: logits [N, K, h, w] on one grid (`on_one_grid`); valid: bool [N, h, w].
+    student, teacher: logits [N, K, h, w] on one grid (`on_one_grid`); valid: bool [N, h, w];
+    trusted: bool [N, h, w], the pixels at which the teacher is believed, None: all. The others lose
+    nothing, and count in the mean.
     """
     labels = teacher.detach().argmax(1)
     losses = functional.cross_entropy(student.float(), labels, reduction="none")
-    return _masked_mean(losses, valid)
+    return _masked_mean(_where(trusted, losses), valid)
 
 
-def soft_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+def soft_feedback(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor,
+    temperature: float,
+    trusted: Tensor | None = None,
+) -> Tensor:
     """SR-F on probabilities: t^2 KL(softmax(teacher / t) || softmax(student / t)).
 
-    student, teacher: logits [N, K, h, w] on one grid; valid: bool [N, h, w]. The divergence is
-    summed over classes and averaged over valid pixels.
+    student, teacher: logits [N, K, h, w] on one grid; valid, trusted: bool [N, h, w], as in
+    `hard_feedback`. The divergence is summed over classes and averaged over valid pixels.
     """
     expected = functional.log_softmax(teacher.detach().float() / temperature, dim=1)
     found = functional.log_softmax(student.float() / temperature, dim=1)
     losses = functional.kl_div(found, expected, reduction="none", log_target=True).sum(1)
-    return temperature**2 * _masked_mean(losses, valid)
+    return temperature**2 * _masked_mean(_where(trusted, losses), valid)
 
 
 def feature_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
@@ -180,6 +190,10 @@ def pooled_to_student(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 def labelled_images(labels: Tensor, ignore_index: int) -> Tensor:
     """Which images have a valid pixel: labels [N, H, W] -> bool [N]."""
     return (labels != ignore_index).flatten(1).any(1)
+
+
+def _where(trusted: Tensor | None, losses: Tensor) -> Tensor:
+    return losses if trusted is None else torch.where(trusted, losses, 0)
 
 
 def _masked_mean(losses: Tensor, valid: Tensor) -> Tensor:

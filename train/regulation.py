@@ -277,10 +277,13 @@ class SelfRegulation(nn.Module):
             student, teacher = join(deeper, maps[0])
             shrunk = losses.shrink_labels(labels, (student.shape[2], student.shape[3]))
             valid = shrunk != self.ignore_index
+            trusted = None
+            if self.settings.srf_where == "right":
+                trusted = teacher.argmax(1) == shrunk
             if form == "hard":
-                found.append(losses.hard_feedback(student, teacher, valid))
+                found.append(losses.hard_feedback(student, teacher, valid, trusted))
             elif form == "soft":
-                found.append(losses.soft_feedback(student, teacher, valid, temperature))
+                found.append(losses.soft_feedback(student, teacher, valid, temperature, trusted))
             else:
                 found.append(losses.feature_feedback(student, teacher, valid, temperature))
         return _sum(found)

@@ -44,6 +44,9 @@ class RegulationConfig(Settings):
     """Weight of SR-L, the deepest classifier teaching the shallower ones."""
     srf_form: Literal["hard", "soft", "feature"] = "soft"
     """What SR-F compares: the teacher's labels, its class probabilities, or its hidden maps."""
+    srf_where: Literal["everywhere", "right"] = "everywhere"
+    """Where SR-F acts: everywhere, or only where the teacher's label is that of ground truth, so
+    that it never argues with the labels. Not for srf_form "feature", which compares no classes."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the logits of SR-F (soft, feature) and SR-L; above 1 teachers are softer."""
     labels: Literal["nearest", "proportion"] = "nearest"
@@ -63,6 +66,15 @@ class RegulationConfig(Settings):
         if self.srl_weight > 0 and self.cls_weight == 0:
             raise ValueError(
                 "srl_weight needs cls_weight > 0: SR-L's teacher learns from ground truth"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_has_classes(self) -> Self:
+        if self.srf_where == "right" and self.srf_form == "feature":
+            raise ValueError(
+                "srf_where 'right' needs srf_form hard or soft: hidden maps are neither right nor "
+                "wrong"
             )
         return self
 

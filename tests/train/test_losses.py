@@ -195,6 +195,26 @@ def test_soft_feedback_is_the_tempered_divergence_summed_over_classes(
 
 
 @few
+@given(shapes, seeds, ignored_shares)
+def test_a_teacher_is_followed_where_it_is_trusted_in_the_mean_over_all_valid_pixels(
+    shape: tuple[int, int, int, int], seed: int, ignored: float
+) -> None:
+    student, labels = made(shape, seed, ignored)
+    teacher, _ = made(shape, seed + 1, 0.0)
+    valid = labels != IGNORE
+    trusted = teacher.argmax(1) == labels
+    count = max(1, int(valid.sum()))
+    p, q = log_softmax(teacher), log_softmax(student)
+    divergence = (np.exp(p) * (p - q)).sum(1)[trusted.numpy()].sum() / count
+    found = losses.soft_feedback(student, teacher, valid, 1.0, trusted)
+    assert found.item() == pytest.approx(float(divergence), rel=1e-4, abs=1e-5)
+    # The labels of a teacher that is right are ground truth's.
+    right = [-q[n, int(labels[n, y, x]), y, x] for n, y, x in np.argwhere(trusted.numpy())]
+    hard = losses.hard_feedback(student, teacher, valid, trusted)
+    assert hard.item() == pytest.approx(float(sum(right)) / count, rel=1e-5, abs=1e-6)
+
+
+@few
 @given(shapes, seeds, ignored_shares, st.sampled_from([0.5, 1.0, 4.0]))
 def test_feature_feedback_compares_where_channels_look_among_valid_positions(
     shape: tuple[int, int, int, int], seed: int, ignored: float, temperature: float

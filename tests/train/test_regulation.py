@@ -182,6 +182,21 @@ def test_a_finer_teacher_is_interpolated_for_logits_and_averaged_for_hidden_maps
         torch.testing.assert_close(terms["srf"], expected.detach())
 
 
+def test_a_teacher_that_may_only_be_right_is_followed_where_it_has_ground_truths_label() -> None:
+    images, labels = batch()
+    regulated = seeded(RegulationConfig(srf_where="right")).eval()
+    outputs = regulated(images)
+    found = []
+    for deeper in outputs.logits[1:]:
+        student, teacher = losses.on_one_grid(deeper, outputs.logits[0])
+        truth = losses.shrink_labels(labels, (student.shape[2], student.shape[3]))
+        right = teacher.argmax(1) == truth
+        assert 0 < right.sum() < right.numel()
+        found.append(losses.soft_feedback(student, teacher, truth != 255, 1.0, right))
+    terms = regulated.losses_of(outputs, labels).terms
+    torch.testing.assert_close(terms["srf"], torch.stack(found).sum().detach())
+
+
 @pytest.mark.parametrize("form", ["hard", "soft", "feature"])
 def test_the_shallow_teacher_learns_nothing_from_srf(form: Any) -> None:
     regulated = seeded(
@@ -492,6 +507,7 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         ({"taps": []}, "taps is empty"),
         ({"taps": ["a", "a"]}, "taps must differ"),
         ({"srf_form": "firm"}, "'srf_form' is 'firm'"),
+        ({"srf_form": "feature", "srf_where": "right"}, "srf_where 'right' needs srf_form hard"),
         ({"temperature": 0}, "'temperature' is '0': input should be greater"),
     ],
 )
