@@ -20,16 +20,18 @@ VARIANTS: dict[str, list[str]] = {
     "srf": regulated(srl_weight=0),
     "srl": regulated(srf_weight=0),
     "all": regulated(),
-    # What SR-F compares; soft is the default.
+    # What SR-F compares, soft by default, and whether also where the teacher is wrong.
     "hard": regulated(srf_form="hard"),
     "feature": regulated(srf_form="feature"),
-    "right": regulated(srf_where="right"),
+    "everywhere": regulated(srf_where="everywhere"),
+    "srf-everywhere": regulated(srf_where="everywhere", srl_weight=0),
+    "hard-everywhere": regulated(srf_form="hard", srf_where="everywhere"),
     # All weights of exits and feedback, and the authors' loss at lean exits.
     "half": regulated(seg_weight=0.2, cls_weight=0.05, srf_weight=0.1, srl_weight=0.05),
     "double": regulated(seg_weight=0.8, cls_weight=0.2, srf_weight=0.4, srl_weight=0.2),
-    "light-srf": regulated(srf_weight=0.05),
     "authors": regulated(
         srf_form="hard",
+        srf_where="everywhere",
         seg_weight=1.0,
         cls_weight=0.25,
         srf_weight=1.25,
@@ -48,8 +50,8 @@ VARIANTS: dict[str, list[str]] = {
 
 SETS: dict[str, list[str]] = {
     "main": [BASELINE, "mea", "srf", "srl", "all"],
-    "forms": [BASELINE, "all", "hard", "feature", "right"],
-    "weights": [BASELINE, "all", "half", "double", "light-srf", "authors"],
+    "forms": [BASELINE, "all", "hard", "feature", "everywhere", "hard-everywhere"],
+    "weights": [BASELINE, "all", "half", "double", "authors"],
     "heads": [BASELINE, "all", "authors-heads"],
     "schedule": [BASELINE, "all", "at-once", "stepped", "late"],
 }

@@ -278,7 +278,7 @@ class SelfRegulation(nn.Module):
             shrunk = losses.shrink_labels(labels, (student.shape[2], student.shape[3]))
             valid = shrunk != self.ignore_index
             trusted = None
-            if self.settings.srf_where == "right":
+            if self.settings.srf_where == "right" and form != "feature":
                 trusted = teacher.argmax(1) == shrunk
             if form == "hard":
                 found.append(losses.hard_feedback(student, teacher, valid, trusted))

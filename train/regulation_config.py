@@ -38,15 +38,17 @@ class RegulationConfig(Settings):
     cls_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Weight of the multi-label image classification loss, summed over all exits."""
     srf_weight: float = Field(default=0.2, ge=0, allow_inf_nan=False)
-    """Weight of SR-F, the shallowest exit teaching the deeper ones. Keep it below ground truth's
-    weight: a hard teacher that weighs more wins over the labels wherever it errs."""
+    """Weight of SR-F, the shallowest exit teaching the deeper ones. With srf_where "everywhere"
+    keep it below ground truth's weight: a hard teacher that weighs more wins over the labels
+    wherever it errs."""
     srl_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Weight of SR-L, the deepest classifier teaching the shallower ones."""
     srf_form: Literal["hard", "soft", "feature"] = "soft"
     """What SR-F compares: the teacher's labels, its class probabilities, or its hidden maps."""
-    srf_where: Literal["everywhere", "right"] = "everywhere"
-    """Where SR-F acts: everywhere, or only where the teacher's label is that of ground truth, so
-    that it never argues with the labels. Not for srf_form "feature", which compares no classes."""
+    srf_where: Literal["everywhere", "right"] = "right"
+    """Where SR-F follows its teacher: everywhere, or where the teacher's label is that of ground
+    truth, so that it never argues with the labels. srf_form "feature" compares no classes, and so
+    follows it everywhere."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the logits of SR-F (soft, feature) and SR-L; above 1 teachers are softer."""
     labels: Literal["nearest", "proportion"] = "nearest"
@@ -70,15 +72,6 @@ class RegulationConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _the_teacher_has_classes(self) -> Self:
-        if self.srf_where == "right" and self.srf_form == "feature":
-            raise ValueError(
-                "srf_where 'right' needs srf_form hard or soft: hidden maps are neither right nor "
-                "wrong"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _taps_named_once(self) -> Self:
         if self.taps != "auto":
             if not self.taps:
@@ -97,6 +90,7 @@ class RegulationConfig(Settings):
         return cls(
             exits="authors",
             srf_form="hard",
+            srf_where="everywhere",
             seg_weight=1.0,
             cls_weight=0.25,
             srf_weight=1.25,

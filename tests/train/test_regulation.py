@@ -23,7 +23,8 @@ OFF = RegulationConfig(enabled=False)
 FEATURE = RegulationConfig(srf_form="feature", labels="proportion", temperature=2.0)
 ALL = {
     "lean": RegulationConfig(),
-    "hard": RegulationConfig(srf_form="hard"),
+    "soft": RegulationConfig(srf_where="everywhere"),
+    "hard": RegulationConfig(srf_form="hard", srf_where="everywhere"),
     "feature": FEATURE,
     "authors": RegulationConfig.authors(),
 }
@@ -136,7 +137,7 @@ def test_the_total_is_the_weighted_sum_of_terms_built_from_the_outputs(name: str
 
 def test_srf_sums_the_shallowest_exits_lessons_to_every_deeper_one() -> None:
     images, labels = batch()
-    for name in ("lean", "hard", "feature"):
+    for name in ("soft", "hard", "feature"):
         regulated = seeded(ALL[name]).eval()
         outputs = regulated(images)
         # One grid for all but the main output, which is enlarged from it.
@@ -145,7 +146,7 @@ def test_srf_sums_the_shallowest_exits_lessons_to_every_deeper_one() -> None:
         z = [*outputs.logits[:-1], main]
         if name == "hard":
             found = [losses.hard_feedback(one, z[0], valid) for one in z[1:]]
-        elif name == "lean":
+        elif name == "soft":
             found = [losses.soft_feedback(one, z[0], valid, 1.0) for one in z[1:]]
         else:
             first, *deeper = [one for one in outputs.hidden if one is not None]
@@ -160,7 +161,7 @@ def test_a_finer_teacher_is_interpolated_for_logits_and_averaged_for_hidden_maps
     valid = losses.shrink_labels(labels, (5, 7)) != 255
     taps = ("one", "three")
     for settings in (
-        RegulationConfig(min_stride=1, taps=taps),
+        RegulationConfig(min_stride=1, taps=taps, srf_where="everywhere"),
         RegulationConfig(min_stride=1, taps=taps, srf_form="feature"),
     ):
         regulated = seeded(settings).eval()
@@ -507,7 +508,6 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         ({"taps": []}, "taps is empty"),
         ({"taps": ["a", "a"]}, "taps must differ"),
         ({"srf_form": "firm"}, "'srf_form' is 'firm'"),
-        ({"srf_form": "feature", "srf_where": "right"}, "srf_where 'right' needs srf_form hard"),
         ({"temperature": 0}, "'temperature' is '0': input should be greater"),
     ],
 )
