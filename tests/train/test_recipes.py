@@ -108,7 +108,10 @@ def test_exits_learn_for_a_quarter_of_every_recipe_before_they_teach(name: str) 
     assert 0 < regulation.srf_weight < regulation.seg_weight < 1
 
 
-@pytest.mark.parametrize("name", recipe_names())
+# Every network on one layout, and one network on every layout: what remains is read alike.
+@pytest.mark.parametrize(
+    "name", [one for one in recipe_names() if one.endswith("/camvid") or one.startswith("unet/")]
+)
 def test_a_recipe_trains_its_network_on_its_layout(
     name: str, layouts: dict[str, Path], tmp_path: Path
 ) -> None:
