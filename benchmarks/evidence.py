@@ -108,7 +108,7 @@ def main(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="A variant, or main, forms, weights or schedule; repeatable."),
+        typer.Option(help="A variant, or main, forms, weights, heads or schedule; repeatable."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0 to SEEDS - 1.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=1)] = 600,

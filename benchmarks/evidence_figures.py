@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from evidence_variants import BASELINE
-from intervals import interval
+from intervals import interval, interval_text
 
 from srdeploy.files import whole_file
 
@@ -83,8 +83,8 @@ def _text(found: list[float | None] | None, signed: bool = False) -> str:
     if found is None:
         return "-"
     sign = "+" if signed else ""
-    mean, low, high = (None if one is None else f"{100 * one:{sign}.2f}" for one in found)
-    return f"{mean}" if low is None else f"{mean} ({low} to {high})"
+    shares = [100 * one for one in found if one is not None]
+    return f"{shares[0]:{sign}.2f}" if len(shares) == 1 else interval_text(shares, sign=sign)
 
 
 def save_curves(path: Path, title: str, curves: dict[str, list[list[list[float]]]]) -> None:

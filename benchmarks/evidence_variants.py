@@ -1,6 +1,7 @@
 """The variants of training that evidence compares: flags of `srdeploy train`, and nothing else."""
 
 from srdeploy.errors import UserError
+from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.validation import closest
 
 BASELINE = "baseline"
@@ -30,13 +31,7 @@ VARIANTS: dict[str, list[str]] = {
     "half": regulated(seg_weight=0.2, cls_weight=0.05, srf_weight=0.1, srl_weight=0.05),
     "double": regulated(seg_weight=0.8, cls_weight=0.2, srf_weight=0.4, srl_weight=0.2),
     "authors": regulated(
-        srf_form="hard",
-        srf_where="everywhere",
-        seg_weight=1.0,
-        cls_weight=0.25,
-        srf_weight=1.25,
-        srl_weight=1.25,
-        ramp=0.0,
+        **RegulationConfig.authors().model_dump(exclude_unset=True, exclude={"exits"})
     ),
     # The default weights at the authors' heads, each of which works as much as a network: whether
     # lean exits cost accuracy.

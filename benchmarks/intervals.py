@@ -13,9 +13,9 @@ def interval(values: Any) -> list[float]:
     return [mean, mean - half, mean + half]
 
 
-def interval_text(found: list[float] | None, digits: int = 2) -> str:
-    """mean (low to high); empty for None."""
+def interval_text(found: list[float] | None, digits: int = 2, sign: str = "") -> str:
+    """mean (low to high); empty for None. sign: "+" where positive numbers are to have theirs."""
     if found is None:
         return ""
-    mean, low, high = (f"{one:.{digits}f}" for one in found)
+    mean, low, high = (f"{one:{sign}.{digits}f}" for one in found)
     return f"{mean} ({low} to {high})"

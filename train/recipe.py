@@ -38,25 +38,18 @@ class Recipe:
 
 def recipe_parts(kind: str) -> dict[str, str]:
     """Names of all parts of a kind, NETWORKS or DATA, each with the line that says what it is."""
-    found = sorted(
-        one.name.removesuffix(_END)
-        for one in (_folder() / kind).iterdir()
-        if one.name.endswith(_END)
-    )
-    return {name: _text(kind, name + _END).partition("\n")[0].lstrip("# ") for name in found}
+    return {name: _text(kind, name + _END).partition("\n")[0].lstrip("# ") for name in _names(kind)}
 
 
 def recipe_names() -> list[str]:
     """All recipes: every network with every data set."""
-    return [
-        f"{network}/{data}" for network in recipe_parts(NETWORKS) for data in recipe_parts(DATA)
-    ]
+    return [f"{network}/{data}" for network in _names(NETWORKS) for data in _names(DATA)]
 
 
 def open_recipe(name: str) -> Recipe:
     """The recipe NETWORK/DATA. Raises UserError naming the closest one where there is none."""
     network, slash, data = name.partition("/")
-    known = {NETWORKS: list(recipe_parts(NETWORKS)), DATA: list(recipe_parts(DATA))}
+    known = {NETWORKS: _names(NETWORKS), DATA: _names(DATA)}
     example = f"{known[NETWORKS][0]}/{known[DATA][0]}"
     if not slash:
         raise UserError(
@@ -71,6 +64,12 @@ def open_recipe(name: str) -> Recipe:
             )
     parts = (_text(COMMON), _text(NETWORKS, network + _END), _text(DATA, data + _END))
     return Recipe(f"{network}/{data}", "\n".join(parts))
+
+
+def _names(kind: str) -> list[str]:
+    """Of all parts of a kind, sorted; no file is read."""
+    files_of_kind = (one.name for one in (_folder() / kind).iterdir())
+    return sorted(name.removesuffix(_END) for name in files_of_kind if name.endswith(_END))
 
 
 def _folder() -> Traversable:
