@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,11 @@ def save_state(
         "items": items,
         "ema": None if average is None else average.shadow,
     }
-    path = folder / STATE
+    write_state(folder / STATE, state)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint whole. Raises UserError (full disk)."""
     with whole_file(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -122,8 +127,9 @@ def load_state(
     return Progress(step=state["step"], best_miou=state["best_miou"], best_step=state["best_step"])
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of a state.pt, tensors on the CPU. Raises UserError where it is broken."""
+def read_state(path: Path, keys: Set[str] = KEYS) -> dict[str, Any]:
+    """The content of a state.pt, tensors on the CPU. Raises UserError where it is broken or lacks
+    one of `keys`."""
     remedy = "restore it from a backup, or start over with --force"
     try:
         path.open("rb").close()
@@ -144,7 +150,7 @@ def read_state(path: Path) -> dict[str, Any]:
         zipfile.BadZipFile,
     ) as error:
         raise UserError(f"{path}: truncated or not a checkpoint of srdeploy: {remedy}") from error
-    if not isinstance(state, dict) or not state.keys() >= KEYS:
+    if not isinstance(state, dict) or not state.keys() >= keys:
         raise UserError(f"{path}: not a checkpoint of srdeploy: {remedy}")
     if state["format"] not in READABLE:
         raise UserError(

@@ -183,11 +183,13 @@ def load_config(
     flags: Mapping[str, Any] | None = None,
     settings: Sequence[str] = (),
     recipe: str | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """Defaults, then `base` (a resumed run's own configuration), `recipe` (by its name), `file`,
     `flags`, `settings`.
 
-    flags maps dotted keys to values, settings are "key=value" with the value read as YAML.
+    flags maps dotted keys to values, settings are "key=value" with the value read as YAML; content
+    is what counts of the file where that is not all.
     Raises UserError naming the source, the key and the closest known one.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
@@ -196,7 +198,8 @@ def load_config(
     if recipe is not None:
         layers.append((f"recipe {recipe}", open_recipe(recipe).values))
     if file is not None:
-        layers.append((str(file), read_config_file(file)))
+        whole = read_config_file(file) if content is None else dict(content)
+        layers.append((str(file), whole))
     for key, value in (flags or {}).items():
         layers.append((f"--{key.rsplit('.', 1)[-1].replace('_', '-')}", nested(key, value)))
     layers += [(f"--set {setting}", parse_setting(setting)) for setting in settings]

@@ -31,8 +31,8 @@ class LeanExit(nn.Module):
         """`window`: cells of the tap, per axis, that are averaged into one cell of the exit."""
         super().__init__()
         self.window = window
-        self.reduce = _unit(channels, width, 1)
-        self.mix = _unit(width, width, 3)
+        self.reduce = unit(channels, width, 1)
+        self.mix = unit(width, width, 3)
         self.segmenter = nn.Conv2d(width, classes, 1)
         self.classifier = nn.Linear(width, classes)
 
@@ -53,8 +53,8 @@ class AuthorsExit(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.reduce = _unit(channels, AUTHORS_WIDTH, 3)
-        self.mix = _unit(AUTHORS_WIDTH, AUTHORS_WIDTH, 3)
+        self.reduce = unit(channels, AUTHORS_WIDTH, 3)
+        self.mix = unit(AUTHORS_WIDTH, AUTHORS_WIDTH, 3)
         self.segmenter = nn.Conv2d(AUTHORS_WIDTH, classes, 1)
         self.classifier = nn.Linear(classes, classes)
 
@@ -125,7 +125,7 @@ def make_exits(
         return Exits(channels, strides, classes, settings).to(like.device, like.dtype)
 
 
-def _unit(channels: int, width: int, kernel: int) -> nn.Sequential:
+def unit(channels: int, width: int, kernel: int) -> nn.Sequential:
     """Convolution, batch normalisation, ReLU; the size stays."""
     return nn.Sequential(
         nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srdeploy.data import DataSet
+from srdeploy.data.dataset import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.spec import Spec
@@ -53,7 +53,7 @@ class Samples:
     epoch."""
 
     def __init__(
-        self, dataset: DataSet, spec: Spec, how: Augmentation, seed: int, cache_mib: int
+        self, dataset: PhotoSet, spec: Spec, how: Augmentation, seed: int, cache_mib: int
     ) -> None:
         self.dataset = dataset
         self.spec = spec

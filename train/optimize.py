@@ -14,15 +14,18 @@ from srdeploy.train.parallel import Parallel
 from srdeploy.train.regulation import SelfRegulation
 
 
-def make_optimizer(regulated: SelfRegulation, config: TrainConfig) -> torch.optim.SGD:
-    """SGD over network and exits; each group's `factor` multiplies the schedule's learning rate.
+def make_optimizer(regulated: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """SGD over `regulated.network` and what stands beside it, its exits; each group's `factor`
+    multiplies the schedule's learning rate.
 
     With pretrained weights everything outside the backbone learns head_lr_factor times as fast, as
     in DeepLab; a network without a `backbone` was loaded whole, and only its exits do. Vectors
     (biases, normalisation) are not decayed: shrinking them regularises nothing.
     """
     fresh = config.head_lr_factor if config.pretrained is not None else 1.0
-    has_backbone = isinstance(getattr(regulated.network, "backbone", None), nn.Module)
+    has_backbone = isinstance(
+        getattr(regulated.get_submodule("network"), "backbone", None), nn.Module
+    )
     groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in regulated.named_parameters():
         kept = name.startswith("network.backbone.") if has_backbone else name.startswith("network.")

@@ -23,6 +23,8 @@ CAPTION = 16
 """Height of the line of captions, pixels."""
 GAP = 4
 """Pixels between cells."""
+NARROWEST = 72
+"""Width of a column, pixels, in which any caption finds its place."""
 
 
 def spread(count: int, limit: int) -> list[int]:
@@ -87,7 +89,7 @@ def shrink(image: Pixels) -> Pixels:
 def grid(rows: Sequence[Sequence[Pixels]], captions: Sequence[str], spec: Spec) -> Pixels:
     """Cells uint8 [h, w, 3] on a white page uint8 [H, W, 3], captions above, the classes' colours
     below."""
-    width = max(cell.shape[1] for row in rows for cell in row)
+    width = max(NARROWEST, *(cell.shape[1] for row in rows for cell in row))
     heights = [max(cell.shape[0] for cell in row) for row in rows]
     across = len(captions) * (width + GAP) + GAP
     legend = -(-spec.class_count * (CELL // 2) // across) * CAPTION

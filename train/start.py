@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from srdeploy import console
 from srdeploy.data import DataSet, open_dataset, spec_for
-from srdeploy.data.dataset import measured_policy
+from srdeploy.data.dataset import PhotoSet, measured_policy
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, write_whole
 from srdeploy.models.pretrained import load_pretrained
@@ -121,7 +121,7 @@ def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) ->
     )
 
 
-def place(regulated: SelfRegulation, device: torch.device, channels_last: bool) -> None:
+def place(regulated: nn.Module, device: torch.device, channels_last: bool) -> None:
     """Brings network and exits to `device`, in training mode, laid out as activations will be."""
     regulated.to(device).train()
     if channels_last:
@@ -130,7 +130,7 @@ def place(regulated: SelfRegulation, device: torch.device, channels_last: bool) 
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def input_policy(config: TrainConfig, dataset: DataSet) -> InputPolicy:
+def input_policy(config: TrainConfig, dataset: PhotoSet) -> InputPolicy:
     """Which sizes the run's network is given: the photos', or the crop's alone; reads their
     headers. Raises UserError where a photo is too small."""
     measured = measured_policy(dataset, config.longest_side)

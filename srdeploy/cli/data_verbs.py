@@ -61,8 +61,9 @@ def check(
 ) -> None:
     """Decode every photo and mask; report faults and how often each class occurs.
 
-    Finds missing pairs, unreadable files, sizes that differ and ids that are no class.
-    Exit code 1 where something is wrong.
+    Finds missing pairs, unreadable files, sizes that differ and ids that are no class. With
+    labels.csv (header image,classes) a split may have no masks: each photo needs its tags then, and
+    where there are masks too, both must say the same. Exit code 1 where something is wrong.
 
     Example: srdeploy data check scenes --split train --split val
     """

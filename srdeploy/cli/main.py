@@ -23,6 +23,7 @@ from srdeploy.cli import (
     inspect_verb,
     model_verbs,
     predict_verb,
+    pseudo_verb,
     recipe_verb,
     serve_verb,
     strip_verb,
@@ -63,6 +64,7 @@ def _root(
 
 train_verbs.register(app)
 recipe_verb.register(app)
+pseudo_verb.register(app)
 export_verbs.register(app)
 certify_verb.register(app)
 strip_verb.register(app)

@@ -57,6 +57,29 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key, with dots; may be repeated."),
     ] = None,
+    supervision: Annotated[
+        str,
+        typer.Option(
+            metavar="masks|image",
+            help="image: from the tags in labels.csv, by way of pseudo masks in OUT-pseudo.",
+        ),
+    ] = "masks",
+    labels_from_masks: Annotated[
+        bool,
+        typer.Option(
+            "--labels-from-masks",
+            help="With --supervision image: tags from what each mask shows, to measure what the "
+            "lack of masks costs.",
+        ),
+    ] = False,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="With --supervision image: trainings; from the second on the network trained last "
+            "makes the masks (self-training).",
+            min=1,
+        ),
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in OUT, with its configuration.")
     ] = False,
@@ -80,9 +103,12 @@ def train(
 
     Example: srdeploy train camvid --recipe segnet/camvid --batch 4 --out runs/segnet
 
+    Example: srdeploy train photos --supervision image --pretrained imagenet --out runs/tags
+
     Example: torchrun --nproc-per-node 4 -m srdeploy train data --batch 16 --out runs/four
     """
     from srdeploy import console
+    from srdeploy.cli.weak_training import refuse_without_tags
     from srdeploy.train.distributed import joined, leave
     from srdeploy.train.loop import train as run_training
 
@@ -102,6 +128,23 @@ def train(
         "workers": workers,
     }
     given = {key: value for key, value in flags.items() if value is not None}
+    if supervision == "image":
+        from srdeploy.cli.weak_training import train_on_tags
+
+        train_on_tags(
+            out,
+            recipe,
+            config,
+            given,
+            settings or [],
+            labels_from_masks,
+            rounds,
+            resume,
+            force,
+            as_json,
+        )
+        return
+    refuse_without_tags(supervision, labels_from_masks, rounds)
     with joined() as world:
         configured = _configure(out, resume, recipe, config, given, settings or [])
         result = run_training(configured, out, resume, force, world)

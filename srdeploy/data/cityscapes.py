@@ -41,6 +41,7 @@ def pairs(root: Path, split: str) -> Pairs:
     original = any(labels.glob(f"*/*{LABEL_IDS_END}"))
     end = LABEL_IDS_END if original else TRAIN_IDS_END
     items: list[Item] = []
+    bare: list[Item] = []
     faults: list[Fault] = []
     for photo in sorted(images.glob(f"*/*{PHOTO_END}")):
         name = photo.name.removesuffix(PHOTO_END)
@@ -50,6 +51,7 @@ def pairs(root: Path, split: str) -> Pairs:
         else:
             detail = f"a mask is looked for at {mask}"
             faults.append(Fault(kind="photo without mask", path=str(photo), detail=detail))
+            bare.append(Item(name, photo, mask))
     for mask in sorted(labels.glob(f"*/*{end}")):
         photo = images / mask.parent.name / f"{mask.name.removesuffix(end)}{PHOTO_END}"
         if not photo.is_file():
@@ -60,6 +62,7 @@ def pairs(root: Path, split: str) -> Pairs:
         tuple(items),
         tuple(faults),
         label_ids_lookup() if original else plain_lookup(CITYSCAPES),
+        tuple(sorted(bare, key=lambda item: item.name)),
     )
 
 

@@ -1,11 +1,11 @@
 """Opening a data set: which layout, which split, and reading photo and labels of one item."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -41,6 +41,23 @@ LAYOUTS: dict[str, Layout] = {
         cityscapes.home, cityscapes.splits, cityscapes.classes, cityscapes.pairs, "leftImg8bit"
     ),
 }
+
+
+class PhotoSet(Protocol):
+    """Photos of a split, with labels or with what stands in for them."""
+
+    @property
+    def classes(self) -> ClassTable:
+        """What labels can be."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The photos in their order."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Pixels, Pixels]:
+        """Photo uint8 [H, W, 3] and labels uint8 [H, W]. Raises UserError."""
 
 
 @dataclass(frozen=True)
@@ -106,26 +123,56 @@ def id_fault(item: Item, raw: Pixels, lookup: tuple[int, ...]) -> str:
 def open_dataset(root: Path, split: str, layout: str = "auto") -> DataSet:
     """Finds the photos and masks of one split; reads no pixels.
 
-    `layout` is "folder", "voc" or "cityscapes"; "auto" goes by the sub-folders that exist.
-    Raises UserError: no such folder, unknown layout or split, an empty split, photos without masks.
+    `split` may be several joined by '+', such as "train+extra". `layout` is "folder", "voc" or
+    "cityscapes"; "auto" goes by the sub-folders that exist. Raises UserError: no such folder,
+    unknown layout or split, an empty split, photos without masks, a photo in two of the splits.
     """
     name, home = find_layout(Path(root), layout)
     found = LAYOUTS[name]
-    known = found.splits(home)
-    if split not in known:
-        hint = closest(split, known) if known else "it has none"
-        raise UserError(f"{root} has no split '{split}': {hint}")
-    classes = found.classes(home)
-    pairs = found.pairs(home, split)
-    faults = [f for f in pairs.faults if f.kind != "mask without photo"]
-    if faults:
-        raise UserError(
-            f"{faults[0].kind}: {faults[0].path}: {faults[0].detail}; {len(faults)} such in split "
-            f"'{split}', listed by: srdeploy data check {root}"
-        )
-    if not pairs.items:
-        raise UserError(f"split '{split}' of {root} is empty: no photos found")
-    return DataSet(home, split, name, classes, pairs.items, pairs.lookup)
+    items, lookup = join_splits(found, home, root, split)
+    return DataSet(home, split, name, found.classes(home), items, lookup)
+
+
+def join_splits(
+    found: Layout, home: Path, root: Path, split: str, with_bare: bool = False
+) -> tuple[tuple[Item, ...], tuple[int, ...]]:
+    """The items of a split, or of several joined by '+', one after the other, and their lookup.
+
+    with_bare: photos without a mask too. Raises UserError as `open_dataset` does.
+    """
+    items: list[Item] = []
+    lookups = []
+    for part in split_parts(root, split, found.splits(home)):
+        pairs = found.pairs(home, part)
+        passed = {"mask without photo"} | ({"photo without mask"} if with_bare else set())
+        faults = [f for f in pairs.faults if f.kind not in passed]
+        if faults:
+            raise UserError(
+                f"{faults[0].kind}: {faults[0].path}: {faults[0].detail}; {len(faults)} such in "
+                f"split '{part}', listed by: srdeploy data check {root}"
+            )
+        here = [*pairs.items, *(pairs.bare if with_bare else ())]
+        if not here:
+            raise UserError(f"split '{part}' of {root} is empty: no photos found")
+        items += sorted(here, key=lambda item: item.name)
+        lookups.append(pairs.lookup)
+    twice = [path for path, count in Counter(item.image for item in items).items() if count > 1]
+    if twice:
+        raise UserError(f"'{split}' has {twice[0]} twice: join splits that share no photo")
+    if any(lookup != lookups[0] for lookup in lookups):
+        raise UserError(f"the splits of '{split}' have masks with ids of different meaning")
+    return tuple(items), lookups[0]
+
+
+def split_parts(root: Path, split: str, known: Sequence[str]) -> list[str]:
+    """The splits that "a+b" joins; one that is called so itself is meant first. Raises UserError
+    where one is unknown."""
+    parts = [split] if split in known else split.split("+")
+    for part in parts:
+        if part not in known:
+            hint = closest(part, known) if known else "it has none"
+            raise UserError(f"{root} has no split '{part}': {hint}")
+    return parts
 
 
 def splits_of(root: Path, layout: str = "auto") -> tuple[str, ...]:
@@ -151,7 +198,7 @@ def find_layout(root: Path, layout: str) -> tuple[str, Path]:
 
 
 def spec_for(
-    dataset: DataSet,
+    dataset: PhotoSet,
     input: InputPolicy | None = None,
     *,
     longest_side: int | None = None,
@@ -182,7 +229,7 @@ def spec_for(
     )
 
 
-def measured_policy(dataset: DataSet, longest_side: int | None = None) -> InputPolicy:
+def measured_policy(dataset: PhotoSet, longest_side: int | None = None) -> InputPolicy:
     """The input policy that fits the photos; reads their headers only. Raises UserError."""
     policy = InputPolicy(longest_side=longest_side)
     counts: Counter[tuple[int, int]] = Counter()

@@ -50,7 +50,10 @@ def pairs(root: Path, split: str) -> Pairs:
         detail = f"a photo is looked for at {images / name}.jpg or .png"
         faults.append(Fault(kind="mask without photo", path=str(masks[name]), detail=detail))
     items = tuple(Item(n, photos[n], masks[n]) for n in sorted(photos.keys() & masks.keys()))
-    return Pairs(items, tuple(faults), plain_lookup(classes(root)))
+    bare = tuple(
+        Item(n, photos[n], labels / f"{n}.png") for n in sorted(photos.keys() - masks.keys())
+    )
+    return Pairs(items, tuple(faults), plain_lookup(classes(root)), bare)
 
 
 def _name(path: Path, base: Path) -> str:

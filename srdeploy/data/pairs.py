@@ -24,6 +24,11 @@ FaultKind = Literal[
     "sizes differ",
     "unknown id",
     "empty split",
+    "unknown class",
+    "photo without tags",
+    "listed twice",
+    "tag without pixels",
+    "untagged class",
 ]
 
 
@@ -55,6 +60,8 @@ class Pairs:
     faults: tuple[Fault, ...]
     lookup: tuple[int, ...]
     """256 entries: the class id (or ignore index) that each raw mask value means, or NOT_AN_ID."""
+    bare: tuple[Item, ...] = ()
+    """Photos without a mask, sorted by name; `label` is where one is looked for."""
 
 
 def plain_lookup(classes: ClassTable) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ def pairs(root: Path, split: str) -> Pairs:
     """The photos that the split's list names, with their masks. Raises UserError for a bad line."""
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     items: list[Item] = []
+    bare: list[Item] = []
     faults: list[Fault] = []
     for number, line in enumerate(read_text(listed).splitlines(), start=1):
         if not line.strip():
@@ -47,12 +48,14 @@ def pairs(root: Path, split: str) -> Pairs:
         elif not item.label.is_file():
             detail = f"no {item.name}.png in {' or '.join(MASK_FOLDERS)}"
             faults.append(Fault(kind="photo without mask", path=str(item.image), detail=detail))
+            bare.append(item)
         else:
             items.append(item)
     return Pairs(
         tuple(sorted(items, key=lambda item: item.name)),
         tuple(faults),
         plain_lookup(classes(root)),
+        tuple(sorted(bare, key=lambda item: item.name)),
     )
 
 

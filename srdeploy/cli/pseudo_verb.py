@@ -1,0 +1,154 @@
+"""`srdeploy pseudo`: masks from image tags."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from srdeploy.cli.options import Json, NetworkOptions, Quiet, parse_options
+
+
+def pseudo(
+    out: Annotated[Path, typer.Option(help="Folder to write: a data set, in the same layout.")],
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="Data set's folder, with labels.csv; known once OUT was begun."),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One step alone: classify, maps or masks.")
+    ] = None,
+    labels_from_masks: Annotated[
+        bool | None,
+        typer.Option(
+            "--labels-from-masks/--labels-from-file",
+            help="Take tags from what each mask shows, to measure what the lack of masks costs.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Maps from a trained run instead of a classifier: self-training."
+        ),
+    ] = None,
+    train_split: Annotated[
+        str | None, typer.Option(help="Split that gets masks; join several with '+'.")
+    ] = None,
+    val_split: Annotated[
+        str | None, typer.Option(help="Split to validate on; keeps its masks where it has some.")
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Network whose encoder is the classifier (default: deeplabv2-mobilenetv2)."
+        ),
+    ] = None,
+    option: NetworkOptions = None,
+    regulation: Annotated[
+        bool | None,
+        typer.Option(
+            "--sr/--no-sr", help="Classifiers at every stage and SR-L, or one (default: --sr)."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps (default: 2000).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step (default: 8).")] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size of training crops (default: 320x320).")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate (default: 0.01).")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="FILE|imagenet", help="Backbone weights to start from.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of start, order and views (default: 0).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N, or auto, which says what it took.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read photos (default: 2).")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Keys of train, and a section 'pseudo'."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A key of the classifier's training, or pseudo.KEY; may be repeated.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train the classifier anew where settings differ.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make masks of image tags: a data set that `srdeploy train` trains on.
+
+    Three steps. classify: a multi-label classifier is trained on the tags. maps: its class
+    activation maps, over scales and mirrored photos. masks: the maps are refined along the photos'
+    edges, and each pixel gets a class, the background, or is ignored where that is not clear. A
+    mask never shows a class that the photo's tags lack. OUT/confidence says how sure each pixel
+    is (train --set confidence=true).
+
+    The same command goes on where it was stopped, and remembers its settings: with other ones it
+    repeats the steps that these change. Look at OUT/pseudo/contact-sheet.png and worst.html.
+
+    Tags stand in DATA/labels.csv: "image,classes" and lines like "train/cow_1.jpg,cow;person".
+
+    Example: srdeploy pseudo photos --pretrained imagenet --out photos-pseudo
+
+    Example: srdeploy pseudo --out photos-pseudo --only masks --set pseudo.background=0.3
+
+    Example: srdeploy pseudo photos --teacher runs/first --out photos-round-2
+    """
+    from srdeploy import console
+    from srdeploy.errors import UserError
+    from srdeploy.train.weak.progress import STEPS
+    from srdeploy.train.weak.pseudo import make_pseudo
+    from srdeploy.train.weak.pseudo_run import load_pseudo_run, saved_pseudo_run
+    from srdeploy.validation import closest
+
+    console.set_quiet(quiet or as_json)
+    flags: dict[str, Any] = {
+        "data": data,
+        "train_split": train_split,
+        "val_split": val_split,
+        "network.name": network,
+        "network.options": parse_options(option) if option else None,
+        "regulation.enabled": regulation,
+        "steps": steps,
+        "batch": batch,
+        "crop": crop,
+        "lr": lr,
+        "pretrained": pretrained,
+        "seed": seed,
+        "device": device,
+        "workers": workers,
+    }
+    step = next((one for one in STEPS if one == only), None)
+    if only is not None and step is None:
+        raise UserError(f"--only {only}: {closest(only, STEPS)}")
+    if data is None and config is None and saved_pseudo_run(out) is None:
+        raise UserError("no data set given: srdeploy pseudo DATA --out DIR")
+    given = {key: value for key, value in flags.items() if value is not None}
+    run = load_pseudo_run(out, config, given, settings or [], labels_from_masks, teacher)
+    report = make_pseudo(run, out, step, force)
+    if report is None:
+        console.warn(f"stopped, everything is saved; go on with: srdeploy pseudo --out {out}")
+        raise typer.Exit(1)
+    if as_json:
+        console.print_json({"folder": str(out), **report})
+    elif only in (None, "masks"):
+        console.say(f"look at {out}/pseudo/contact-sheet.png and {out}/pseudo/worst.html")
+        split = run.classifier.train_split
+        more = "" if split == "train" else f" --set train_split={split}"
+        console.say(f"next: srdeploy train {out}{more} --out runs/NAME")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `pseudo` to the command line."""
+    app.command("pseudo")(pseudo)

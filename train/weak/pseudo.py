@@ -1,0 +1,305 @@
+"""From image tags to a data set of pseudo masks, in three steps that resume: classify, maps, masks.
+
+The folder is a data set in the original's layout, and has beside it:
+pseudo/   config.yaml, progress.json, report.json
+          classifier.safetensors, metrics.jsonl   step "classify"
+          maps/                                   step "maps": one .npz per photo
+          scores/, contact-sheet.png, worst.html  step "masks"; scores where true masks exist
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from srdeploy import console
+from srdeploy.data import DataSet, open_dataset, spec_for
+from srdeploy.data.tags import TaggedSet, has_all_masks, open_tagged
+from srdeploy.deployable import Normalise
+from srdeploy.errors import UserError
+from srdeploy.files import read_json, sha256_of, write_json, write_whole
+from srdeploy.imaging import restore
+from srdeploy.interrupt import StopRequest
+from srdeploy.runs import load_network, open_run
+from srdeploy.spec import Spec
+from srdeploy.train.device import find_device
+from srdeploy.train.distributed import ALONE
+from srdeploy.train.start import input_policy
+from srdeploy.train.weak import classify
+from srdeploy.train.weak.cam import (
+    Activation,
+    MapMaker,
+    Teacher,
+    averaged_maps,
+    of_tags,
+    read_maps,
+    write_maps,
+)
+from srdeploy.train.weak.decide import decide, with_background
+from srdeploy.train.weak.map_scores import score_photo, write_scores
+from srdeploy.train.weak.mirror import Mirror
+from srdeploy.train.weak.photo_groups import groups_of_one_size, read_ahead, read_fitted
+from srdeploy.train.weak.progress import Step, StepLog, key_of
+from srdeploy.train.weak.pseudo_report import write_report
+from srdeploy.train.weak.pseudo_run import (
+    CONFIG,
+    HOME,
+    PseudoRun,
+    require_ours,
+    require_same_classifier,
+    saved_pseudo_run,
+)
+from srdeploy.train.weak.refined import at_size, refined
+
+MAPS = "maps"
+SCORES = "scores"
+REPORT = "report.json"
+STOP = "stopping after these photos; once more to stop at once"
+MAP_KEYS = {"scales", "flip", "grid"}
+"""Settings that decide the maps; the others decide the masks."""
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The data, opened."""
+
+    training: TaggedSet
+    validation: DataSet | TaggedSet
+    """Tagged where it has no masks: it then gets pseudo masks too."""
+    spec: Spec
+
+    @property
+    def tagged(self) -> tuple[TaggedSet, ...]:
+        """The splits that get pseudo masks."""
+        last = self.validation
+        return (self.training, last) if isinstance(last, TaggedSet) else (self.training,)
+
+
+def make_pseudo(
+    run: PseudoRun, folder: Path, only: Step | None = None, force: bool = False
+) -> dict[str, Any] | None:
+    """Makes the data set of pseudo masks in `folder`; returns its report, or None where Ctrl-C or
+    SIGTERM stopped it (the same call goes on).
+
+    only: this step alone. force: trains anew a classifier that was trained with other settings.
+    A step that is done with these settings is not done again; maps and masks of other settings are
+    made anew. Raises UserError.
+    """
+    folder = Path(folder)
+    home = folder / HOME
+    require_ours(folder)
+    sets = open_sets(run)
+    log = StepLog(home)
+    keys = step_keys(run, sets)
+    saved = saved_pseudo_run(folder)
+    other = log.key("classify") not in (None, keys["classify"])
+    if saved is not None and other and run.teacher is None and not force:
+        require_same_classifier(saved, run, folder)
+    steps: dict[Step, Callable[[PseudoRun, Sets, Path], bool]] = {
+        "classify": _classify,
+        "maps": _make_maps,
+        "masks": _make_masks,
+    }
+    if run.teacher is not None:
+        del steps["classify"]
+    if only is not None and only not in steps:
+        raise UserError("a teacher takes the classifier's place: leave --only classify away")
+    write_whole(home / CONFIG, run.to_yaml())
+    for step, act in steps.items():
+        key = keys[step]
+        if log.done(step, key):
+            console.done(f"{folder}: step '{step}' is done already")
+        elif only not in (None, step):
+            if only is not None and list(steps).index(step) < list(steps).index(only):
+                raise UserError(
+                    f"step '{step}' is not done with these settings in {folder}: run it first, or "
+                    "leave --only away"
+                )
+            break
+        else:
+            if log.key(step) != key:
+                _forget(step, sets, folder)
+            log.begin(step, key)
+            if not act(run, sets, folder):
+                return None
+            log.finish(step)
+        if step == only:
+            break
+    report: dict[str, Any] = read_json(home / REPORT)
+    return report
+
+
+def open_sets(run: PseudoRun) -> Sets:
+    """Opens the splits; reads no photo but its header. Raises UserError."""
+    config = run.classifier
+    training = open_tagged(config.data, config.train_split, config.layout, run.labels_from_masks)
+    if not training.foreground:
+        raise UserError(f"{config.data}: no scored class but the background: nothing to recognise")
+    validation: DataSet | TaggedSet
+    if has_all_masks(config.data, config.val_split, config.layout):
+        validation = open_dataset(config.data, config.val_split, config.layout)
+    else:
+        validation = open_tagged(config.data, config.val_split, config.layout)
+        console.warn(
+            f"split '{config.val_split}' has no masks: it gets pseudo masks too, and a mIoU on it "
+            "says how well they are followed, not how well objects are found"
+        )
+    spec = spec_for(
+        training,
+        input_policy(config, training),
+        mean=config.mean,
+        std=config.std,
+        colour_order=config.colour_order,
+    )
+    return Sets(training, validation, spec)
+
+
+def step_keys(run: PseudoRun, sets: Sets) -> dict[Step, str]:
+    """What each step's results depend on, as a digest."""
+    photos = [
+        (str(item.image.relative_to(one.root)), sorted(tags))
+        for one in sets.tagged
+        for item, tags in zip(one.items, one.tags, strict=True)
+    ]
+    settings = run.pseudo.model_dump(mode="json", exclude={"batch"})
+    first = key_of(run.classifier_values(), photos[: len(sets.training)])
+    if run.teacher is None:
+        source = first
+    else:
+        source = key_of(sha256_of(open_run(run.teacher).weights), photos)
+    maps = key_of(source, photos, {k: settings[k] for k in MAP_KEYS})
+    rest = {k: v for k, v in settings.items() if k not in MAP_KEYS}
+    return {"classify": first, "maps": maps, "masks": key_of(maps, rest)}
+
+
+def _classify(run: PseudoRun, sets: Sets, folder: Path) -> bool:
+    """Trains the classifier, and says how well it knows the tags of val."""
+    home = folder / HOME
+    if not classify.train_classifier(run.classifier, sets.training, sets.spec, home):
+        return False
+    last = sets.validation
+    if isinstance(last, DataSet):
+        config = run.classifier
+        last = open_tagged(config.data, config.val_split, config.layout, from_masks=True)
+    device = find_device(run.classifier.device, ALONE)
+    network = classify.load_classifier(run.classifier, sets.training, sets.spec, home, device)
+    found = classify.tag_scores(network, last, sets.spec)
+    known = [one for one in found.values() if one is not None]
+    mean = sum(known) / len(known) if known else None
+    write_json(home / REPORT, {"tags": {"mean_f1": mean, "f1": found, "images": len(last)}})
+    if mean is not None:
+        console.done(f"tags of {len(last)} photos of val: mean F1 {100 * mean:.1f}")
+    return True
+
+
+def _make_maps(run: PseudoRun, sets: Sets, folder: Path) -> bool:
+    """Writes the class maps of every photo that has none yet."""
+    config = run.classifier
+    device = find_device(config.device, ALONE)
+    maker: MapMaker
+    if run.teacher is not None:
+        teacher = open_run(run.teacher)
+        if teacher.spec.classes != sets.spec.classes:
+            raise UserError(
+                f"{run.teacher} knows other classes ({', '.join(teacher.spec.classes)}) than the "
+                f"data set ({', '.join(sets.spec.classes)})"
+            )
+        spec = teacher.spec
+        maker = Teacher(load_network(teacher).to(device), spec)
+    else:
+        spec = sets.spec
+        trained = classify.load_classifier(config, sets.training, spec, folder / HOME, device)
+        maker = Activation(trained, sets.training.foreground, spec)
+    normalise = Normalise(spec).to(device)
+    mirror = _mirror(sets, folder)
+    with StopRequest(STOP) as stop:
+        for tagged in sets.tagged:
+            places = [folder / HOME / MAPS / f"{mirror.key(i)}.npz" for i in tagged.items]
+            missing = [i for i in range(len(tagged)) if not places[i].exists()]
+            groups = groups_of_one_size(tagged, spec, missing, run.pseudo.batch)
+            reading = read_ahead(groups, partial(read_fitted, spec=spec), config.workers)
+            text = f"class maps of {tagged.split}"
+            for group, read in console.track(reading, text, total=len(groups)):
+                photos = torch.from_numpy(np.stack([photo for photo, _ in read])).to(device)
+                maps = averaged_maps(maker, photos, normalise, spec, run.pseudo)
+                for index, found in zip(group.indices, maps, strict=True):
+                    kept = of_tags(found, maker.classes, tagged.tags[index], tagged.background)
+                    write_maps(places[index], kept)
+                if stop.requested:
+                    return False
+    return True
+
+
+def _make_masks(run: PseudoRun, sets: Sets, folder: Path) -> bool:
+    """Refines the maps, writes the masks that are missing, scores them, and draws them."""
+    config, settings, spec = run.classifier, run.pseudo, sets.spec
+    device = find_device(config.device, ALONE)
+    mirror = _mirror(sets, folder)
+    mirror.add_classes(sets.training.classes)
+    with StopRequest(STOP) as stop:
+        for tagged in sets.tagged:
+            scored = tagged.has_masks
+            missing = [i for i, item in enumerate(tagged.items) if not mirror.mask(item).exists()]
+            groups = groups_of_one_size(tagged, spec, missing, settings.batch)
+            reading = read_ahead(groups, partial(read_fitted, spec=spec), config.workers)
+            text = f"pseudo masks of {tagged.split}"
+            for group, read in console.track(reading, text, total=len(groups)):
+                items = [tagged.items[index] for index in group.indices]
+                cams = [read_maps(folder / HOME / MAPS / f"{mirror.key(i)}.npz") for i in items]
+                photos = [photo for photo, _ in read]
+                found = refined(photos, cams, tagged.background, settings, device)
+                for index, item, cam, fine, (photo, size) in zip(
+                    group.indices, items, cams, found, read, strict=True
+                ):
+                    whole = with_background(fine, tagged.background, settings.background)
+                    labels, confidence = decide(whole, settings.certain, spec.ignore_index)
+                    mask = restore(labels, *size)
+                    if scored:
+                        counts = score_photo(
+                            tagged.mask(index),
+                            at_size(cam, (photo.shape[0], photo.shape[1])),
+                            fine,
+                            mask,
+                            spec,
+                            tagged.background,
+                            settings.background,
+                        )
+                        write_scores(folder / HOME / SCORES / f"{mirror.key(item)}.npz", counts)
+                    sure = restore(confidence, *size)
+                    mirror.add_pseudo(item, mask, sure, spec, tagged.lookup)
+                if stop.requested:
+                    return False
+            mirror.add_list(tagged.split, tagged.items)
+    last = sets.validation
+    if isinstance(last, DataSet):
+        for item in console.track(last.items, f"{last.split} as it is", total=len(last)):
+            mirror.add_true(item)
+        mirror.add_list(last.split, last.items)
+    before = read_json(folder / HOME / REPORT) if (folder / HOME / REPORT).exists() else {}
+    write_report(run, sets.tagged, spec, mirror, folder / HOME, before)
+    return True
+
+
+def _forget(step: Step, sets: Sets, folder: Path) -> None:
+    """Removes what the step, with other settings, left half or wholly done."""
+    home, mirror = folder / HOME, _mirror(sets, folder)
+    if step == "classify":
+        for name in (classify.STATE, classify.CLASSIFIER, REPORT):
+            (home / name).unlink(missing_ok=True)
+    elif step == "maps":
+        shutil.rmtree(home / MAPS, ignore_errors=True)
+    else:
+        shutil.rmtree(home / SCORES, ignore_errors=True)
+        for tagged in sets.tagged:
+            for item in tagged.items:
+                mirror.mask(item).unlink(missing_ok=True)
+                mirror.confidence(item).unlink(missing_ok=True)
+
+
+def _mirror(sets: Sets, folder: Path) -> Mirror:
+    return Mirror(folder, sets.training.root, sets.training.layout)

@@ -1,0 +1,127 @@
+"""The configuration of a folder of pseudo masks, and whether a folder is one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from srdeploy.errors import UserError
+from srdeploy.train.config import (
+    FREE_ON_RESUME,
+    TrainConfig,
+    flat,
+    load_config,
+    merge,
+    parse_setting,
+    read_config_file,
+)
+from srdeploy.train.start import saved_config
+from srdeploy.train.weak.pseudo_config import PseudoConfig
+from srdeploy.validation import Settings, validated
+
+HOME = "pseudo"
+"""Folder, beside photos and masks, of what they were made with."""
+CONFIG = "config.yaml"
+SECTION = "pseudo"
+"""Keys of PseudoConfig are given as pseudo.KEY, all others are the classifier's."""
+_NOT_FOR_NUMBERS = FREE_ON_RESUME | {"val_split", "log_every", "val_every", "save_every"}
+
+
+class PseudoRun(Settings):
+    """Everything that decides what a folder of pseudo masks holds."""
+
+    classifier: TrainConfig
+    """Data, network and training of the classifier of tags; with a teacher its data, splits and
+    sizes alone."""
+    pseudo: PseudoConfig = PseudoConfig()
+    """From maps to masks."""
+    labels_from_masks: bool = False
+    """Tags are what each mask shows, instead of what labels.csv says: to measure what the lack of
+    masks costs."""
+    teacher: Path | None = None
+    """A run whose network gives the maps, instead of a classifier of tags."""
+
+    def to_yaml(self) -> str:
+        """Every key with its value."""
+        import yaml
+
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    def classifier_values(self) -> dict[str, Any]:
+        """What the classifier's numbers depend on, by dotted key."""
+        values = flat(self.classifier.model_dump(mode="json"))
+        return {k: v for k, v in values.items() if k.split(".")[0] not in _NOT_FOR_NUMBERS}
+
+
+def load_pseudo_run(
+    folder: Path,
+    file: Path | None,
+    flags: Mapping[str, Any],
+    settings: Sequence[str],
+    labels_from_masks: bool | None = None,
+    teacher: Path | None = None,
+) -> PseudoRun:
+    """The configuration of `folder` where it has one, else defaults; then `file`, `flags` and
+    `settings` as `srdeploy.train.config.load_config` takes them. A section, and settings, called
+    `pseudo` are PseudoConfig's. Raises UserError.
+    """
+    saved = saved_pseudo_run(folder)
+    base: dict[str, Any] = {}
+    if saved is not None:
+        base = saved.model_dump(mode="json")
+    elif teacher is not None:
+        # Sizes and colours as the teacher saw them.
+        base = {"classifier": saved_config(teacher).model_dump(mode="json")}
+    section: dict[str, Any] = base.get(SECTION, {})
+    found: dict[str, Any] | None = None
+    if file is not None:
+        found = read_config_file(file)
+        section = merge(section, found.pop(SECTION, None) or {})
+    ours = [one for one in settings if one.startswith(f"{SECTION}.")]
+    for one in ours:
+        section = merge(section, parse_setting(one)[SECTION])
+    others = [one for one in settings if one not in ours]
+    classifier = load_config(base.get("classifier"), file, flags, others, content=found)
+    given = {
+        "labels_from_masks": labels_from_masks,
+        "teacher": teacher,
+    }
+    values = {k: base[k] for k in given if k in base} | {
+        k: v for k, v in given.items() if v is not None
+    }
+    pseudo = validated(PseudoConfig, section, f"the settings of {SECTION}")
+    return validated(
+        PseudoRun, {**values, "classifier": classifier, "pseudo": pseudo}, "the configuration"
+    )
+
+
+def saved_pseudo_run(folder: Path) -> PseudoRun | None:
+    """What the folder's masks are made with; None where it holds none. Raises UserError."""
+    path = folder / HOME / CONFIG
+    if not path.exists():
+        return None
+    return validated(PseudoRun, read_config_file(path), str(path))
+
+
+def require_ours(folder: Path) -> None:
+    """Raises UserError where pseudo masks can't be written to `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: pseudo masks need a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / HOME / CONFIG).exists():
+        raise UserError(
+            f"{folder} exists and holds no pseudo masks of ours: give another --out, or remove it"
+        )
+
+
+def require_same_classifier(saved: PseudoRun, wanted: PseudoRun, folder: Path) -> None:
+    """Raises UserError naming the first key in which `wanted` would train another classifier."""
+    ours, theirs = wanted.classifier_values(), saved.classifier_values()
+    for key in {**theirs, **ours}:
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"the classifier in {folder} is trained with {key}={theirs.get(key)}, not "
+                f"{ours.get(key)}: --force trains it anew, or give another --out"
+            )
+    raise UserError(
+        f"the classifier in {folder} is trained on other photos or tags than the data set has now: "
+        "--force trains it anew, or give another --out"
+    )
