@@ -14,6 +14,8 @@ from srdeploy.train.weak.pseudo_config import PseudoConfig
 
 def at_size(found: PhotoMaps, size: tuple[int, int]) -> PhotoMaps:
     """The maps at `size` (H, W), unrefined."""
+    if not found.classes:
+        return replace(found, maps=np.zeros((0, *size), np.float32))
     maps = resize_logits(torch.from_numpy(found.maps)[None], size)[0]
     return replace(found, maps=maps.numpy())
 
