@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 SMALLER = {
     ("data", "synth"): "--train 8 --val 3 --test 3",
     ("train",): "--steps 3 --batch 2 --crop 64x64",
+    ("pseudo",): "--steps 3 --batch 2 --crop 64x64 --set pseudo.scales=[1]",
     ("bench", "train"): "--rounds 3 --size 32x32 --batch 2 --option width_mult=0.25",
     ("bench",): "--budget 1 --threads 1 --no-costs",
     ("serve",): "--port 0 --sessions 1 --threads 1 --max-batch 1 --drain 0 --log json",
@@ -102,7 +103,7 @@ def smaller(command: str) -> list[str]:
             break
     if words[0] == "bench" and not {"train", "--data"} & set(words):
         words.append("--no-exits-left-in")  # traced for the benchmark with --data: once is enough
-    if words[0] == "train" and "--network" not in words:
+    if words[0] in ("train", "pseudo") and "--network" not in words:
         words += ["--option", "width_mult=0.25"]
     return words
 
