@@ -34,6 +34,8 @@ class TrainConfig(Settings):
     layout: Literal["auto", "folder", "voc", "cityscapes"] = "auto"
     """How the data set's files are laid out."""
     train_split: str = "train"
+    """Split to train on, or several joined by '+', as "train+extra"; the same photo in two of them
+    is an error. val_split takes them too."""
     val_split: str = "val"
     network: NetworkConfig = NetworkConfig()
     """The plain network: name, options such as {"output_stride": 8}, and whether its auxiliary

@@ -59,5 +59,7 @@ def _files(folder: Path) -> list[Path]:
                 f"{folder} is a data set without the split {_SPLIT} (it has {', '.join(splits)}): "
                 "give the folder of the photos that int8 shall be calibrated on"
             )
-        return [item.image for item in layout.pairs(home, _SPLIT).items]
+        pairs = layout.pairs(home, _SPLIT)
+        items = sorted((*pairs.items, *pairs.bare), key=lambda item: item.name)
+        return [item.image for item in items]
     return photos_below(folder)

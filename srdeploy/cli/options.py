@@ -17,7 +17,12 @@ Json = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress bars.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. Never falls back in silence.")]
-Split = Annotated[str, typer.Option(help="Split of the data set, e.g. train, val or test.")]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="Split of the data set, e.g. train, val or test; '+' joins several, as train+val."
+    ),
+]
 RuntimeName = Annotated[
     str,
     typer.Option(

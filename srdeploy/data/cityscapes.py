@@ -41,6 +41,7 @@ def pairs(root: Path, split: str) -> Pairs:
     original = any(labels.glob(f"*/*{LABEL_IDS_END}"))
     end = LABEL_IDS_END if original else TRAIN_IDS_END
     items: list[Item] = []
+    bare: list[Item] = []
     faults: list[Fault] = []
     for photo in sorted(images.glob(f"*/*{PHOTO_END}")):
         name = photo.name.removesuffix(PHOTO_END)
@@ -48,6 +49,7 @@ def pairs(root: Path, split: str) -> Pairs:
         if mask.is_file():
             items.append(Item(name, photo, mask))
         else:
+            bare.append(Item(name, photo, mask))
             detail = f"a mask is looked for at {mask}"
             faults.append(Fault(kind="photo without mask", path=str(photo), detail=detail))
     for mask in sorted(labels.glob(f"*/*{end}")):
@@ -55,12 +57,20 @@ def pairs(root: Path, split: str) -> Pairs:
         if not photo.is_file():
             detail = f"a photo is looked for at {photo}"
             faults.append(Fault(kind="mask without photo", path=str(mask), detail=detail))
-    items.sort(key=lambda item: item.name)
+    for found in (items, bare):
+        found.sort(key=lambda item: item.name)
     return Pairs(
         tuple(items),
         tuple(faults),
         label_ids_lookup() if original else plain_lookup(CITYSCAPES),
+        tuple(bare),
     )
+
+
+def all_photos(root: Path) -> dict[Path, str]:
+    """Every photo of every split, with its name: city, sequence and frame."""
+    found = sorted((root / "leftImg8bit").glob(f"*/*/*{PHOTO_END}"))
+    return {photo: photo.name.removesuffix(PHOTO_END) for photo in found}
 
 
 def label_ids_lookup() -> tuple[int, ...]:

@@ -36,6 +36,7 @@ def pairs(root: Path, split: str) -> Pairs:
     """The photos that the split's list names, with their masks. Raises UserError for a bad line."""
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     items: list[Item] = []
+    bare: list[Item] = []
     faults: list[Fault] = []
     for number, line in enumerate(read_text(listed).splitlines(), start=1):
         if not line.strip():
@@ -45,6 +46,7 @@ def pairs(root: Path, split: str) -> Pairs:
             detail = f"{listed} names it in line {number}"
             faults.append(Fault(kind="listed photo missing", path=str(item.image), detail=detail))
         elif not item.label.is_file():
+            bare.append(item)
             detail = f"no {item.name}.png in {' or '.join(MASK_FOLDERS)}"
             faults.append(Fault(kind="photo without mask", path=str(item.image), detail=detail))
         else:
@@ -53,7 +55,13 @@ def pairs(root: Path, split: str) -> Pairs:
         tuple(sorted(items, key=lambda item: item.name)),
         tuple(faults),
         plain_lookup(classes(root)),
+        tuple(sorted(bare, key=lambda item: item.name)),
     )
+
+
+def all_photos(root: Path) -> dict[Path, str]:
+    """Every photo in JPEGImages, whether a list names it or not, with its name in the lists."""
+    return {photo: photo.stem for photo in sorted((root / "JPEGImages").glob("*.jpg"))}
 
 
 def _item(root: Path, fields: list[str], where: str) -> Item:
