@@ -126,7 +126,9 @@ def main(
     if not data.is_dir():
         raise SystemExit(f"no such data set: {data}: nothing was measured")
     if not set(test_split.split("+")).isdisjoint(val_split.split("+")):
-        raise SystemExit(f"--test-split must not be {val_split}, which selects the weights")
+        raise SystemExit(
+            f"--test-split must not be {val_split}, nor hold any of it: it selects the weights"
+        )
     began = time.monotonic()
     words = [*shlex.split(train_words), "--steps", str(steps)]
     words += [] if pretrained is None else ["--pretrained", str(pretrained)]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -124,10 +124,13 @@ def read_text(path: Path) -> str:
         raise explain_os_error(error, path) from error
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`. Raises UserError with the line where it does not parse."""
+def read_json(path: Path, object_as: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    """The JSON value in `path`. `object_as` makes each object from its pairs of key and value.
+
+    Raises UserError with the line where it does not parse.
+    """
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=object_as)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from error
 

@@ -103,11 +103,12 @@ def test_what_is_finished_is_kept_and_what_was_cut_off_is_resumed(
     assert "**2 runs are left: the same command goes on.**" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("test_split", ["val", "test+val"])
 def test_weights_are_not_reported_on_the_split_that_selected_them(
-    scripts: dict[str, ModuleType], split_data: Path
+    scripts: dict[str, ModuleType], split_data: Path, test_split: str
 ) -> None:
     with pytest.raises(SystemExit, match="--test-split must not be val"):
-        scripts["evidence"].main(split_data, test_split="val")
+        scripts["evidence"].main(split_data, test_split=test_split)
 
 
 def run_of(variant: str, seed: int, miou: float, failure2: float | None = 0.1) -> dict[str, Any]:

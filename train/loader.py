@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srdeploy.data.dataset import PhotoSet
+from srdeploy.data.photo_set import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.spec import Spec

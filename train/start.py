@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from srdeploy import console
 from srdeploy.data import DataSet, open_dataset, spec_for
-from srdeploy.data.dataset import PhotoSet, measured_policy
+from srdeploy.data.dataset import measured_policy
+from srdeploy.data.photo_set import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, write_whole
 from srdeploy.models.pretrained import load_pretrained

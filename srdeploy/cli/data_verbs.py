@@ -61,11 +61,17 @@ def check(
 ) -> None:
     """Decode every photo and mask; report faults and how often each class occurs.
 
-    Finds missing pairs, unreadable files, sizes that differ and ids that are no class. With
-    labels.csv (header image,classes) a split may have no masks: each photo needs its tags then, and
-    where there are masks too, both must say the same. Exit code 1 where something is wrong.
+    Finds missing pairs, unreadable files, sizes that differ and ids that are no class.
+    Exit code 1 where something is wrong.
+
+    Where DIR has labels.csv or labels.json, a split may have tags instead of masks.
+    Their file says which classes a photo shows: a header "image,classes", then
+    lines such as "cow_1.jpg,cow;person". Finds unknown classes, photos that are
+    missing, not listed or listed twice, and tags that a mask disagrees with.
 
     Example: srdeploy data check scenes --split train --split val
+
+    Example: srdeploy data check tagged --split train --json
     """
     from srdeploy import console
     from srdeploy.data.check import SHOWN_FAULTS, check_dataset, distribution_table
@@ -84,7 +90,9 @@ def check(
         counts = ", ".join(f"{count} x {kind}" for kind, count in report.fault_counts().items())
         console.failed(f"{len(report.faults)} faults: {counts}")
         raise typer.Exit(1)
-    console.done(f"{sum(s.images for s in report.splits.values())} pairs, no faults")
+    with_masks = all(found.labels == "masks" for found in report.splits.values())
+    noun = "pairs" if with_masks else "photos"
+    console.done(f"{sum(s.images for s in report.splits.values())} {noun}, no faults")
 
 
 def register(app: typer.Typer) -> None:

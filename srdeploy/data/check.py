@@ -1,4 +1,4 @@
-"""Checking a data set before training time is spent on it: pairs, files, sizes, ids, classes."""
+"""Checking a data set before training time is spent on it: pairs, files, sizes, ids, tags."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from srdeploy import console
-from srdeploy.data.check_tags import TagCheck
 from srdeploy.data.classes import ClassTable
-from srdeploy.data.dataset import LAYOUTS, find_layout, id_fault, size_fault
+from srdeploy.data.dataset import LAYOUTS, Layout, find_layout, id_fault, size_fault
 from srdeploy.data.pairs import NOT_AN_ID, Fault, FaultKind, Item, Pairs
+from srdeploy.data.tag_file import find_tag_file
+from srdeploy.data.tagging import BACKGROUND, Tagging, read_tagging
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, UnreadableImageError, read_labels, read_photo
 from srdeploy.validation import Settings, closest
@@ -25,18 +26,20 @@ SHOWN_FAULTS = 20
 
 
 class SplitReport(Settings):
-    """What one split holds. Distributions are over readable masks."""
+    """What one split holds. Distributions are over readable masks, or over the tags of a split
+    that has no masks."""
 
+    labels: Literal["masks", "tags"] = "masks"
+    """What the photos are labelled with."""
     images: int
-    """Photos that have a mask."""
+    """Photos that have a mask; where labels are tags, all photos."""
     sizes: dict[str, int]
     """How many photos of each size, "WIDTHxHEIGHT", the most frequent first."""
-    labels: Literal["masks", "tags"] = "masks"
-    """What says which classes its photos show."""
-    pixels: dict[str, float | None]
-    """Share of all pixels in 0..1 per class, scored or not, and "(ignored)"; None for tags."""
+    pixels: dict[str, float] | None
+    """Share of all pixels in 0..1 per class, scored or not, and "(ignored)"; None where labels are
+    tags."""
     images_with: dict[str, int]
-    """How many images hold the class."""
+    """How many images hold the class; where labels are tags, without background and ignored."""
 
 
 class CheckReport(Settings):
@@ -67,6 +70,8 @@ def check_dataset(
 ) -> CheckReport:
     """Decodes every photo and mask of `splits` (None: all) and reports what is wrong.
 
+    Where there is a tags file, it is checked too: splits without any mask are taken as tagged, and
+    the masks of others are held against the tags of the photos that the file names.
     Raises UserError where the folder can't be used: it is absent, has no class table or no split.
     """
     name, home = find_layout(Path(root), layout)
@@ -78,111 +83,165 @@ def check_dataset(
         if split not in known:
             raise UserError(f"{root} has no split '{split}': {closest(split, known)}")
     classes = found.classes(home)
-    every = {split: found.pairs(home, split) for split in known}
-    tags = TagCheck(home, classes, every)
     reports: dict[str, SplitReport] = {}
-    faults: list[Fault] = [*tags.faults]
-    for split in splits or known:
-        pairs = every[split]
-        if tags.alone(split):
-            faults.extend(f for f in pairs.faults if f.kind != "photo without mask")
-            reports[split] = _check_tagged(split, pairs, tags, classes, faults)
-            continue
-        faults.extend(pairs.faults)
-        if not pairs.items:
+    pairs_of = {split: found.pairs(home, split) for split in splits or known}
+    tagging = _tagging_of(found, home, classes, pairs_of)
+    faults: list[Fault] = [] if tagging is None else [*tagging.faults]
+    for split, pairs in pairs_of.items():
+        tally: _Tally | _TagTally
+        if tagging is not None and pairs.bare and not pairs.items:
+            faults.extend(fault for fault in pairs.faults if fault.kind != "photo without mask")
+            items, tally = pairs.bare, _TagTally(classes, tagging)
+        else:
+            faults.extend(pairs.faults)
+            items, tally = pairs.items, _Tally(classes, pairs.lookup, tagging)
+        if not items:
             detail = "no photo with a mask was found"
             faults.append(Fault(kind="empty split", path=f"{home} ({split})", detail=detail))
-        tally = _Tally(classes, pairs.lookup)
-        for item in console.track(pairs.items, f"checking {split}", total=len(pairs.items)):
+        for item in console.track(items, f"checking {split}", total=len(items)):
             faults.extend(tally.add(item))
-            faults.extend(tags.compare(item, tally.shown))
-        reports[split] = tally.report(len(pairs.items))
+        reports[split] = tally.report(len(items))
     return CheckReport(
         root=str(root), layout=name, classes=classes, splits=reports, faults=tuple(faults)
     )
 
 
-def _check_tagged(
-    split: str, pairs: Pairs, tags: TagCheck, classes: ClassTable, faults: list[Fault]
-) -> SplitReport:
-    """Decodes the photos of a split without masks; adds to `faults`."""
-    tally = _Tally(classes, pairs.lookup)
-    for item in console.track(pairs.bare, f"checking {split}", total=len(pairs.bare)):
-        faults.extend(tally.add_tagged(item, tags.shown(item)))
-    faults.extend(tags.untagged(split))
-    return tally.report(len(pairs.bare), tagged=True)
+def _tagging_of(
+    found: Layout, home: Path, classes: ClassTable, pairs_of: dict[str, Pairs]
+) -> Tagging | None:
+    file = find_tag_file(home)
+    if file is None:
+        return None
+    # Lists of VOC may name photos that lie elsewhere.
+    items = [item for pairs in pairs_of.values() for item in (*pairs.items, *pairs.bare)]
+    photos = {item.image: item.name for item in items} | found.photos(home)
+    return read_tagging(file, home, classes, photos)
+
+
+class _TagTally:
+    """Counts of one split whose photos have tags and no masks, as they are read."""
+
+    def __init__(self, classes: ClassTable, tagging: Tagging) -> None:
+        self._classes = classes
+        self._tagging = tagging
+        self._images_with: Counter[int] = Counter()
+        self._sizes: Counter[str] = Counter()
+
+    def add(self, item: Item) -> list[Fault]:
+        """Reads one photo, counts its tags, and returns what is wrong with it."""
+        faults: list[Fault] = []
+        _read_photo(item, self._sizes, faults)
+        tags = self._tagging.tags.get(item.image)
+        if tags is None:
+            faults.append(self._tagging.untagged(item))
+        else:
+            self._images_with.update(tags)
+        return faults
+
+    def report(self, images: int) -> SplitReport:
+        """The counts by class name."""
+        named = {name: index for index, name in enumerate(self._classes.names)}
+        named.pop(BACKGROUND, None)
+        return SplitReport(
+            labels="tags",
+            images=images,
+            sizes=dict(self._sizes.most_common()),
+            pixels=None,
+            images_with={name: self._images_with[index] for name, index in named.items()},
+        )
 
 
 class _Tally:
     """Counts of one split, as its items are read."""
 
-    def __init__(self, classes: ClassTable, lookup: tuple[int, ...]) -> None:
+    def __init__(
+        self, classes: ClassTable, lookup: tuple[int, ...], tagging: Tagging | None
+    ) -> None:
         self._classes = classes
+        self._tagging = tagging
         self._lookup = np.asarray(lookup, np.int16)
         self._pixels = np.zeros(256, np.int64)
         self._images_with = np.zeros(256, np.int64)
         self._sizes: Counter[str] = Counter()
-        self.shown: frozenset[int] = frozenset()
-        """The labels in the mask that was read last; empty where it could not be."""
-
-    def add_tagged(self, item: Item, tags: frozenset[int]) -> list[Fault]:
-        """Reads a photo without a mask, and counts what its tags say."""
-        for index in tags:
-            self._images_with[index] += 1
-        try:
-            photo = read_photo(item.image)
-        except UnreadableImageError as error:
-            return [_fault("unreadable photo", item.image, error)]
-        self._sizes[f"{photo.shape[1]}x{photo.shape[0]}"] += 1
-        return []
 
     def add(self, item: Item) -> list[Fault]:
         """Reads one item, counts it, and returns what is wrong with it."""
         faults: list[Fault] = []
-        photo = raw = None
-        self.shown = frozenset()
-        try:
-            photo = read_photo(item.image)
-            self._sizes[f"{photo.shape[1]}x{photo.shape[0]}"] += 1
-        except UnreadableImageError as error:
-            faults.append(_fault("unreadable photo", item.image, error))
+        raw = None
+        photo = _read_photo(item, self._sizes, faults)
         try:
             raw = read_labels(item.label)
         except UnreadableImageError as error:
             faults.append(_fault("unreadable mask", item.label, error))
         if photo is not None and raw is not None and photo.shape[:2] != raw.shape:
-            faults.append(_fault("sizes differ", item.label, size_fault(item, photo, raw)))
-        if raw is not None and not self._count(raw):
-            text = id_fault(item, raw, tuple(self._lookup.tolist()))
-            faults.append(_fault("unknown id", item.label, text))
+            faults.append(
+                _fault(
+                    "sizes differ",
+                    item.label,
+                    size_fault(item, (photo.shape[0], photo.shape[1]), raw),
+                )
+            )
+        if raw is not None:
+            shown, sound = self._count(raw)
+            if not sound:
+                text = id_fault(item, raw, tuple(self._lookup.tolist()))
+                faults.append(_fault("unknown id", item.label, text))
+            faults.extend(self._compare(item, shown))
         return faults
 
-    def report(self, images: int, tagged: bool = False) -> SplitReport:
+    def report(self, images: int) -> SplitReport:
         """The counts as shares, by class name."""
         named = {name: index for index, name in enumerate(self._classes.names)}
         named[IGNORED] = self._classes.ignore_index
         total = max(1, int(self._pixels.sum()))
         return SplitReport(
             images=images,
-            labels="tags" if tagged else "masks",
             sizes=dict(self._sizes.most_common()),
-            pixels={
-                name: None if tagged else float(self._pixels[index] / total)
-                for name, index in named.items()
-            },
+            pixels={name: float(self._pixels[index] / total) for name, index in named.items()},
             images_with={name: int(self._images_with[index]) for name, index in named.items()},
         )
 
-    def _count(self, raw: Pixels) -> bool:
-        """Adds a mask's pixels; False where some values mean nothing (those are left out)."""
+    def _count(self, raw: Pixels) -> tuple[frozenset[int], bool]:
+        """Adds a mask's pixels; returns the labels that it shows, and False where some values mean
+        nothing (those are left out)."""
         counts = np.bincount(raw.ravel(), minlength=256)
         good = self._lookup != NOT_AN_ID
         of_class: npt.NDArray[np.int64] = np.zeros(256, np.int64)
         np.add.at(of_class, self._lookup[good], counts[good])
         self._pixels += of_class
         self._images_with += of_class > 0
-        self.shown = frozenset(np.flatnonzero(of_class).tolist())
-        return not counts[~good].any()
+        return frozenset(np.flatnonzero(of_class).tolist()), not counts[~good].any()
+
+    def _compare(self, item: Item, shown: frozenset[int]) -> list[Fault]:
+        """Where the labels that a mask shows are not the classes that its photo is tagged with."""
+        if self._tagging is None or item.image not in self._tagging.tags:
+            return []
+        names = self._classes.names
+        compared = frozenset(
+            range(len(names)) if self._classes.scored is None else self._classes.scored
+        )
+        if BACKGROUND in names:
+            compared -= {names.index(BACKGROUND)}
+        tags = self._tagging.tags[item.image]
+        faults: list[Fault] = []
+        for ident in sorted(compared & (tags - shown)):
+            detail = f"{item.name} is tagged '{names[ident]}', its mask {item.label} shows none"
+            faults.append(self._tagging.fault("tag without pixels", item.image, detail))
+        for ident in sorted(compared & (shown - tags)):
+            detail = f"{item.name} is not tagged '{names[ident]}', its mask {item.label} shows it"
+            faults.append(self._tagging.fault("untagged class", item.image, detail))
+        return faults
+
+
+def _read_photo(item: Item, sizes: Counter[str], faults: list[Fault]) -> Pixels | None:
+    """The photo of an item, counted in `sizes`; where it can't be read, None and a fault more."""
+    try:
+        photo = read_photo(item.image)
+    except UnreadableImageError as error:
+        faults.append(_fault("unreadable photo", item.image, error))
+        return None
+    sizes[f"{photo.shape[1]}x{photo.shape[0]}"] += 1
+    return photo
 
 
 def _fault(kind: FaultKind, path: Path, reason: object) -> Fault:
@@ -199,9 +258,7 @@ def distribution_table(report: CheckReport) -> "Table":
     table.add_column("id", justify="right")
     table.add_column("class", footer="images")
     for split, found in report.splits.items():
-        table.add_column(
-            f"{split}\n{'tags' if found.labels == 'tags' else 'pixels %'}", justify="right"
-        )
+        table.add_column(f"{split}\npixels %", justify="right")
         table.add_column("\nimages", justify="right", footer=str(found.images))
     classes = report.classes
     rows = [*enumerate(classes.names), (classes.ignore_index, IGNORED)]
@@ -210,8 +267,8 @@ def distribution_table(report: CheckReport) -> "Table":
         left_out = classes.scored is not None and name != IGNORED and ident not in classes.scored
         cells = []
         for found in report.splits.values():
-            share = found.pixels[name]
-            cells += ["-" if share is None else f"{100 * share:.2f}", str(found.images_with[name])]
+            share = "-" if found.pixels is None else f"{100 * found.pixels[name]:.2f}"
+            cells += [share, str(found.images_with.get(name, "-"))]
         swatch = f"[rgb({colour[0]},{colour[1]},{colour[2]})]██[/]"
         label = f"{name} (not scored)" if left_out else name
         table.add_row(swatch, str(ident), label, *cells)

@@ -49,21 +49,28 @@ def pairs(root: Path, split: str) -> Pairs:
         if mask.is_file():
             items.append(Item(name, photo, mask))
         else:
+            bare.append(Item(name, photo, mask))
             detail = f"a mask is looked for at {mask}"
             faults.append(Fault(kind="photo without mask", path=str(photo), detail=detail))
-            bare.append(Item(name, photo, mask))
     for mask in sorted(labels.glob(f"*/*{end}")):
         photo = images / mask.parent.name / f"{mask.name.removesuffix(end)}{PHOTO_END}"
         if not photo.is_file():
             detail = f"a photo is looked for at {photo}"
             faults.append(Fault(kind="mask without photo", path=str(mask), detail=detail))
-    items.sort(key=lambda item: item.name)
+    for found in (items, bare):
+        found.sort(key=lambda item: item.name)
     return Pairs(
         tuple(items),
         tuple(faults),
         label_ids_lookup() if original else plain_lookup(CITYSCAPES),
-        tuple(sorted(bare, key=lambda item: item.name)),
+        tuple(bare),
     )
+
+
+def all_photos(root: Path) -> dict[Path, str]:
+    """Every photo of every split, with its name: city, sequence and frame."""
+    found = sorted((root / "leftImg8bit").glob(f"*/*/*{PHOTO_END}"))
+    return {photo: photo.name.removesuffix(PHOTO_END) for photo in found}
 
 
 def label_ids_lookup() -> tuple[int, ...]:

@@ -1,17 +1,19 @@
 """Opening a data set: which layout, which split, and reading photo and labels of one item."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from srdeploy.data import cityscapes, folder, voc
 from srdeploy.data.classes import ClassTable
 from srdeploy.data.pairs import NOT_AN_ID, Item, Pairs
+from srdeploy.data.photo_set import PhotoSet
+from srdeploy.data.splits import common_lookup, parts_of, read_parts, refuse_faults
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, photo_size, read_labels, read_photo, scaled_size
 from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD, InputPolicy, Spec
@@ -30,34 +32,26 @@ class Layout:
     splits: Callable[[Path], tuple[str, ...]]
     classes: Callable[[Path], ClassTable]
     pairs: Callable[[Path, str], Pairs]
+    photos: Callable[[Path], dict[Path, str]]
+    """Every photo of the data set, with its name."""
     signs: str
     """What the folder must hold, for messages."""
 
 
 LAYOUTS: dict[str, Layout] = {
-    "folder": Layout(folder.home, folder.splits, folder.classes, folder.pairs, "images/SPLIT"),
-    "voc": Layout(voc.home, voc.splits, voc.classes, voc.pairs, "JPEGImages"),
+    "folder": Layout(
+        folder.home, folder.splits, folder.classes, folder.pairs, folder.all_photos, "images/SPLIT"
+    ),
+    "voc": Layout(voc.home, voc.splits, voc.classes, voc.pairs, voc.all_photos, "JPEGImages"),
     "cityscapes": Layout(
-        cityscapes.home, cityscapes.splits, cityscapes.classes, cityscapes.pairs, "leftImg8bit"
+        cityscapes.home,
+        cityscapes.splits,
+        cityscapes.classes,
+        cityscapes.pairs,
+        cityscapes.all_photos,
+        "leftImg8bit",
     ),
 }
-
-
-class PhotoSet(Protocol):
-    """Photos of a split, with labels or with what stands in for them."""
-
-    @property
-    def classes(self) -> ClassTable:
-        """What labels can be."""
-
-    @property
-    def items(self) -> tuple[Item, ...]:
-        """The photos in their order."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[Pixels, Pixels]:
-        """Photo uint8 [H, W, 3] and labels uint8 [H, W]. Raises UserError."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +60,7 @@ class DataSet:
 
     root: Path
     split: str
+    """As it was asked for: one name, or several that '+' joins."""
     layout: str
     """"folder", "voc" or "cityscapes"."""
     classes: ClassTable
@@ -85,11 +80,25 @@ class DataSet:
         item = self.items[index]
         photo, raw = read_photo(item.image), read_labels(item.label)
         if photo.shape[:2] != raw.shape:
-            raise UserError(size_fault(item, photo, raw))
+            raise UserError(size_fault(item, (photo.shape[0], photo.shape[1]), raw))
+        return photo, self._labels(item, raw)
+
+    def mask(self, index: int) -> Pixels:
+        """The labels that `read` gives, uint8 [H, W]; of the photo only the header is read.
+
+        Raises UserError as `read` does.
+        """
+        item = self.items[index]
+        size, raw = photo_size(item.image), read_labels(item.label)
+        if size != raw.shape:
+            raise UserError(size_fault(item, size, raw))
+        return self._labels(item, raw)
+
+    def _labels(self, item: Item, raw: Pixels) -> Pixels:
         labels = self._table[raw]
         if (labels == NOT_AN_ID).any():
             raise UserError(id_fault(item, raw, self.lookup))
-        return photo, labels.astype(np.uint8)
+        return labels.astype(np.uint8)
 
     @cached_property
     def _table(self) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
@@ -100,11 +109,11 @@ class DataSet:
         return table.astype(np.int16)
 
 
-def size_fault(item: Item, photo: Pixels, raw: Pixels) -> str:
-    """What to say where a photo and its mask differ in size."""
+def size_fault(item: Item, photo: tuple[int, int], raw: Pixels) -> str:
+    """What to say where a photo, of size (height, width), and its mask differ in size."""
     return (
         f"{item.label}: the mask is {raw.shape[1]}x{raw.shape[0]}, its photo "
-        f"{photo.shape[1]}x{photo.shape[0]} (width x height): they must be equal"
+        f"{photo[1]}x{photo[0]} (width x height): they must be equal"
     )
 
 
@@ -123,56 +132,24 @@ def id_fault(item: Item, raw: Pixels, lookup: tuple[int, ...]) -> str:
 def open_dataset(root: Path, split: str, layout: str = "auto") -> DataSet:
     """Finds the photos and masks of one split; reads no pixels.
 
-    `split` may be several joined by '+', such as "train+extra". `layout` is "folder", "voc" or
-    "cityscapes"; "auto" goes by the sub-folders that exist. Raises UserError: no such folder,
-    unknown layout or split, an empty split, photos without masks, a photo in two of the splits.
+    `split` may be several that '+' joins, "train+extra": their items one after the other; a split
+    of that very name wins. `layout` is "folder", "voc" or "cityscapes"; "auto" goes by the
+    sub-folders that exist.
+    Raises UserError: no such folder, unknown layout or split, an empty split, photos without masks,
+    the same split or photo twice.
     """
     name, home = find_layout(Path(root), layout)
     found = LAYOUTS[name]
-    items, lookup = join_splits(found, home, root, split)
-    return DataSet(home, split, name, found.classes(home), items, lookup)
-
-
-def join_splits(
-    found: Layout, home: Path, root: Path, split: str, with_bare: bool = False
-) -> tuple[tuple[Item, ...], tuple[int, ...]]:
-    """The items of a split, or of several joined by '+', one after the other, and their lookup.
-
-    with_bare: photos without a mask too. Raises UserError as `open_dataset` does.
-    """
-    items: list[Item] = []
-    lookups = []
-    for part in split_parts(root, split, found.splits(home)):
-        pairs = found.pairs(home, part)
-        passed = {"mask without photo"} | ({"photo without mask"} if with_bare else set())
-        faults = [f for f in pairs.faults if f.kind not in passed]
-        if faults:
-            raise UserError(
-                f"{faults[0].kind}: {faults[0].path}: {faults[0].detail}; {len(faults)} such in "
-                f"split '{part}', listed by: srdeploy data check {root}"
-            )
-        here = [*pairs.items, *(pairs.bare if with_bare else ())]
-        if not here:
+    parts = parts_of(root, split, found.splits(home))
+    classes = found.classes(home)
+    pairs = read_parts(found.pairs, home, parts)
+    faults = [f for one in pairs for f in one.faults if f.kind != "mask without photo"]
+    refuse_faults(faults, root, f"split '{split}'")
+    for part, one in zip(parts, pairs, strict=True):
+        if not one.items:
             raise UserError(f"split '{part}' of {root} is empty: no photos found")
-        items += sorted(here, key=lambda item: item.name)
-        lookups.append(pairs.lookup)
-    twice = [path for path, count in Counter(item.image for item in items).items() if count > 1]
-    if twice:
-        raise UserError(f"'{split}' has {twice[0]} twice: join splits that share no photo")
-    if any(lookup != lookups[0] for lookup in lookups):
-        raise UserError(f"the splits of '{split}' have masks with ids of different meaning")
-    return tuple(items), lookups[0]
-
-
-def split_parts(root: Path, split: str, known: Sequence[str]) -> list[str]:
-    """The splits that "a+b" joins; one that is called so itself is meant first. Raises UserError
-    where one is unknown."""
-    parts = [split] if split in known else split.split("+")
-    for part in parts:
-        if part not in known:
-            hint = closest(part, known) if known else "it has none"
-            raise UserError(f"{root} has no split '{part}': {hint}")
-    return parts
+    items = tuple(item for one in pairs for item in one.items)
+    return DataSet(home, split, name, classes, items, common_lookup(parts, pairs))
 
 
 def splits_of(root: Path, layout: str = "auto") -> tuple[str, ...]:

@@ -41,19 +41,23 @@ def pairs(root: Path, split: str) -> Pairs:
             faults.append(Fault(kind="two photos of one name", path=str(photo), detail=detail))
         photos.setdefault(name, photo)
     masks = {_name(mask, labels): mask for mask in masks_below(labels)}
+    bare: list[Item] = []
     for name in sorted(photos.keys() - masks.keys()):
-        detail = (
-            f"a mask is looked for at {labels / name}.png (lossless: JPEG can't hold class ids)"
-        )
+        mask = Path(f"{labels / name}.png")
+        bare.append(Item(name, photos[name], mask))
+        detail = f"a mask is looked for at {mask} (lossless: JPEG can't hold class ids)"
         faults.append(Fault(kind="photo without mask", path=str(photos[name]), detail=detail))
     for name in sorted(masks.keys() - photos.keys()):
         detail = f"a photo is looked for at {images / name}.jpg or .png"
         faults.append(Fault(kind="mask without photo", path=str(masks[name]), detail=detail))
     items = tuple(Item(n, photos[n], masks[n]) for n in sorted(photos.keys() & masks.keys()))
-    bare = tuple(
-        Item(n, photos[n], labels / f"{n}.png") for n in sorted(photos.keys() - masks.keys())
-    )
-    return Pairs(items, tuple(faults), plain_lookup(classes(root)), bare)
+    return Pairs(items, tuple(faults), plain_lookup(classes(root)), tuple(bare))
+
+
+def all_photos(root: Path) -> dict[Path, str]:
+    """Every photo of every split, with its name in there."""
+    folders = [root / "images" / split for split in splits(root)]
+    return {photo: _name(photo, base) for base in folders for photo in photos_below(base)}
 
 
 def _name(path: Path, base: Path) -> str:

@@ -40,6 +40,7 @@ class Item:
     """Unique in its split; without suffix, with '/' where the photos lie in sub-folders."""
     image: Path
     label: Path
+    """Its mask, or where one is looked for."""
 
 
 class Fault(Settings):
@@ -61,7 +62,7 @@ class Pairs:
     lookup: tuple[int, ...]
     """256 entries: the class id (or ignore index) that each raw mask value means, or NOT_AN_ID."""
     bare: tuple[Item, ...] = ()
-    """Photos without a mask, sorted by name; `label` is where one is looked for."""
+    """Photos without a mask, sorted by name; each is among the faults too."""
 
 
 def plain_lookup(classes: ClassTable) -> tuple[int, ...]:

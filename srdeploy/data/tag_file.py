@@ -1,145 +1,138 @@
-"""labels.csv and labels.json: which classes each photo shows, where no masks say so."""
+"""The tags file: which classes each photo shows, without saying where.
+
+labels.csv    image,classes
+              train/cow_1.jpg,cow;person
+              train/cow_2.jpg,
+
+labels.json   {"train/cow_1.jpg": ["cow", "person"], "train/cow_2.jpg": []}, or a list of
+              {"image": "train/cow_1.jpg", "classes": ["cow", "person"]}
+"""
 
 import csv
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
-from io import StringIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from srdeploy.data.classes import ClassTable
-from srdeploy.data.pairs import Item
 from srdeploy.errors import UserError
 from srdeploy.files import read_json, read_text
-from srdeploy.validation import closest
 
-CSV, JSON = "labels.csv", "labels.json"
+CSV_FILE, JSON_FILE = "labels.csv", "labels.json"
 HEADER = ("image", "classes")
+"""Of the CSV file; the keys of an entry in the JSON file, too."""
 SEPARATOR = ";"
-BACKGROUND = "background"
+"""Between classes in the CSV file."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the file says of one photo."""
+    """What a tags file says of one photo."""
 
-    where: str
-    """The file and the place in it, for messages."""
     image: str
-    classes: tuple[str, ...]
-    """Names, or ids as text."""
+    """As written: a name or a path."""
+    classes: tuple[str | int, ...]
+    """As written: names, or ids."""
+    where: str
+    """Its place in the file, as "line 3"."""
 
 
 def find_tag_file(home: Path) -> Path | None:
-    """labels.csv or labels.json of the data set at `home`; None where it has none. Raises UserError
-    where it has both."""
-    found = [home / name for name in (CSV, JSON) if (home / name).is_file()]
+    """The tags file in a data set's folder, None where it has none. Raises UserError for two."""
+    found = [path for path in (home / CSV_FILE, home / JSON_FILE) if path.is_file()]
     if len(found) > 1:
-        raise UserError(f"{home} has {CSV} and {JSON}: keep one of them")
+        raise UserError(f"{home} has both {CSV_FILE} and {JSON_FILE}: keep one of them")
     return found[0] if found else None
 
 
-def read_tag_file(path: Path) -> list[Entry]:
-    """The entries in their order. Raises UserError naming the line, or the entry, at fault."""
-    return _from_csv(path) if path.suffix == ".csv" else _from_json(path)
+def read_entries(path: Path) -> tuple[Entry, ...]:
+    """The entries of a tags file in their order; neither photos nor classes are looked up.
+
+    Raises UserError that names the file and the place: not CSV or JSON, or another form than the
+    two.
+    """
+    return tuple(_csv_entries(path) if path.name == CSV_FILE else _json_entries(path))
 
 
-def _from_csv(path: Path) -> list[Entry]:
-    # Not splitlines: a quoted name may hold a line break.
-    reader = csv.reader(StringIO(read_text(path), newline=""), strict=True)
-    entries: list[Entry] = []
+def _csv_entries(path: Path) -> Iterator[Entry]:
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    header = ",".join(HEADER)
+    line = 1
     try:
-        header = tuple(cell.strip() for cell in next(reader, []))
-        if header != HEADER:
+        first = next(rows, [])
+        if tuple(field.strip() for field in first) != HEADER:
             raise UserError(
-                f"{path} line 1: the header is to be '{','.join(HEADER)}', not "
-                f"'{','.join(header)[:60]}'"
+                f"{path} line 1: the header '{header}' is expected, this is "
+                f"{','.join(first)[:60]!r}"
             )
-        for row in reader:
-            where = f"{path} line {reader.line_num}"
-            if not row:
-                continue
-            if len(row) != len(HEADER):
+        line = rows.line_num + 1
+        for row in rows:
+            if len(row) > 2:
                 raise UserError(
-                    f"{where}: {len(row)} fields, not 2: an image, and its classes separated by "
-                    f"'{SEPARATOR}' (a name with a comma is put in double quotes)"
+                    f"{path} line {line}: an image and its classes are expected, this has "
+                    f"{len(row)} fields: put '{SEPARATOR}' between classes, and quotes around a "
+                    "name with a comma"
                 )
-            names = tuple(one.strip() for one in row[1].split(SEPARATOR))
-            entries.append(Entry(where, row[0], tuple(one for one in names if one)))
+            if len(row) == 1:
+                raise UserError(
+                    f"{path} line {line}: {row[0][:60]!r} has no comma after it: 'IMAGE,CLASSES' "
+                    "is expected, and 'IMAGE,' where it shows none of them"
+                )
+            if row:
+                names = (name.strip() for name in row[1].split(SEPARATOR))
+                yield _entry(path, row[0], tuple(filter(None, names)), f"line {line}")
+            # A quoted field may go over several lines.
+            line = rows.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not valid CSV ({error})") from error
-    return entries
+        raise UserError(f"{path} line {line}: not valid CSV ({error})") from error
 
 
-def _from_json(path: Path) -> list[Entry]:
-    content = read_json(path)
-    pairs: list[tuple[Any, Any]]
-    if isinstance(content, dict):
-        pairs = list(content.items())
-    elif isinstance(content, list) and all(isinstance(one, dict) for one in content):
-        pairs = [(one.get("image"), one.get("classes")) for one in content]
+def _json_entries(path: Path) -> Iterator[Entry]:
+    # As pairs, for a mapping would hide all but the last of equal keys.
+    content = read_json(path, object_as=tuple)
+    if isinstance(content, tuple):
+        pairs = content
+    elif isinstance(content, list):
+        pairs = tuple(_listed(path, number, entry) for number, entry in enumerate(content, start=1))
     else:
         raise UserError(
-            f'{path}: an object {{"IMAGE": ["CLASS", ...]}} is needed, or a list of '
-            '{"image": ..., "classes": [...]}'
+            f"{path}: an object of images with their classes, or a list of entries, is expected, "
+            f"this is a {type(content).__name__}"
         )
-    entries = []
     for number, (image, classes) in enumerate(pairs, start=1):
-        where = f"{path} entry {number}"
-        named = isinstance(classes, list) and all(_is_name(one) for one in classes)
-        if not isinstance(image, str) or not named:
-            raise UserError(f"{where}: an image's name and a list of class names are needed")
-        entries.append(Entry(where, image, tuple(str(one) for one in classes)))
-    return entries
+        where = f"entry {number}"
+        if not isinstance(image, str):
+            raise UserError(f"{path} {where}: the image {image!r} must be a text")
+        if not isinstance(classes, list) or not all(map(_is_class, classes)):
+            raise UserError(
+                f"{path} {where} ({image!r}): a list of class names is expected, as "
+                f'["cow", "person"], this is {_shown(classes)}'
+            )
+        yield _entry(path, image, tuple(classes), where)
 
 
-def _is_name(value: Any) -> bool:
+def _listed(path: Path, number: int, entry: Any) -> tuple[Any, Any]:
+    if not isinstance(entry, tuple) or sorted(key for key, _ in entry) != sorted(HEADER):
+        raise UserError(
+            f'{path} entry {number}: {{"image": NAME, "classes": [...]}} is expected, this is '
+            f"{_shown(entry)}"
+        )
+    values = dict(entry)
+    return values[HEADER[0]], values[HEADER[1]]
+
+
+def _is_class(value: object) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def class_ids(entry: Entry, classes: ClassTable) -> frozenset[int]:
-    """The ids of an entry's classes, the background's left out. Raises UserError for an unknown
-    one."""
-    ids = set()
-    for name in entry.classes:
-        if name in classes.names:
-            ids.add(classes.names.index(name))
-        elif name.isascii() and name.isdigit() and int(name) < len(classes.names):
-            ids.add(int(name))
-        elif name != BACKGROUND:
-            raise UserError(f"{entry.where}: no class '{name}': {closest(name, classes.names)}")
-    return frozenset(ids - {i for i, name in enumerate(classes.names) if name == BACKGROUND})
+def _entry(path: Path, image: str, classes: tuple[str | int, ...], where: str) -> Entry:
+    if not image:
+        raise UserError(f"{path} {where}: the name of an image is missing")
+    return Entry(image, classes, where)
 
 
-class Photos:
-    """Photos by the names that an entry may use of them."""
-
-    def __init__(self, items: Sequence[Item], home: Path) -> None:
-        self._items = items
-        self._by_name: dict[str, set[int]] = defaultdict(set)
-        for index, item in enumerate(items):
-            for name in _names(item, home):
-                self._by_name[name].add(index)
-
-    def find(self, entry: Entry) -> int | None:
-        """The index of the entry's photo; None where it is not among these. Raises UserError where
-        it could be either of two."""
-        found = self._by_name.get(entry.image.strip().removeprefix("./"), set())
-        if len(found) > 1:
-            first, second = (self._items[i].image for i in sorted(found)[:2])
-            raise UserError(
-                f"{entry.where}: '{entry.image}' may be {first} or {second}: give more of the path"
-            )
-        return next(iter(found), None)
-
-
-def _names(item: Item, home: Path) -> Iterable[str]:
-    """The item's name, and its photo's path below the data set, each part of that from its
-    beginning left away, with and without suffix."""
-    path = PurePosixPath(item.image.relative_to(home).as_posix())
-    yield item.name
-    for skipped in range(len(path.parts)):
-        rest = PurePosixPath(*path.parts[skipped:])
-        yield str(rest)
-        yield str(rest.with_suffix(""))
+def _shown(value: object) -> str:
+    """A JSON value, shortened; objects as such, not as the pairs they were read as."""
+    if isinstance(value, tuple):
+        return f"an object with the keys {', '.join(key for key, _ in value)[:60] or '(none)'}"
+    return repr(value)[:60]

@@ -46,9 +46,9 @@ def pairs(root: Path, split: str) -> Pairs:
             detail = f"{listed} names it in line {number}"
             faults.append(Fault(kind="listed photo missing", path=str(item.image), detail=detail))
         elif not item.label.is_file():
+            bare.append(item)
             detail = f"no {item.name}.png in {' or '.join(MASK_FOLDERS)}"
             faults.append(Fault(kind="photo without mask", path=str(item.image), detail=detail))
-            bare.append(item)
         else:
             items.append(item)
     return Pairs(
@@ -57,6 +57,11 @@ def pairs(root: Path, split: str) -> Pairs:
         plain_lookup(classes(root)),
         tuple(sorted(bare, key=lambda item: item.name)),
     )
+
+
+def all_photos(root: Path) -> dict[Path, str]:
+    """Every photo in JPEGImages, whether a list names it or not, with its name in the lists."""
+    return {photo: photo.stem for photo in sorted((root / "JPEGImages").glob("*.jpg"))}
 
 
 def _item(root: Path, fields: list[str], where: str) -> Item:

@@ -79,7 +79,102 @@ def test_every_kind_of_fault_is_found_and_named(root: Path) -> None:
 
 def test_classes_that_are_not_scored_count_as_what_they_are(root: Path) -> None:
     (root / "classes.json").write_text(json.dumps({"names": NAMES, "scored": [0]}))
-    assert check_dataset(root).splits["train"].pixels["road"] == 0.5
+    found = check_dataset(root).splits["train"]
+    assert found.pixels is not None
+    assert found.pixels["road"] == 0.5
+
+
+def tag(root: Path, *lines: str) -> None:
+    (root / "labels.csv").write_text("\n".join(["image,classes", *lines, ""]))
+
+
+@pytest.fixture
+def tagged(root: Path) -> Path:
+    """The pairs of `root`, and a split tagged with photos x and y that have tags and no masks."""
+    for name in "xy":
+        (root / "images/tagged").mkdir(exist_ok=True)
+        shutil.copy(root / "images/train/a.png", root / f"images/tagged/{name}.png")
+    tag(root, "x,road;car", "y,car")
+    return root
+
+
+def test_a_split_without_masks_is_checked_by_its_tags(tagged: Path) -> None:
+    report = check_dataset(tagged)
+    assert report.passed, report.faults
+    found = report.splits["tagged"]
+    assert (found.labels, found.images, found.sizes) == ("tags", 2, {"8x4": 2})
+    assert found.pixels is None
+    assert found.images_with == {"sky": 0, "road": 1, "car": 2}
+    assert report.splits["train"].labels == "masks"
+
+
+def test_background_is_not_counted_by_tags(tagged: Path) -> None:
+    (tagged / "classes.json").write_text(json.dumps({"names": ["background", "road", "car"]}))
+    assert check_dataset(tagged).splits["tagged"].images_with == {"road": 1, "car": 2}
+
+
+def test_every_kind_of_fault_of_tags_is_found_and_named(tagged: Path) -> None:
+    shutil.copy(tagged / "images/train/a.png", tagged / "images/tagged/a.png")
+    (tagged / "images/tagged/y.png").write_text("not a picture")
+    tag(tagged, "a,", "x,cra", "tagged/x.png,", "gone,car", "train/b,car;sky", "train/c,road;sky")
+    found = {
+        (fault.kind, Path(fault.path).name, fault.detail.partition(":")[0])
+        for fault in check_dataset(tagged).faults
+        if fault.kind not in ("photo without tags", "unreadable photo")
+    }
+    assert found == {
+        ("two photos of one name", "labels.csv", "line 2"),
+        ("unknown class", "labels.csv", "line 3"),
+        ("listed twice", "labels.csv", "line 4"),
+        ("listed photo missing", "labels.csv", "line 5"),
+        ("tag without pixels", "labels.csv", "line 6"),
+        ("untagged class", "labels.csv", "line 6"),
+    }
+    others = [fault for fault in check_dataset(tagged).faults if Path(fault.path).suffix == ".png"]
+    assert [(fault.kind, Path(fault.path).name) for fault in others] == [
+        ("photo without tags", "a.png"),
+        ("unreadable photo", "y.png"),
+        ("photo without tags", "y.png"),
+    ]
+
+
+def test_tags_and_masks_that_disagree_are_named_with_class_and_files(root: Path) -> None:
+    tag(root, "b,car;sky")
+    first, second = (fault.detail for fault in check_dataset(root).faults)
+    mask = root / "labels/train/b.png"
+    assert first == f"line 2: b is tagged 'car', its mask {mask} shows none"
+    assert second == f"line 2: b is not tagged 'road', its mask {mask} shows it"
+
+
+def test_masks_need_no_tags_for_background_and_classes_that_are_not_scored(root: Path) -> None:
+    table = {"names": ["background", "road", "car"], "scored": [0, 2]}
+    (root / "classes.json").write_text(json.dumps(table))
+    tag(root, "a,", "b,road")
+    assert check_dataset(root).passed
+
+
+def test_masks_that_are_missing_beside_others_stay_a_fault_with_tags(root: Path) -> None:
+    (root / "labels/train/a.png").unlink()
+    tag(root, "a,road")
+    assert [fault.kind for fault in check_dataset(root).faults] == ["photo without mask"]
+
+
+def test_a_tags_file_of_another_form_can_not_be_checked(root: Path) -> None:
+    (root / "labels.csv").write_text("file,label\n")
+    with pytest.raises(UserError, match=r"labels\.csv line 1: the header 'image,classes'"):
+        check_dataset(root)
+
+
+def test_the_verb_shows_tags_with_dashes_for_pixels(tagged: Path) -> None:
+    result = run("check", str(tagged), "--split", "tagged")
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.stdout.splitlines() if " car " in line)
+    assert [cell.strip() for cell in row.split("│")][-3:-1] == ["-", "2"]
+    assert "2 photos, no faults" in result.output
+    content = json.loads(run("check", str(tagged), "--json").stdout)
+    assert content["splits"]["tagged"]["labels"] == "tags"
+    assert content["splits"]["train"]["labels"] == "masks"
+    assert content["splits"]["train"]["pixels"]["sky"] == 0.5
 
 
 @pytest.mark.parametrize(

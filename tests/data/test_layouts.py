@@ -13,6 +13,7 @@ from PIL import Image
 from srdeploy.data import open_dataset, spec_for, splits_of
 from srdeploy.data.cityscapes import label_ids_lookup
 from srdeploy.data.classes import CITYSCAPES, VOC, colour_map, read_class_table
+from srdeploy.data.dataset import LAYOUTS
 from srdeploy.data.pairs import NOT_AN_ID
 from srdeploy.errors import UserError
 from srdeploy.spec import InputPolicy
@@ -80,6 +81,68 @@ def test_photos_without_masks_are_refused_and_counted(tmp_path: Path) -> None:
     (root / "labels/val/c.png").unlink()
     with pytest.raises(UserError, match=r"photo without mask: .*b\.jpg: .*; 2 such in split 'val'"):
         open_dataset(root, "val")
+
+
+def test_photos_without_masks_are_kept_with_the_place_of_the_mask(tmp_path: Path) -> None:
+    root = folder_set(tmp_path, square(), names="a b x/c.d")
+    for name in ("a", "x/c.d"):
+        (root / f"labels/val/{name}.png").unlink()
+    found = LAYOUTS["folder"].pairs(root, "val")
+    assert [item.name for item in found.items] == ["b"]
+    assert [(item.name, item.image, item.label) for item in found.bare] == [
+        (name, root / f"images/val/{name}.jpg", root / f"labels/val/{name}.png")
+        for name in ("a", "x/c.d")
+    ]
+    assert [fault.kind for fault in found.faults] == ["photo without mask"] * 2
+
+
+def joined_set(root: Path) -> Path:
+    """Splits val, with photos a and b, extra, with c and a shared photo, and one called a+b."""
+    folder_set(root, square(1))
+    for split, names in {"extra": "c", "other": "a", "a+b": "d"}.items():
+        for name in names:
+            photo, mask = root / f"images/{split}/{name}.jpg", root / f"labels/{split}/{name}.png"
+            write_pair(photo, mask, square(2))
+    return root
+
+
+def test_joined_splits_follow_each_other_in_their_order(tmp_path: Path) -> None:
+    data = open_dataset(joined_set(tmp_path), "extra+val")
+    assert data.split == "extra+val"
+    assert [item.name for item in data.items] == ["c", "a", "b"]
+    assert [int(data.read(index)[1].max()) for index in range(3)] == [2, 1, 1]
+
+
+def test_names_that_joined_splits_share_get_their_splits_before_them(tmp_path: Path) -> None:
+    data = open_dataset(joined_set(tmp_path), "val+other")
+    assert [item.name for item in data.items] == ["val/a", "val/b", "other/a"]
+    assert [int(data.mask(index).max()) for index in range(3)] == [1, 1, 2]
+
+
+def test_a_split_of_the_very_name_wins_over_joined_ones(tmp_path: Path) -> None:
+    assert [item.name for item in open_dataset(joined_set(tmp_path), "a+b").items] == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("val+extr", r"no split 'extr', which 'val\+extr' names: did you mean 'extra'"),
+        ("val+", r"no split '', which 'val\+' names: known"),
+        ("val+extra+val", r"'val\+extra\+val' names the split 'val' twice"),
+        ("val+empty", "split 'empty' of .* is empty"),
+        ("val+link", r"link/z\.jpg is in both splits 'val' and 'link'"),
+    ],
+)
+def test_splits_that_can_not_be_joined_are_refused(
+    tmp_path: Path, split: str, message: str
+) -> None:
+    root = joined_set(tmp_path)
+    for folder in ("images/empty", "images/link", "labels/link"):
+        (root / folder).mkdir()
+    (root / "images/link/z.jpg").symlink_to(root / "images/val/a.jpg")
+    (root / "labels/link/z.png").symlink_to(root / "labels/val/a.png")
+    with pytest.raises(UserError, match=message):
+        open_dataset(root, split)
 
 
 def test_two_photos_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -204,6 +267,20 @@ def test_vocs_lists_are_refused_where_they_name_absent_photos_or_nonsense(tmp_pa
         open_dataset(root, "broken")
 
 
+def test_a_photo_in_two_joined_lists_of_voc_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one\.jpg is in both splits 'train' and 'train_aug'"):
+        open_dataset(voc_set(tmp_path), "train+train_aug")
+
+
+def test_vocs_photos_without_masks_are_kept_with_the_place_of_the_mask(tmp_path: Path) -> None:
+    home = voc_set(tmp_path) / "VOCdevkit/VOC2012"
+    (home / "SegmentationClassAug/two.png").unlink()
+    found = LAYOUTS["voc"].pairs(home, "train")
+    assert [item.name for item in found.items] == ["one"]
+    (bare,) = found.bare
+    assert (bare.name, bare.label) == ("two", home / "SegmentationClass/two.png")
+
+
 def test_a_class_table_replaces_vocs(tmp_path: Path) -> None:
     root = voc_set(tmp_path)
     names = [f"c{i}" for i in range(22)]
@@ -258,6 +335,17 @@ def test_a_cityscapes_frame_without_its_mask_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(root / "leftImg8bit/val/ulm/ulm_2_leftImg8bit.png")
     with pytest.raises(UserError, match=r"photo without mask: .*ulm_2_leftImg8bit\.png"):
         open_dataset(root, "val")
+    (bare,) = LAYOUTS["cityscapes"].pairs(root, "val").bare
+    assert bare.name == "ulm_2"
+    assert bare.label == root / "gtFine/val/ulm/ulm_2_gtFine_labelIds.png"
+
+
+def test_cityscapes_splits_whose_masks_differ_in_kind_are_not_joined(tmp_path: Path) -> None:
+    root = cityscapes_set(tmp_path, "_gtFine_labelIds.png", square(7))
+    photo = root / "leftImg8bit/train/bonn/bonn_1_leftImg8bit.png"
+    write_pair(photo, root / "gtFine/train/bonn/bonn_1_gtFine_labelTrainIds.png", square())
+    with pytest.raises(UserError, match="split 'train' number the classes otherwise than .*'val'"):
+        open_dataset(root, "val+train")
 
 
 def test_the_spec_takes_usual_and_largest_size_from_the_photos(tmp_path: Path) -> None:
