@@ -126,6 +126,20 @@ def read_labels(path: Path) -> Pixels:
     return labels // np.uint8(_SPREAD.get(raw_mode, 1))
 
 
+def read_gray(path: Path, what: str) -> Pixels:
+    """Decodes a gray PNG to its grays, uint8 [H, W]. what: what messages call it.
+
+    Of 8 bits, or fewer where a PNG optimiser needs no more for the same grays. Raises
+    UnreadableImageError, also where the file is anything else.
+    """
+    with _opened(path, what) as file:
+        if file.format != "PNG" or file.mode not in ("L", "1"):
+            raise UnreadableImageError(
+                f"{path}: a {what} is an 8-bit gray PNG, this file is {file.format}, {file.mode}"
+            )
+        return np.array(file.convert("L"))
+
+
 _SPREAD: dict[object, int] = {"L;2": 85, "L;4": 17}
 """Factor by which Pillow multiplies gray of 2 and 4 bits, by the raw mode of the PNG's tile."""
 

@@ -1,6 +1,7 @@
 """Augmentation of one photo and its labels: scale, crop, mirror, colour. Pillow and numpy, uint8
 throughout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,12 +71,26 @@ class Sample(NamedTuple):
     """uint8 [h, w, 3] RGB, (h, w) the crop's size."""
     labels: Pixels
     """uint8 [h, w]."""
+    confidence: Pixels | None = None
+    """How sure the labels are, uint8 [h, w]; None where nobody asked."""
     look: Look | None = None
     """None where nothing is left to do."""
 
 
-def augment(photo: Pixels, labels: Pixels, how: Augmentation, rng: np.random.Generator) -> Sample:
-    """One random view. photo uint8 [H, W, 3] RGB, labels uint8 [H, W].
+def sample_of(photo: Pixels, maps: Sequence[Pixels], look: Look | None = None) -> Sample:
+    """maps: the labels, then their confidence if any."""
+    labels, *sure = maps
+    return Sample(photo, labels, sure[0] if sure else None, look)
+
+
+def augment(
+    photo: Pixels,
+    labels: Pixels,
+    how: Augmentation,
+    rng: np.random.Generator,
+    confidence: Pixels | None = None,
+) -> Sample:
+    """One random view. photo uint8 [H, W, 3] RGB, labels and their confidence uint8 [H, W].
 
     The same number of values is drawn from `rng` whatever the settings, so that changing one
     setting leaves the other choices as they were.
@@ -85,33 +100,36 @@ def augment(photo: Pixels, labels: Pixels, how: Augmentation, rng: np.random.Gen
     mirrored = bool(rng.random() < how.flip)
     factors = rng.uniform(1 - how.colour, 1 + how.colour, 3)
     brightness, contrast, saturation = (float(factor) for factor in factors)
-    photo, labels, offset = scaled_crop(photo, labels, scale, how.crop, place)
+    maps = [labels] if confidence is None else [labels, confidence]
+    photo, maps, offset = scaled_crop(photo, maps, scale, how.crop, place)
     if how.on_device:
-        look = Look(brightness, contrast, saturation, mirrored, *offset, *labels.shape)
-        return Sample(*pad(photo, labels, how, offset), look)
+        height, width = maps[0].shape
+        look = Look(brightness, contrast, saturation, mirrored, *offset, height, width)
+        photo, maps = pad(photo, maps, how, offset)
+        return sample_of(photo, maps, look)
     if how.colour > 0:
         photo = jitter(photo, brightness, contrast, saturation)
-    photo, labels = pad(photo, labels, how, offset)
+    photo, maps = pad(photo, maps, how, offset)
     if mirrored:
-        photo, labels = photo[:, ::-1], labels[:, ::-1]
-    return Sample(np.ascontiguousarray(photo), np.ascontiguousarray(labels))
+        photo, maps = photo[:, ::-1], [one[:, ::-1] for one in maps]
+    return sample_of(np.ascontiguousarray(photo), [np.ascontiguousarray(one) for one in maps])
 
 
 def scaled_crop(
     photo: Pixels,
-    labels: Pixels,
+    maps: Sequence[Pixels],
     scale: float,
     crop: tuple[int, int],
     place: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> tuple[Pixels, Pixels, tuple[int, int]]:
-    """Scales by `scale` (image bilinear, labels nearest) and crops at `place`, in 0..1 along both
-    axes.
+) -> tuple[Pixels, list[Pixels], tuple[int, int]]:
+    """Scales by `scale` (image bilinear, its maps nearest: labels, then their confidence if any)
+    and crops at `place`, in 0..1 along both axes.
 
     Only the part inside the crop is resampled, which is the scaled photo's crop but for the
     outermost pixels. Where the scaled photo is smaller than the crop the result is smaller too; the
     third value is where it then belongs inside the crop (top, left).
     """
-    height, width = labels.shape
+    height, width = photo.shape[:2]
     size = [max(1, round(height * scale)), max(1, round(width * scale))]
     starts, kept, offset = [], [], []
     for axis in (0, 1):
@@ -130,8 +148,8 @@ def scaled_crop(
     )
     target = (kept[1], kept[0])
     image = Image.fromarray(photo).resize(target, Image.Resampling.BILINEAR, box)
-    mask = Image.fromarray(labels).resize(target, Image.Resampling.NEAREST, box)
-    return np.asarray(image), np.asarray(mask), (offset[0], offset[1])
+    cut = [Image.fromarray(one).resize(target, Image.Resampling.NEAREST, box) for one in maps]
+    return np.asarray(image), [np.asarray(one) for one in cut], (offset[0], offset[1])
 
 
 def jitter(photo: Pixels, brightness: float, contrast: float, saturation: float) -> Pixels:
@@ -152,19 +170,18 @@ def jitter(photo: Pixels, brightness: float, contrast: float, saturation: float)
 
 
 def pad(
-    photo: Pixels, labels: Pixels, how: Augmentation, offset: tuple[int, int]
-) -> tuple[Pixels, Pixels]:
-    """Lays both at `offset` (top, left) on grounds of the crop's size; as they are where they fill
-    it."""
-    if labels.shape == how.crop:
-        return photo, labels
+    photo: Pixels, maps: list[Pixels], how: Augmentation, offset: tuple[int, int]
+) -> tuple[Pixels, list[Pixels]]:
+    """Lays photo and maps (as of `scaled_crop`) at `offset` (top, left) on grounds of the crop's
+    size, which are ignored and of no confidence; as they are where they fill it."""
+    height, width = photo.shape[:2]
+    if (height, width) == how.crop:
+        return photo, maps
     ground = np.empty((*how.crop, 3), np.uint8)
     ground[:] = how.fill
-    ignored = np.full(how.crop, how.ignore_index, np.uint8)
-    here = (
-        slice(offset[0], offset[0] + labels.shape[0]),
-        slice(offset[1], offset[1] + labels.shape[1]),
-    )
+    here = (slice(offset[0], offset[0] + height), slice(offset[1], offset[1] + width))
     ground[here] = photo
-    ignored[here] = labels
-    return ground, ignored
+    laid = [np.full(how.crop, value, np.uint8) for value in (how.ignore_index, 0)[: len(maps)]]
+    for below, one in zip(laid, maps, strict=True):
+        below[here] = one
+    return ground, laid

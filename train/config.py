@@ -96,6 +96,9 @@ class TrainConfig(Settings):
     """Steps over which the learning rate first grows linearly."""
     class_weights: Literal["none", "median-frequency"] = "none"
     """Weights of the classes in the cross-entropies."""
+    confidence: bool = False
+    """Weigh each pixel by the confidence that the data set's confidence/ gives its mask, as pseudo
+    masks have: in the cross-entropies against ground truth, and in SR-F. Validation never does."""
     amp: bool | None = None
     """bfloat16 autocast in training; null: on CUDA only. Validation is always float32."""
     clip: float | None = Field(default=None, gt=0)

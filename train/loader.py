@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from srdeploy.data import DataSet
 from srdeploy.data.photo_set import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.spec import Spec
-from srdeploy.train.augment import Augmentation, Sample, augment
+from srdeploy.train.augment import Augmentation, Sample, augment, sample_of
 from srdeploy.train.device_augment import varied
 from srdeploy.train.distributed import ALONE, World
 
@@ -30,22 +31,28 @@ ORDER, VIEW = 0, 1
 @dataclass(frozen=True)
 class Batch:
     """images uint8 [N, H, W, 3] RGB, labels uint8 [N, H, W]; where it began in the stream of
-    samples; what is left to do on the device, float32 [N, 8], in the order of `Look`'s fields."""
+    samples; what is left to do on the device, float32 [N, 8], in the order of `Look`'s fields; how
+    sure the labels are, uint8 [N, H, W], None: all of them are certain."""
 
     images: Tensor
     labels: Tensor
     position: int
     looks: Tensor | None = None
+    confidence: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`, with nothing left to do."""
-        here = [self.images, self.labels, *(() if self.looks is None else (self.looks,))]
-        if device.type != "cpu":
-            here = [one.pin_memory().to(device, non_blocking=True) for one in here]
-        images, labels = here[:2]
+        images = _sent(self.images, device)
+        maps = [_sent(one, device) for one in (self.labels, self.confidence) if one is not None]
         if self.looks is not None:
-            images, labels = varied(images, labels, here[2])
-        return Batch(images, labels, self.position)
+            images, maps = varied(images, maps, _sent(self.looks, device))
+        return Batch(images, maps[0], self.position, None, *maps[1:])
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Samples:
@@ -53,14 +60,22 @@ class Samples:
     epoch."""
 
     def __init__(
-        self, dataset: PhotoSet, spec: Spec, how: Augmentation, seed: int, cache_mib: int
+        self,
+        dataset: PhotoSet,
+        spec: Spec,
+        how: Augmentation,
+        seed: int,
+        cache_mib: int,
+        confidence: bool = False,
     ) -> None:
+        """confidence: whether samples have their masks' confidence too."""
         self.dataset = dataset
         self.spec = spec
         self.how = how
         self.seed = seed
+        self.confidence = confidence
         self._room = cache_mib * 2**20
-        self._cache: dict[int, tuple[Pixels, Pixels]] = {}
+        self._cache: dict[int, Sample] = {}
         self._lock = Lock()
 
     def index(self, position: int) -> int:
@@ -71,29 +86,40 @@ class Samples:
 
     def read(self, position: int) -> Sample:
         """The sample at `position`. Raises UserError."""
-        photo, labels = self._fitted(self.index(position))
-        return augment(photo, labels, self.how, np.random.default_rng([self.seed, VIEW, position]))
+        whole = self._fitted(self.index(position))
+        rng = np.random.default_rng([self.seed, VIEW, position])
+        return augment(whole.photo, whole.labels, self.how, rng, whole.confidence)
 
-    def _fitted(self, index: int) -> tuple[Pixels, Pixels]:
-        """A photo and its labels at the size that the network sees, kept in memory while there is
-        room."""
+    def _fitted(self, index: int) -> Sample:
+        """A photo, its labels and their confidence at the size that the network sees, kept in
+        memory while there is room."""
         with self._lock:
             known = self._cache.get(index)
         if known is not None:
             return known
-        photo, labels = self.dataset.read(index)
+        photo, *maps = self.dataset.read(index)
+        if self.confidence:
+            assert isinstance(self.dataset, DataSet)  # tags have none
+            maps.append(self.dataset.confidence(index))
         try:
             photo = fit(photo, self.spec)
         except UserError as error:
             raise UserError(f"{self.dataset.items[index].image}: {error}") from error
-        if labels.shape != photo.shape[:2]:
+        if maps[0].shape != photo.shape[:2]:
             size = (photo.shape[1], photo.shape[0])
-            labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+            maps = [_nearest(one, size) for one in maps]
+        fitted = sample_of(photo, maps)
+        taken = photo.nbytes + sum(one.nbytes for one in maps)
         with self._lock:
-            if index not in self._cache and photo.nbytes + labels.nbytes <= self._room:
-                self._room -= photo.nbytes + labels.nbytes
-                self._cache[index] = photo, labels
-        return photo, labels
+            if index not in self._cache and taken <= self._room:
+                self._room -= taken
+                self._cache[index] = fitted
+        return fitted
+
+
+def _nearest(values: Pixels, size: tuple[int, int]) -> Pixels:
+    """A map at `size` (width, height)."""
+    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
 
 
 @lru_cache(maxsize=4)
@@ -139,4 +165,11 @@ def collate(samples: list[Sample], position: int) -> Batch:
     images = torch.from_numpy(np.stack([one.photo for one in samples]))
     labels = torch.from_numpy(np.stack([one.labels for one in samples]))
     looks = [one.look for one in samples if one.look is not None]
-    return Batch(images, labels, position, torch.tensor(looks) if looks else None)
+    sure = [one.confidence for one in samples if one.confidence is not None]
+    return Batch(
+        images,
+        labels,
+        position,
+        torch.tensor(looks) if looks else None,
+        torch.from_numpy(np.stack(sure)) if sure else None,
+    )

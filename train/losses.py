@@ -3,7 +3,12 @@
 Shapes: N batch, K classes, C channels, H and W label size, h and w an exit's size. Everything is
 computed in float32 whatever comes in. Pixels labelled `ignore_index` count for nothing; where no
 pixel is left the loss is exactly 0 with zero gradients. Teachers are detached where they are used.
+
+confidence: uint8, of the labels' shape; a pixel counts as confidence / 255 of one, in the mean's
+denominator too. None: all are certain, which is the same as 255 everywhere.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +16,11 @@ from torch.nn import functional
 
 from srdeploy.outputs import resize_logits
 
-TINY = torch.finfo(torch.float32).tiny
-"""Least denominator: 0 / TINY is 0, and any real sum of weights is larger."""
+TINY = 2.0**-64
+"""Least denominator: 0 / TINY is 0, and any real sum of weights is larger. Gradients that are
+divided by it stay finite, so that 0 times them is 0."""
+CERTAIN = 255
+"""The confidence of a pixel that counts as one."""
 
 
 def shrink_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -29,10 +37,17 @@ def shrink_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return labels[:, rows[:, None], columns]
 
 
-def count_labels(labels: Tensor, classes: int, size: tuple[int, int], ignore_index: int) -> Tensor:
+def count_labels(
+    labels: Tensor,
+    classes: int,
+    size: tuple[int, int],
+    ignore_index: int,
+    confidence: Tensor | None = None,
+) -> Tensor:
     """How many pixels of each class every cell holds: labels [N, H, W] -> float32 [N, K, h, w].
 
-    Each pixel is counted in the one cell that its centre lies in; ignored pixels in none.
+    Each pixel is counted in the one cell that its centre lies in, as much as its confidence
+    [N, H, W] says; ignored pixels in none.
     """
     batch, height, width = labels.shape
     rows = _centres(height, size[0], labels.device)
@@ -43,9 +58,12 @@ def count_labels(labels: Tensor, classes: int, size: tuple[int, int], ignore_ind
     images = torch.arange(batch, device=labels.device)[:, None, None]
     places = (images * classes + known) * (size[0] * size[1]) + cells
     counts = torch.zeros(batch * classes * size[0] * size[1], device=labels.device)
-    # Sums of ones are exact in float32, so their order does not matter: deterministic on GPUs too.
-    counts.scatter_add_(0, places.flatten(), valid.flatten().float())
-    return counts.view(batch, classes, *size)
+    # Sums of whole numbers are exact in float32 up to 2**24 (65 793 certain pixels a cell and
+    # class), so their order does not matter: deterministic on GPUs too.
+    amounts = valid if confidence is None else torch.where(valid, confidence, 0)
+    counts.scatter_add_(0, places.flatten(), amounts.flatten().float())
+    counts = counts.view(batch, classes, *size)
+    return counts if confidence is None else counts / CERTAIN
 
 
 def presence(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
@@ -60,11 +78,16 @@ def presence(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 
 def pixel_cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None = None,
+    confidence: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy over valid pixels: logits [N, K, H, W], labels [N, H, W] -> scalar.
 
-    With `class_weights` [K] it is the weighted mean, sum(w * ce) / sum(w), as in torch.
+    With `class_weights` [K] it is the weighted mean, sum(w * ce) / sum(w), as in torch; with
+    `confidence` [N, H, W] too, and with both w is their product.
     """
     # Not reduction="mean": that is NaN without valid pixels, and not deterministic on CUDA.
     losses = functional.cross_entropy(
@@ -76,11 +99,11 @@ def pixel_cross_entropy(
     )
     valid = labels != ignore_index
     if class_weights is None:
-        share = valid.sum().clamp(min=1)
+        share = _amount(valid, confidence)
     else:
         weights = class_weights.float()[torch.where(valid, labels, 0).long()]
-        share = torch.where(valid, weights, 0).sum().clamp(min=TINY)
-    return losses.sum() / share
+        share = torch.where(valid, _weighed(weights, confidence), 0).sum().clamp(min=TINY)
+    return _weighed(losses, confidence).sum() / share
 
 
 def count_cross_entropy(
@@ -109,17 +132,21 @@ def classification(class_logits: Tensor, targets: Tensor, labelled: Tensor) -> T
 
 
 def hard_feedback(
-    student: Tensor, teacher: Tensor, valid: Tensor, trusted: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor,
+    trusted: Tensor | None = None,
+    confidence: Tensor | None = None,
 ) -> Tensor:
     """SR-F on labels: cross-entropy against the teacher's argmax.
 
     student, teacher: logits [N, K, h, w] on one grid (`on_one_grid`); valid: bool [N, h, w];
     trusted: bool [N, h, w], the pixels at which the teacher is believed, None: all. The others lose
-    nothing, and count in the mean.
+    nothing, and count in the mean. confidence: uint8 [N, h, w].
     """
     labels = teacher.detach().argmax(1)
     losses = functional.cross_entropy(student.float(), labels, reduction="none")
-    return _masked_mean(_where(trusted, losses), valid)
+    return _masked_mean(_where(trusted, losses), valid, confidence)
 
 
 def soft_feedback(
@@ -128,31 +155,42 @@ def soft_feedback(
     valid: Tensor,
     temperature: float,
     trusted: Tensor | None = None,
+    confidence: Tensor | None = None,
 ) -> Tensor:
     """SR-F on probabilities: t^2 KL(softmax(teacher / t) || softmax(student / t)).
 
-    student, teacher: logits [N, K, h, w] on one grid; valid, trusted: bool [N, h, w], as in
+    student, teacher: logits [N, K, h, w] on one grid; valid, trusted, confidence: [N, h, w], as in
     `hard_feedback`. The divergence is summed over classes and averaged over valid pixels.
     """
     expected = functional.log_softmax(teacher.detach().float() / temperature, dim=1)
     found = functional.log_softmax(student.float() / temperature, dim=1)
     losses = functional.kl_div(found, expected, reduction="none", log_target=True).sum(1)
-    return temperature**2 * _masked_mean(_where(trusted, losses), valid)
+    return temperature**2 * _masked_mean(_where(trusted, losses), valid, confidence)
 
 
-def feature_feedback(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+def feature_feedback(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor,
+    temperature: float,
+    confidence: Tensor | None = None,
+) -> Tensor:
     """SR-F on hidden maps: each channel of the student is to look where the teacher's looks.
 
     student, teacher: [N, C, h, w] on one grid; valid: bool [N, h, w]. Each channel's map becomes a
     distribution over the valid positions, softmax(map / t); the loss is t^2 KL(teacher || student),
     summed over positions and averaged over channels and over images with a valid position.
+    confidence: uint8 [N, h, w], multiplies both distributions at its position before they are made
+    to add up to 1: a mean of the divergence's terms, weighted, would be no divergence.
     """
+    if confidence is not None:
+        valid = valid & (confidence > 0)
     mask = valid.flatten(1)[:, None]
     # The lowest finite number, not -inf: an image without valid positions would turn into NaN.
     lowest = torch.finfo(torch.float32).min
-    expected = teacher.detach().float().flatten(2) / temperature
+    expected = _with_prior(teacher.detach().float().flatten(2) / temperature, confidence)
     expected = functional.log_softmax(expected.masked_fill(~mask, lowest), dim=2)
-    found = student.float().flatten(2) / temperature
+    found = _with_prior(student.float().flatten(2) / temperature, confidence)
     found = functional.log_softmax(found.masked_fill(~mask, lowest), dim=2)
     losses = functional.kl_div(found, expected, reduction="none", log_target=True)
     losses = torch.where(mask, losses, 0).sum(2).mean(1)
@@ -192,13 +230,43 @@ def labelled_images(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).flatten(1).any(1)
 
 
+def added(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars."""
+    return torch.stack(list(terms)).sum()
+
+
+def _weighed(values: Tensor, confidence: Tensor | None) -> Tensor:
+    """`values` times each pixel's confidence, of equal shape."""
+    return values if confidence is None else values * (confidence.float() / CERTAIN)
+
+
+def _amount(valid: Tensor, confidence: Tensor | None) -> Tensor:
+    """What the valid pixels (bool) weigh together, a scalar: their number, where all are certain.
+    At least 1 / 255, the least that a pixel can weigh, so that it can divide."""
+    if confidence is None:
+        return valid.sum().clamp(min=1)
+    # Summed as whole numbers and divided in float64: 255 everywhere is the very number of pixels.
+    whole = torch.where(valid, confidence, 0).sum()
+    return (whole.double() / CERTAIN).float().clamp(min=1 / CERTAIN)
+
+
+def _with_prior(maps: Tensor, confidence: Tensor | None) -> Tensor:
+    """Maps [N, C, h * w] plus the logarithm of each position's confidence, where there is any."""
+    if confidence is None:
+        return maps
+    prior = confidence.flatten(1)[:, None].clamp(min=1).float() / CERTAIN
+    return maps + prior.log()
+
+
 def _where(trusted: Tensor | None, losses: Tensor) -> Tensor:
     return losses if trusted is None else torch.where(trusted, losses, 0)
 
 
-def _masked_mean(losses: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `losses` where `valid` (of equal shape) holds; 0 where it holds nowhere."""
-    return torch.where(valid, losses, 0).sum() / valid.sum().clamp(min=1)
+def _masked_mean(losses: Tensor, valid: Tensor, confidence: Tensor | None = None) -> Tensor:
+    """Mean of `losses` where `valid` holds, weighted by `confidence`, all of equal shape; 0 where
+    it holds nowhere."""
+    weighed = _weighed(losses, confidence)
+    return torch.where(valid, weighed, 0).sum() / _amount(valid, confidence)
 
 
 def _centres(size: int, other: int, device: torch.device) -> Tensor:

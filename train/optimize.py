@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.distributed import ALONE, World
 from srdeploy.train.loader import Batch
+from srdeploy.train.losses import CERTAIN
 from srdeploy.train.parallel import Parallel
 from srdeploy.train.regulation import SelfRegulation
 
@@ -54,21 +55,30 @@ def shares(
     """What each micro-batch weighs in its step, so that their losses add up to the big batch's
     mean, over all processes.
 
-    A pixel loss is a mean over valid pixels, each with its class's weight; micro-batches have
-    unequal numbers of those. The sum is exact for the network's own loss, and for the others where
-    the counts are equal. weights: float32 [K], on the CPU.
+    A pixel loss is a mean over valid pixels, each with its class's weight and its confidence;
+    micro-batches have unequal sums of those. The sum is exact for the network's own loss, and for
+    the others where these are equal. weights: float32 [K], on the CPU.
     """
     if len(group) * world.size == 1:
         return [1.0]
     totals = []
     for batch in group:
-        counts = torch.bincount(batch.labels.flatten().long(), minlength=256).double()
+        counts = _counts(batch)
         counts[ignore_index] = 0
         if weights is not None:
             counts[: len(weights)] *= weights.double()
         totals.append(float(counts.sum()))
     whole = sum(sum(row) for row in world.gather(totals))
     return [total / whole if whole else 1 / (len(group) * world.size) for total in totals]
+
+
+def _counts(batch: Batch) -> Tensor:
+    """Pixels of each label, each counting as much as its confidence, float64 [256]."""
+    labels = batch.labels.flatten().long()
+    if batch.confidence is None:
+        return torch.bincount(labels, minlength=256).double()
+    sure = batch.confidence.flatten().double()
+    return torch.bincount(labels, sure, minlength=256) / CERTAIN
 
 
 def accumulate_gradient(
@@ -95,7 +105,9 @@ def accumulate_gradient(
         images = normalise(here.images).contiguous(memory_format=layout)
         with nullcontext() if parallel is None else parallel.micro_batch(number == len(group)):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                losses = (parallel or regulated).losses(images, here.labels, progress)
+                losses = (parallel or regulated).losses(
+                    images, here.labels, progress, here.confidence
+                )
             # Processes' gradients meet as a mean, but the weights are made for a sum.
             scale = weight if parallel is None else weight * parallel.world.size
             torch.autograd.backward(losses.total * scale)

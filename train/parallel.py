@@ -38,9 +38,15 @@ class Parallel:
         with nullcontext() if last else self._wrapped.no_sync(), self._statistics.merged():
             yield
 
-    def losses(self, images: Tensor, labels: Tensor, progress: float) -> Losses:
+    def losses(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        progress: float,
+        confidence: Tensor | None = None,
+    ) -> Losses:
         """This process's losses, as `SelfRegulation.losses`."""
-        return self._regulated.losses_of(self._wrapped(images), labels, progress)
+        return self._regulated.losses_of(self._wrapped(images), labels, progress, confidence)
 
 
 def may_have_idle_parameters(config: TrainConfig) -> bool:

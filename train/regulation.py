@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from srdeploy.errors import UserError
 from srdeploy.models.tracing import PROBE_SIZE
-from srdeploy.outputs import main_logits, resize_logits
+from srdeploy.outputs import main_logits
 from srdeploy.train import losses
 from srdeploy.train.compiled import Compiled
 from srdeploy.train.exits import Exits, make_exits
+from srdeploy.train.feedback import from_deepest, from_shallowest
 from srdeploy.train.own_exits import check_classes, find_own_exits
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.train.schedule import ramp
 from srdeploy.train.taps import TapChoice, choose_taps, collected, feature_map, given_taps
+from srdeploy.train.truth import Truth, truth_of
 
 DEFAULTS = RegulationConfig()
 
@@ -161,87 +163,75 @@ class SelfRegulation(nn.Module):
             own=own,
         )
 
-    def losses(self, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
+    def losses(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        progress: float = 1.0,
+        confidence: Tensor | None = None,
+    ) -> Losses:
         """One step's losses, ready for backward; usable under autocast.
 
         images: float32 [N, 3, H, W], normalised; labels: uint8 or int64 [N, H, W]; progress: share
-        of the training that is done, 0..1, from which the feedback's strength follows.
-        Raises UserError for labels of another size, and on the CPU for ids that are no class.
+        of the training that is done, 0..1, from which the feedback's strength follows; confidence:
+        uint8 [N, H, W], how much each label counts, 255 in full and 0 like an ignored one; None:
+        all in full. It weighs the cross-entropies against ground truth and SR-F.
+        Raises UserError for labels or a confidence of another size, and on the CPU for ids that are
+        no class.
         """
         if labels.shape != (images.shape[0], *images.shape[2:]):
             raise UserError(
                 f"labels of shape {tuple(labels.shape)} do not fit images of shape "
                 f"{tuple(images.shape)}: they must be [N, H, W]"
             )
-        return self.losses_of(self(images), labels, progress)
+        return self.losses_of(self(images), labels, progress, confidence)
 
-    def losses_of(self, outputs: ExitOutputs, labels: Tensor, progress: float = 1.0) -> Losses:
+    def losses_of(
+        self,
+        outputs: ExitOutputs,
+        labels: Tensor,
+        progress: float = 1.0,
+        confidence: Tensor | None = None,
+    ) -> Losses:
         """`losses` of outputs at hand, e.g. of a forward through DistributedDataParallel."""
-        labels = labels.long()  # once for all terms; and uint8 would wrap a negative ignore_index
-        self._check_ids(labels)
+        truth = truth_of(labels, self.classes, self.ignore_index, self.class_weights, confidence)
         with torch.autocast(labels.device.type, enabled=False):
-            terms = {"main": self._full_size(outputs.logits[-1], labels)}
+            terms = {"main": truth.cross_entropy(outputs.logits[-1])}
             weights = {"main": 1.0}
             for name, own in outputs.own.items():
-                loss = self.own_exits[name] * self._full_size(own, labels)
+                loss = self.own_exits[name] * truth.cross_entropy(own)
                 terms["own"] = terms["own"] + loss if "own" in terms else loss
                 weights["own"] = 1.0
             if self.exits is not None:
-                self._add_ground_truth(outputs, labels, terms, weights)
-                self._add_feedback(outputs, labels, progress, terms, weights)
-            total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+                self._add_ground_truth(outputs, truth, terms, weights)
+                self._add_feedback(outputs, truth, progress, terms, weights)
+            total = losses.added([weights[name] * term for name, term in terms.items()])
         return Losses(total, {name: term.detach() for name, term in terms.items()})
-
-    def _full_size(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy at the labels' size: the baseline's loss, one function for every run."""
-        resized = resize_logits(logits.float(), (labels.shape[1], labels.shape[2]))
-        return losses.pixel_cross_entropy(resized, labels, self.ignore_index, self.class_weights)
 
     def _add_ground_truth(
         self,
         outputs: ExitOutputs,
-        labels: Tensor,
+        truth: Truth,
         terms: dict[str, Tensor],
         weights: dict[str, float],
     ) -> None:
         """MEA: each exit's segmenter and classifier against ground truth, at its resolution."""
-        if self.settings.seg_weight > 0:
-            terms["seg"] = self._exits_cross_entropy(outputs.logits[:-1], labels)
-            weights["seg"] = self.settings.seg_weight
-        if self.settings.cls_weight > 0:
-            shown = losses.presence(labels, self.classes, self.ignore_index)
-            labelled = losses.labelled_images(labels, self.ignore_index)
-            terms["cls"] = _sum(
+        settings = self.settings
+        if settings.seg_weight > 0:
+            proportion = settings.labels == "proportion"
+            terms["seg"] = truth.exits_cross_entropy(outputs.logits[:-1], proportion)
+            weights["seg"] = settings.seg_weight
+        if settings.cls_weight > 0:
+            shown, labelled = truth.presence(), truth.labelled_images()
+            terms["cls"] = losses.added(
                 [losses.classification(c, shown, labelled) for c in outputs.class_logits]
             )
-            weights["cls"] = self.settings.cls_weight
-
-    def _exits_cross_entropy(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Sum of the exits' cross-entropies, each at its own size against labels brought there."""
-        proportion = self.settings.labels == "proportion"
-        targets: dict[tuple[int, int], Tensor] = {}  # most exits share one size
-        found = []
-        for one in logits:
-            size = (one.shape[2], one.shape[3])
-            if proportion:
-                if size not in targets:
-                    targets[size] = losses.count_labels(
-                        labels, self.classes, size, self.ignore_index
-                    )
-                loss = losses.count_cross_entropy(one, targets[size], self.class_weights)
-            else:
-                if size not in targets:
-                    targets[size] = losses.shrink_labels(labels, size)
-                loss = losses.pixel_cross_entropy(
-                    one, targets[size], self.ignore_index, self.class_weights
-                )
-            found.append(loss)
-        return _sum(found)
+            weights["cls"] = settings.cls_weight
 
     def _add_feedback(
         self,
         outputs: ExitOutputs,
-        labels: Tensor,
+        truth: Truth,
         progress: float,
         terms: dict[str, Tensor],
         weights: dict[str, float],
@@ -250,55 +240,8 @@ class SelfRegulation(nn.Module):
         settings = self.settings
         strength = ramp(progress, settings.start, settings.ramp)
         if strength * settings.srf_weight > 0:
-            terms["srf"] = self._shallow_feedback(outputs, labels)
+            terms["srf"] = from_shallowest(outputs.logits, outputs.hidden, truth, settings)
             weights["srf"] = strength * settings.srf_weight
         if strength * settings.srl_weight > 0:
-            labelled = losses.labelled_images(labels, self.ignore_index)
-            *students, teacher = outputs.class_logits
-            terms["srl"] = _sum(
-                [
-                    losses.class_feedback(c, teacher, labelled, settings.temperature)
-                    for c in students
-                ]
-            )
+            terms["srl"] = from_deepest(outputs.class_logits, truth, settings)
             weights["srl"] = strength * settings.srl_weight
-
-    def _shallow_feedback(self, outputs: ExitOutputs, labels: Tensor) -> Tensor:
-        """SR-F: the shallowest exit teaches all deeper ones (form "feature": of hidden maps)."""
-        # The network's own output has no hidden map and so no part in the feature form.
-        form, temperature = self.settings.srf_form, self.settings.temperature
-        if form == "feature":
-            maps = [one for one in outputs.hidden if one is not None]
-            join = losses.pooled_to_student
-        else:
-            maps, join = outputs.logits, losses.on_one_grid
-        found = []
-        for deeper in maps[1:]:
-            student, teacher = join(deeper, maps[0])
-            shrunk = losses.shrink_labels(labels, (student.shape[2], student.shape[3]))
-            valid = shrunk != self.ignore_index
-            trusted = None
-            if self.settings.srf_where == "right" and form != "feature":
-                trusted = teacher.argmax(1) == shrunk
-            if form == "hard":
-                found.append(losses.hard_feedback(student, teacher, valid, trusted))
-            elif form == "soft":
-                found.append(losses.soft_feedback(student, teacher, valid, temperature, trusted))
-            else:
-                found.append(losses.feature_feedback(student, teacher, valid, temperature))
-        return _sum(found)
-
-    def _check_ids(self, labels: Tensor) -> None:
-        """Refuses ids that are no class. On the CPU only: on a GPU it would wait for the device."""
-        if labels.device.type != "cpu":
-            return
-        wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= self.classes))
-        if bool(wrong.any()):
-            raise UserError(
-                f"labels hold the id {int(labels[wrong][0])}: ids are 0..{self.classes - 1}, "
-                f"or {self.ignore_index} for pixels to ignore"
-            )
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).sum()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from srdeploy import console
 from srdeploy.data import DataSet, open_dataset, spec_for
+from srdeploy.data.confidence import require_confidence
 from srdeploy.data.dataset import measured_policy
 from srdeploy.data.photo_set import PhotoSet
 from srdeploy.errors import UserError
@@ -79,6 +80,8 @@ def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) ->
         )
     training = open_dataset(config.data, config.train_split, config.layout)
     validation = open_dataset(config.data, config.val_split, config.layout)
+    if config.confidence:
+        require_confidence(training.root, training.items)
     spec = spec_for(
         training,
         input_policy(config, training),
@@ -112,7 +115,12 @@ def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) ->
         training=training,
         validation=validation,
         samples=Samples(
-            training, spec, augmentation_for(config, spec), config.seed, config.cache_mib
+            training,
+            spec,
+            augmentation_for(config, spec),
+            config.seed,
+            config.cache_mib,
+            config.confidence,
         ),
         regulated=regulated,
         weights=weights,

@@ -11,6 +11,7 @@ import numpy as np
 
 from srdeploy.data import cityscapes, folder, voc
 from srdeploy.data.classes import ClassTable
+from srdeploy.data.confidence import read_confidence
 from srdeploy.data.pairs import NOT_AN_ID, Item, Pairs
 from srdeploy.data.photo_set import PhotoSet
 from srdeploy.data.splits import common_lookup, parts_of, read_parts, refuse_faults
@@ -99,6 +100,13 @@ class DataSet:
         if (labels == NOT_AN_ID).any():
             raise UserError(id_fault(item, raw, self.lookup))
         return labels.astype(np.uint8)
+
+    def confidence(self, index: int) -> Pixels:
+        """How sure the mask of one item is, uint8 [H, W]: 255 is certain, 0 counts for nothing.
+
+        Raises UserError naming the file in confidence/: absent, no 8-bit gray PNG, another size.
+        """
+        return read_confidence(self.root, self.items[index])
 
     @cached_property
     def _table(self) -> np.ndarray[tuple[int], np.dtype[np.int16]]:

@@ -47,7 +47,7 @@ def test_cropping_while_scaling_equals_scaling_the_whole_photo_then_cropping(
 ) -> None:
     photo, labels = scene(height, width)
     crop = (32, 48)
-    part, mask, offset = scaled_crop(photo, labels, scale, crop, np.array(place))
+    part, (mask,), offset = scaled_crop(photo, [labels], scale, crop, np.array(place))
     size = max(1, round(height * scale)), max(1, round(width * scale))
     whole = Image.fromarray(photo).resize((size[1], size[0]), Image.Resampling.BILINEAR)
     whole_mask = Image.fromarray(labels).resize((size[1], size[0]), Image.Resampling.NEAREST)
@@ -74,7 +74,7 @@ def test_photo_and_labels_stay_on_top_of_each_other() -> None:
     labels[20:45, 30:60] = 1
     photo = np.repeat(labels[:, :, None] * np.uint8(200), 3, axis=2)
     for seed in range(20):
-        view, mask, _ = augment(
+        view, mask, *_ = augment(
             photo,
             labels,
             how(scale=(0.5, 2.0), flip=0.5, fill=(0, 0, 0)),
@@ -87,7 +87,7 @@ def test_photo_and_labels_stay_on_top_of_each_other() -> None:
 
 def test_a_photo_smaller_than_the_crop_is_laid_on_mean_colour_with_ignored_labels() -> None:
     photo, labels = scene(20, 24)
-    view, mask, _ = augment(photo, labels, how(), np.random.default_rng(3))
+    view, mask, *_ = augment(photo, labels, how(), np.random.default_rng(3))
     assert view.shape == (32, 48, 3)
     assert mask.shape == (32, 48)
     outside = mask == 255
@@ -99,14 +99,14 @@ def test_a_photo_smaller_than_the_crop_is_laid_on_mean_colour_with_ignored_label
 
 def test_without_variation_and_at_the_crops_size_nothing_changes() -> None:
     photo, labels = scene(32, 48)
-    view, mask, _ = augment(photo, labels, how(), np.random.default_rng(0))
+    view, mask, *_ = augment(photo, labels, how(), np.random.default_rng(0))
     assert np.array_equal(view, photo)
     assert np.array_equal(mask, labels)
 
 
 def test_a_flip_mirrors_both() -> None:
     photo, labels = scene(32, 48)
-    view, mask, _ = augment(photo, labels, how(flip=1.0), np.random.default_rng(0))
+    view, mask, *_ = augment(photo, labels, how(flip=1.0), np.random.default_rng(0))
     assert np.array_equal(view, photo[:, ::-1])
     assert np.array_equal(mask, labels[:, ::-1])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from srdeploy.errors import UserError
@@ -111,17 +113,33 @@ def errors_of(process: subprocess.Popen[str]) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
+def with_confidence(data: Path, root: Path) -> Path:
+    """A copy of the tiny set in which each mask's confidence falls from left to right, and from
+    mask to mask."""
+    shutil.copytree(data, root)
+    (root / "confidence/labels/train").mkdir(parents=True)
+    for number, mask in enumerate(sorted((root / "labels/train").iterdir()), start=1):
+        with Image.open(mask) as file:
+            width, height = file.size
+        slope = np.tile(np.linspace(255, 0, width) / number, (height, 1))
+        path = root / "confidence" / mask.relative_to(root)
+        Image.fromarray(slope.astype(np.uint8)).save(path)
+    return root
+
+
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("unsure", [False, True], ids=["plain", "with confidence"])
 def test_two_processes_make_the_run_of_one_with_two_micro_batches(
-    tiny_data: Path, tmp_path: Path
+    tiny_data: Path, tmp_path: Path, unsure: bool
 ) -> None:
-    two = start_two(config_for(tiny_data), tmp_path / "two")
-    train(config_for(tiny_data, batch=2, accumulate=2), tmp_path / "one")
+    data = with_confidence(tiny_data, tmp_path / "data") if unsure else tiny_data
+    two = start_two(config_for(data, confidence=unsure), tmp_path / "two")
+    train(config_for(data, confidence=unsure, batch=2, accumulate=2), tmp_path / "one")
     _, said = two.communicate(timeout=120)
     assert two.returncode == 0, said
     assert said.count("step 3/10:") == 1, "one process speaks"

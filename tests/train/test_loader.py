@@ -72,7 +72,7 @@ def test_photos_are_brought_to_the_size_that_the_network_sees(tiny_data: Path) -
     plain = {"scale": (1, 1), "flip": 0, "colour": 0, "crop": (80, 96)}
     stream = samples(tiny_data, longest_side=96, **plain)
     photo, labels = stream.dataset.read(stream.index(0))
-    view, mask, _ = stream.read(0)
+    view, mask, *_ = stream.read(0)
     assert mask.shape == (80, 96)
     assert np.array_equal(mask, labels.repeat(2, axis=0).repeat(2, axis=1))
     doubled = Image.fromarray(photo).resize((96, 80), Image.Resampling.BILINEAR)

@@ -313,6 +313,17 @@ def test_ground_truth_losses_of_an_ignored_batch_are_zero_with_zero_gradients(
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 0.0, 2.0])])
+def test_losses_of_an_ignored_batch_stay_zero_at_any_weight(weights: Tensor | None) -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    labels = torch.full((2, 4, 4), IGNORE, dtype=torch.uint8)
+    counts = losses.count_labels(labels, 3, (4, 4), IGNORE)
+    loss = losses.pixel_cross_entropy(logits, labels, IGNORE, weights)
+    (1e6 * (loss + losses.count_cross_entropy(logits, counts, weights))).backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
 def test_negative_ignore_indices_work_for_wide_labels() -> None:
     logits, labels = made((2, 5, 6, 6), 0, 0.4)
     weights = torch.rand(5)

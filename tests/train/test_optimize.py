@@ -1,5 +1,6 @@
 """The optimizer's groups, and micro-batches against one big batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,18 +44,28 @@ def make(weights: Tensor | None = None, enabled: bool = False) -> SelfRegulation
     return SelfRegulation(Plain(), classes=3, settings=settings, class_weights=weights).train()
 
 
-def random_batch(count: int) -> Batch:
-    """The first image has few valid pixels, the others many."""
+def random_batch(count: int, unsure: bool = False) -> Batch:
+    """The first image has few valid pixels, the others many; with `unsure`, of a confidence that
+    falls from image to image."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (count, 32, 40, 3), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 3, (count, 32, 40), generator=generator, dtype=torch.uint8)
     labels[0, 2:] = 255
-    return Batch(images, labels, 0)
+    if not unsure:
+        return Batch(images, labels, 0)
+    sure = torch.randint(0, 256, labels.shape, generator=generator)
+    sure = sure // torch.arange(1, count + 1)[:, None, None]
+    return Batch(images, labels, 0, None, sure.to(torch.uint8))
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
     return [
-        Batch(batch.images[i : i + size], batch.labels[i : i + size], i)
+        Batch(
+            batch.images[i : i + size],
+            batch.labels[i : i + size],
+            i,
+            confidence=None if batch.confidence is None else batch.confidence[i : i + size],
+        )
         for i in range(0, len(batch.images), size)
     ]
 
@@ -70,11 +81,12 @@ def gradients(regulated: SelfRegulation, group: list[Batch]) -> dict[str, Tensor
 
 @pytest.mark.parametrize("class_weights", [None, [0.5, 2.0, 7.0]])
 @pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("unsure", [False, True])
 def test_micro_batches_give_the_gradient_and_losses_of_the_big_batch(
-    class_weights: list[float] | None, size: int
+    class_weights: list[float] | None, size: int, unsure: bool
 ) -> None:
     weights = None if class_weights is None else torch.tensor(class_weights)
-    batch = random_batch(6)
+    batch = random_batch(6, unsure)
     big = gradients(make(weights), [batch])
     parts = gradients(make(weights), split(batch, size))
     assert big.keys() == parts.keys()
@@ -85,6 +97,29 @@ def test_micro_batches_give_the_gradient_and_losses_of_the_big_batch(
 def test_micro_batches_without_valid_pixels_weigh_alike() -> None:
     batch = random_batch(2)
     batch.labels[:] = 255
+    assert shares(split(batch, 1), 255, None) == [0.5, 0.5]
+
+
+def test_certain_micro_batches_weigh_as_those_without_confidence() -> None:
+    batch = random_batch(3)
+    certain = replace(batch, confidence=torch.full_like(batch.labels, 255))
+    for weights in (None, torch.tensor([0.5, 2.0, 7.0])):
+        expected = shares(split(batch, 1), 255, weights)
+        assert shares(split(certain, 1), 255, weights) == expected
+        # One of several processes: what it has counts for as much beside batches without.
+        assert shares([*split(certain, 1)[:1], *split(batch, 1)[1:]], 255, weights) == expected
+
+
+def test_micro_batches_weigh_by_the_sum_of_their_confidence() -> None:
+    batch = random_batch(2, unsure=True)
+    assert batch.confidence is not None
+    sums = [
+        float(sure[labels != 255].long().sum())
+        for sure, labels in zip(batch.confidence, batch.labels, strict=True)
+    ]
+    found = shares(split(batch, 1), 255, None)
+    assert found == pytest.approx([one / sum(sums) for one in sums])
+    batch.confidence[:] = 0
     assert shares(split(batch, 1), 255, None) == [0.5, 0.5]
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from srdeploy.data.classes import CLASSES_FILE, ClassTable
+from srdeploy.data.confidence import confidence_path
 from srdeploy.data.pairs import Item
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, whole_file, write_whole
 from srdeploy.imaging import Pixels, encode_gray, encode_mask
 from srdeploy.spec import Spec
-
-CONFIDENCE = "confidence"
-"""Folder of the masks' confidence, laid out as the masks are."""
 
 
 class Mirror:
@@ -37,7 +35,7 @@ class Mirror:
 
     def confidence(self, item: Item) -> Path:
         """Where the confidence of the item's mask lies in the mirror."""
-        return self.folder / CONFIDENCE / self._place(item.label)
+        return confidence_path(self.folder, self.mask(item))
 
     def key(self, item: Item) -> Path:
         """The photo's path below the data set, without suffix: one for every item."""

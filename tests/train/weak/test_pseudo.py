@@ -233,7 +233,7 @@ def test_steps_can_be_run_one_by_one(data: Path, made: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="step 'classify' is not done.*run it first"):
         make_pseudo(tiny_run(data), folder, only="masks")
     for step in ("classify", "maps", "masks"):
-        make_pseudo(tiny_run(data), folder, only=step)  # type: ignore[arg-type]
+        make_pseudo(tiny_run(data), folder, only=step)
     assert content(folder / "labels") == content(made / "labels")
 
 
