@@ -33,6 +33,7 @@ from srdeploy.train.optimize import make_optimizer, set_learning_rate
 from srdeploy.train.recorder import Recorder
 from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import place
+from srdeploy.train.weak.pseudo_run import UNUSED
 from srdeploy.train.weak.tag_network import TagNetwork
 from srdeploy.train.window import Window
 
@@ -40,8 +41,6 @@ CLASSIFIER = "classifier.safetensors"
 """All weights of a trained TagNetwork."""
 STATE = "classifier-state.pt"
 STATE_KEYS = frozenset({"format", "step", "network", "optimizer", "rng", "cuda_rng"})
-UNUSED = ("ema", "compile", "class_weights", "sync_batch_norm", "val_limit", "accumulate")
-"""Keys of a training configuration that the classifier's training does not read."""
 
 
 def build_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec) -> TagNetwork:

@@ -12,10 +12,9 @@ from srdeploy.runs import is_run
 from srdeploy.train.config import TrainConfig, merge, parse_setting, read_config_file
 from srdeploy.train.loop import TrainResult, train
 from srdeploy.train.start import require_new
-from srdeploy.train.weak.classify import UNUSED
 from srdeploy.train.weak.pseudo import make_pseudo
 from srdeploy.train.weak.pseudo_config import PseudoConfig
-from srdeploy.train.weak.pseudo_run import SECTION, PseudoRun
+from srdeploy.train.weak.pseudo_run import SECTION, UNUSED, PseudoRun
 from srdeploy.validation import validated
 
 CLASSIFIER = "classifier"
@@ -118,6 +117,6 @@ def _classifier_config(config: TrainConfig, weak: WeakSettings) -> TrainConfig:
     """The segmenter's configuration with the classifier's own keys, and without those that have no
     meaning for it."""
     values = config.model_dump(mode="json")
-    for key in (*UNUSED, "confidence"):
+    for key in UNUSED:
         values.pop(key, None)
     return validated(TrainConfig, merge(values, weak.classifier), "the classifier's settings")

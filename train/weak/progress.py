@@ -39,21 +39,16 @@ class StepLog:
         """Whether it is done with these settings."""
         return self._steps.get(step) == {"key": key, "done": True}
 
-    def require_done(self, step: Step) -> str:
-        """The key that it was done with. Raises UserError where it was not."""
-        found = self._steps.get(step, {})
-        if not found.get("done"):
-            raise UserError(
-                f"step '{step}' is not done in {self.path.parent.parent}: run it first, or leave "
-                "--only away"
-            )
-        return str(found["key"])
-
     def begin(self, step: Step, key: str) -> None:
         """It is under way; those after it are no more."""
         after = STEPS[STEPS.index(step) :]
         self._steps = {name: one for name, one in self._steps.items() if name not in after}
         self._steps[step] = {"key": key, "done": False}
+        write_json(self.path, self._steps)
+
+    def forget(self) -> None:
+        """None is begun any more."""
+        self._steps = {}
         write_json(self.path, self._steps)
 
     def finish(self, step: Step) -> None:

@@ -97,9 +97,14 @@ def make_pseudo(
     log = StepLog(home)
     keys = step_keys(run, sets)
     saved = saved_pseudo_run(folder)
-    other = log.key("classify") not in (None, keys["classify"])
-    if saved is not None and other and run.teacher is None and not force:
-        require_same_classifier(saved, run, folder)
+    if run.teacher is None and saved is not None and log.key("classify") is not None:
+        same_photos = log.key("classify") == keys["classify"]
+        # Settings are compared as they are read today, not by a digest: a later version's new key
+        # makes no other classifier.
+        if not same_photos or saved.classifier_values() != run.classifier_values():
+            if not force:
+                require_same_classifier(saved, run, folder)
+            log.forget()
     steps: dict[Step, Callable[[PseudoRun, Sets, Path], bool]] = {
         "classify": _classify,
         "maps": _make_maps,
@@ -160,21 +165,21 @@ def open_sets(run: PseudoRun) -> Sets:
 
 
 def step_keys(run: PseudoRun, sets: Sets) -> dict[Step, str]:
-    """What each step's results depend on, as a digest."""
+    """What each step's results depend on beside the step before it, as a digest."""
     photos = [
         (str(item.image.relative_to(one.root)), sorted(tags))
         for one in sets.tagged
         for item, tags in zip(one.items, one.tags, strict=True)
     ]
     settings = run.pseudo.model_dump(mode="json", exclude={"batch"})
-    first = key_of(run.classifier_values(), photos[: len(sets.training)])
-    if run.teacher is None:
-        source = first
-    else:
-        source = key_of(sha256_of(open_run(run.teacher).weights), photos)
-    maps = key_of(source, photos, {k: settings[k] for k in MAP_KEYS})
+    teacher = None if run.teacher is None else sha256_of(open_run(run.teacher).weights)
+    maps = key_of(teacher, photos, {k: settings[k] for k in MAP_KEYS})
     rest = {k: v for k, v in settings.items() if k not in MAP_KEYS}
-    return {"classify": first, "maps": maps, "masks": key_of(maps, rest)}
+    return {
+        "classify": key_of(photos[: len(sets.training)]),
+        "maps": maps,
+        "masks": key_of(maps, rest),
+    }
 
 
 def _classify(run: PseudoRun, sets: Sets, folder: Path) -> bool:

@@ -23,7 +23,15 @@ HOME = "pseudo"
 CONFIG = "config.yaml"
 SECTION = "pseudo"
 """Keys of PseudoConfig are given as pseudo.KEY, all others are the classifier's."""
-_NOT_FOR_NUMBERS = FREE_ON_RESUME | {"val_split", "log_every", "val_every", "save_every"}
+UNUSED = (
+    *("ema", "compile", "class_weights", "sync_batch_norm", "val_limit", "accumulate"),
+    "confidence",
+)
+"""Keys of a training configuration that the classifier's training does not read."""
+_NOT_FOR_NUMBERS = FREE_ON_RESUME | {
+    *("train_split", "val_split", "log_every", "val_every", "save_every"),
+    *UNUSED,
+}
 
 
 class PseudoRun(Settings):
