@@ -66,7 +66,9 @@ def write_report(
     report["certain"] = run.pseudo.certain
     report["refine"] = run.pseudo.refine
     outcomes = [
-        _outcome(tagged, i, spec, mirror, home) for tagged in sets for i in range(len(tagged))
+        _outcome(tagged, index, spec, mirror, home)
+        for tagged in sets
+        for index in console.track(range(len(tagged)), f"judging {tagged.split}", len(tagged))
     ]
     report["splits"] = {
         tagged.split: _split_report([o for o in outcomes if o.tagged is tagged], spec)
@@ -79,6 +81,12 @@ def write_report(
     write_json(home / "report.json", report)
     for split, found in report["splits"].items():
         console.done(f"{split}: {_in_words(found)}")
+        better = found.get("best_background")
+        if better and better["miou"] > found["refined"]["miou"]:
+            console.say(
+                f"  by the true masks pseudo.background={better['level']} would be best: "
+                f"{_percent(better['miou'])} refined"
+            )
 
 
 def _outcome(tagged: TaggedSet, index: int, spec: Spec, mirror: Mirror, home: Path) -> Outcome:

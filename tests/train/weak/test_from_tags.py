@@ -37,6 +37,7 @@ def invoke(*words: object) -> str:
     return result.stdout
 
 
+@pytest.mark.wheel
 def test_one_verb_goes_from_tags_to_a_run(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["train", data, "--supervision", "image", "--out", out, *TINY, *QUICK, "--json"]
