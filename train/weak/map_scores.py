@@ -80,15 +80,39 @@ def score_photo(
         labels = restore(best(with_background(found, background, level)), *truth.shape)
         return confusion(truth, labels, spec)
 
-    tried = () if background in refined.classes else LEVELS
-    count = spec.class_count
     return MapScores(
         cam=at(cam, level),
         refined=at(refined, level),
         mask=confusion(truth, mask, spec),
-        levels=np.array([at(refined, one) for one in tried], np.int64).reshape(-1, count, count),
+        levels=_at_levels(truth, refined, spec, background),
         labelled=int((truth != spec.ignore_index).sum()),
     )
+
+
+def _at_levels(truth: Pixels, found: PhotoMaps, spec: Spec, background: int) -> Confusion:
+    """What `confusion` counts of `found` with the background at each of LEVELS: int64 [L, K, K]; of
+    no level where the background has a map.
+
+    In one count: pixels by true class, class of the highest map, and how many levels that beats.
+    """
+    count = spec.class_count
+    if background in found.classes:
+        return np.zeros((0, count, count), np.int64)
+    if not found.classes:
+        labels = np.full(truth.shape, background, np.uint8)
+        return np.repeat(confusion(truth, labels, spec)[None], len(LEVELS), axis=0)
+    # Strictly above: where they are equal the background wins, as in `best`.
+    beaten = np.searchsorted(np.array(LEVELS, np.float32), found.maps.max(0), side="left")
+    best_class = restore(best(found), *truth.shape)
+    beaten = restore(beaten.astype(np.uint8), *truth.shape)
+    known = truth != spec.ignore_index
+    ways = len(LEVELS) + 1
+    keys = (truth[known].astype(np.int64) * count + best_class[known]) * ways + beaten[known]
+    counts = np.bincount(keys, minlength=count * count * ways).reshape(count, count, ways)
+    # At level i those win that beat more than i levels.
+    winning = counts[:, :, ::-1].cumsum(2)[:, :, ::-1][:, :, 1:].transpose(2, 0, 1).copy()
+    winning[:, :, background] = counts.sum((1, 2)) - winning.sum(2)
+    return np.asarray(winning)
 
 
 def confusion(truth: Pixels, guess: Pixels, spec: Spec) -> Confusion:

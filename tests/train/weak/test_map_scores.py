@@ -13,6 +13,7 @@ from srdeploy.data.classes import colour_map
 from srdeploy.metrics import Score
 from srdeploy.spec import Spec
 from srdeploy.train.weak.cam import PhotoMaps
+from srdeploy.train.weak.decide import best, with_background
 from srdeploy.train.weak.map_scores import (
     LEVELS,
     MapScores,
@@ -75,6 +76,20 @@ def test_the_best_level_of_the_background_is_found() -> None:
     assert found["best_background"]["level"] in (0.4, 0.45)
     assert found["best_background"]["miou"] == 1
     assert found["refined"]["miou"] < 1
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(0, 2))
+def test_every_level_is_counted_as_if_it_were_the_background(seed: int, tags: int) -> None:
+    """Maps of a few values, so that some equal a level."""
+    rng = np.random.default_rng(seed)
+    values = np.array([0, 0.05, 0.12, 0.3, 0.35, 0.6, 0.9], np.float32)
+    found = PhotoMaps((1, 2)[:tags], rng.choice(values, (tags, 9, 11)))
+    truth = labels(seed, [0, 1, 2, 255])
+    counted = score_photo(truth, found, found, truth, SPEC, 0, level=0.25).levels
+    for level, counts in zip(LEVELS, counted, strict=True):
+        expected = confusion(truth, best(with_background(found, 0, level)), SPEC)
+        assert (counts == expected).all()
 
 
 def test_a_teachers_maps_have_no_level_to_look_for() -> None:
