@@ -37,15 +37,30 @@ def certainty(found: PhotoMaps) -> npt.NDArray[np.float32]:
     return np.asarray(np.divide(first - second, total, out=np.zeros_like(total), where=total > 0))
 
 
-def decide(found: PhotoMaps, certain: float, ignore_index: int) -> tuple[Pixels, Pixels]:
+def lost(found: PhotoMaps, background: int) -> bool:
+    """Whether a class that the photo shows was found nowhere in it."""
+    return any(
+        not one.any()
+        for ident, one in zip(found.classes, found.maps, strict=True)
+        if ident != background
+    )
+
+
+def decide(
+    found: PhotoMaps, background: int, certain: float, ignore_index: int
+) -> tuple[Pixels, Pixels]:
     """A pseudo mask, uint8 [H, W], and its confidence, uint8 [H, W], 255 * certainty.
 
     found: with the background's map. Pixels whose certainty is below `certain` get `ignore_index`
-    and confidence 0. No class is in the mask that is not in `found.classes`.
+    and confidence 0. So do all that would be background where a class's map is 0 everywhere: the
+    photo shows that class, and it may be anywhere. No class is in the mask that is not in
+    `found.classes`.
     """
     sure = certainty(found)
     labels = best(found)
     left_out = sure < certain
+    if lost(found, background):
+        left_out |= labels == background
     confidence = np.rint(sure * CERTAIN).astype(np.uint8)
     return (
         np.where(left_out, np.uint8(ignore_index), labels),

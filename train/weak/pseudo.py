@@ -262,7 +262,9 @@ def _make_masks(run: PseudoRun, sets: Sets, folder: Path) -> bool:
                     group.indices, items, cams, found, read, strict=True
                 ):
                     whole = with_background(fine, tagged.background, settings.background)
-                    labels, confidence = decide(whole, settings.certain, spec.ignore_index)
+                    labels, confidence = decide(
+                        whole, tagged.background, settings.certain, spec.ignore_index
+                    )
                     mask = restore(labels, *size)
                     if scored:
                         counts = score_photo(

@@ -22,7 +22,7 @@ def made(tags: frozenset[int], seed: int) -> PhotoMaps:
 def test_a_mask_holds_no_class_that_the_tags_lack(
     tags: frozenset[int], seed: int, level: float, certain: float
 ) -> None:
-    labels, _ = decide(with_background(made(tags, seed), 0, level), certain, IGNORE)
+    labels, _ = decide(with_background(made(tags, seed), 0, level), 0, certain, IGNORE)
     assert set(np.unique(labels).tolist()) <= {0, *tags, IGNORE}
 
 
@@ -33,7 +33,7 @@ def test_each_pixel_follows_the_rule(
 ) -> None:
     """The class of the highest score, the background's being `level`; ignored below `certain`."""
     found = made(tags, seed)
-    labels, confidence = decide(with_background(found, 0, level), certain, IGNORE)
+    labels, confidence = decide(with_background(found, 0, level), 0, certain, IGNORE)
     for row in range(5):
         for column in range(7):
             scores = {0: np.float32(level)}
@@ -53,9 +53,19 @@ def test_each_pixel_follows_the_rule(
 
 def test_a_photo_without_tags_is_background_for_sure() -> None:
     empty = PhotoMaps((), np.zeros((0, 3, 4), np.float32))
-    labels, confidence = decide(with_background(empty, 0, 0.25), 0.2, IGNORE)
+    labels, confidence = decide(with_background(empty, 0, 0.25), 0, 0.2, IGNORE)
     assert (labels == 0).all()
     assert (confidence == 255).all()
+
+
+def test_nothing_is_background_where_a_tag_was_found_nowhere() -> None:
+    """The cow that the classifier does not see may stand anywhere that no dog is."""
+    maps = np.zeros((2, 1, 3), np.float32)
+    maps[1, 0, 0] = 1
+    found = with_background(PhotoMaps((10, 12), maps), 0, level=0.25)
+    labels, confidence = decide(found, 0, 0.2, IGNORE)
+    assert labels.tolist() == [[12, IGNORE, IGNORE]]
+    assert confidence[0, 1] == 0
 
 
 def test_a_background_with_its_own_map_needs_no_level() -> None:
