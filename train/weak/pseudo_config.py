@@ -31,9 +31,11 @@ class PseudoConfig(Settings):
     """Pixels per cell that is walked on, along each side."""
     walk_radius: int = Field(default=5, ge=1)
     """Cells that a step of the walk may go, along each axis."""
-    walk_power: float = Field(default=10.0, gt=0)
+    walk_power: float = Field(default=30.0, gt=0)
     """Sharpens the affinities: higher, and the walk stays within one colour."""
-    walk_steps: int = Field(default=256, ge=1)
+    walk_steps: int = Field(default=4, ge=1)
+    """Few: colours alone don't hold a longer walk back, as the boundaries that IRN learns do for
+    its 256 steps at power 10."""
     background: float = Field(default=0.25, gt=0, lt=1)
     """The background's score. A class's map has 1 as its highest, so a pixel is background where no
     class reaches this. Not used with a teacher, whose maps have the background's own."""
