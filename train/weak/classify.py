@@ -49,16 +49,23 @@ def build_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec) -> TagN
     torch.manual_seed(config.seed)
     probe_size = spec.input.near(PROBE_SIZE)
     network = build_network(config.network, spec.class_count, probe_size)
-    if config.pretrained is not None:
-        console.done(load_pretrained(network, config.pretrained, config.pretrained_missing))
     return TagNetwork(network, len(tagged.foreground), config.regulation, probe_size)
+
+
+def check_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec) -> None:
+    """Raises UserError for what would keep the classifier from being trained; writes nothing."""
+    refuse_unused(config)
+    find_device(config.device, ALONE)
+    network = build_classifier(config, tagged, spec)
+    if config.pretrained is not None:
+        load_pretrained(network.network, config.pretrained, config.pretrained_missing)
 
 
 def load_classifier(
     config: TrainConfig, tagged: TaggedSet, spec: Spec, folder: Path, device: torch.device
 ) -> TagNetwork:
     """The trained classifier of a folder of pseudo masks. Raises UserError."""
-    network = build_classifier(config.model_copy(update={"pretrained": None}), tagged, spec)
+    network = build_classifier(config, tagged, spec)
     load_exactly(network, folder / CLASSIFIER)
     return network.to(device).eval()
 
@@ -76,9 +83,11 @@ def train_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec, folder:
 
     Goes on from the folder's state where there is one. Raises UserError.
     """
-    refuse_unused(config)
     device = find_device(config.device, ALONE)
     network = build_classifier(config, tagged, spec)
+    if config.pretrained is not None:
+        weights = load_pretrained(network.network, config.pretrained, config.pretrained_missing)
+        console.done(weights)
     place(network, device, config.channels_last)
     optimizer = make_optimizer(network, config)
     samples = Samples(tagged, spec, augmentation_for(config, spec), config.seed, config.cache_mib)

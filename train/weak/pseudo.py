@@ -97,14 +97,14 @@ def make_pseudo(
     log = StepLog(home)
     keys = step_keys(run, sets)
     saved = saved_pseudo_run(folder)
+    anew = False
     if run.teacher is None and saved is not None and log.key("classify") is not None:
         same_photos = log.key("classify") == keys["classify"]
         # Settings are compared as they are read today, not by a digest: a later version's new key
         # makes no other classifier.
-        if not same_photos or saved.classifier_values() != run.classifier_values():
-            if not force:
-                require_same_classifier(saved, run, folder)
-            log.forget()
+        anew = not same_photos or saved.classifier_values() != run.classifier_values()
+        if anew and not force:
+            require_same_classifier(saved, run, folder)
     steps: dict[Step, Callable[[PseudoRun, Sets, Path], bool]] = {
         "classify": _classify,
         "maps": _make_maps,
@@ -114,18 +114,22 @@ def make_pseudo(
         del steps["classify"]
     if only is not None and only not in steps:
         raise UserError("a teacher takes the classifier's place: leave --only classify away")
+    _check(run, sets, trained=log.done("classify", keys["classify"]) and not anew)
+    for step in steps:
+        if step == only:
+            break
+        if only is not None and (anew or not log.done(step, keys[step])):
+            raise UserError(
+                f"step '{step}' is not done with these settings in {folder}: run it first, or "
+                "leave --only away"
+            )
+    if anew:
+        log.forget()
     write_whole(home / CONFIG, run.to_yaml())
     for step, act in steps.items():
         key = keys[step]
         if log.done(step, key):
             console.done(f"{folder}: step '{step}' is done already")
-        elif only not in (None, step):
-            if only is not None and list(steps).index(step) < list(steps).index(only):
-                raise UserError(
-                    f"step '{step}' is not done with these settings in {folder}: run it first, or "
-                    "leave --only away"
-                )
-            break
         else:
             if log.key(step) != key:
                 _forget(step, sets, folder)
@@ -135,8 +139,29 @@ def make_pseudo(
             log.finish(step)
         if step == only:
             break
-    report: dict[str, Any] = read_json(home / REPORT)
-    return report
+    return _report(home)
+
+
+def _check(run: PseudoRun, sets: Sets, trained: bool) -> None:
+    """Raises UserError for what would stop a step: nothing is written before. trained: the
+    classifier is there."""
+    find_device(run.classifier.device, ALONE)
+    if run.teacher is None:
+        if not trained:
+            classify.check_classifier(run.classifier, sets.training, sets.spec)
+        return
+    known, wanted = open_run(run.teacher).spec.classes, sets.spec.classes
+    if known != wanted:
+        raise UserError(
+            f"{run.teacher} knows other classes ({', '.join(known)}) than the data set "
+            f"({', '.join(wanted)})"
+        )
+
+
+def _report(home: Path) -> dict[str, Any]:
+    """What is said so far."""
+    found: dict[str, Any] = read_json(home / REPORT) if (home / REPORT).exists() else {}
+    return found
 
 
 def open_sets(run: PseudoRun) -> Sets:
@@ -209,11 +234,6 @@ def _make_maps(run: PseudoRun, sets: Sets, folder: Path) -> bool:
     maker: MapMaker
     if run.teacher is not None:
         teacher = open_run(run.teacher)
-        if teacher.spec.classes != sets.spec.classes:
-            raise UserError(
-                f"{run.teacher} knows other classes ({', '.join(teacher.spec.classes)}) than the "
-                f"data set ({', '.join(sets.spec.classes)})"
-            )
         spec = teacher.spec
         maker = Teacher(load_network(teacher).to(device), spec)
     else:
@@ -287,8 +307,7 @@ def _make_masks(run: PseudoRun, sets: Sets, folder: Path) -> bool:
         for item in console.track(last.items, f"{last.split} as it is", total=len(last)):
             mirror.add_true(item)
         mirror.add_list(last.split, last.items)
-    before = read_json(folder / HOME / REPORT) if (folder / HOME / REPORT).exists() else {}
-    write_report(run, sets.tagged, spec, mirror, folder / HOME, before)
+    write_report(run, sets.tagged, spec, mirror, folder / HOME, _report(folder / HOME))
     return True
 
 

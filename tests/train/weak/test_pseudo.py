@@ -289,6 +289,20 @@ def test_a_trained_network_teaches_the_next_round(data: Path, made: Path, tmp_pa
 def test_a_key_that_the_classifier_does_not_use_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ema is not used in training the classifier"):
         make_pseudo(tiny_run(data, ema=0.9), tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_there_leave_nothing_behind(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no-such\.safetensors"):
+        make_pseudo(tiny_run(data, pretrained="no-such.safetensors"), tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_other_classes_is_refused(tiny_data: Path, data: Path, tmp_path: Path) -> None:
+    train(load_config(flags={**TINY, "data": tiny_data, "crop": "32x32"}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"knows other classes \(field, box, disc\)"):
+        make_pseudo(tiny_run(data, teacher=tmp_path / "run"), tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("way", ["walk", "none"])
