@@ -49,6 +49,9 @@ from srdeploy.train.weak.pseudo_report import write_report
 from srdeploy.train.weak.pseudo_run import (
     CONFIG,
     HOME,
+    MAPS,
+    REPORT,
+    SCORES,
     PseudoRun,
     require_ours,
     require_same_classifier,
@@ -56,9 +59,6 @@ from srdeploy.train.weak.pseudo_run import (
 )
 from srdeploy.train.weak.refined import at_size, refined
 
-MAPS = "maps"
-SCORES = "scores"
-REPORT = "report.json"
 STOP = "stopping after these photos; once more to stop at once"
 MAP_KEYS = {"scales", "flip", "grid"}
 """Settings that decide the maps; the others decide the masks."""

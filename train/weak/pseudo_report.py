@@ -21,7 +21,7 @@ from srdeploy.train.weak.cam import PhotoMaps, read_maps
 from srdeploy.train.weak.map_scores import MapScores, mean_iou, read_scores
 from srdeploy.train.weak.mirror import Mirror
 from srdeploy.train.weak.photo_groups import read_fitted
-from srdeploy.train.weak.pseudo_run import PseudoRun
+from srdeploy.train.weak.pseudo_run import MAPS, REPORT, SCORES, PseudoRun
 from srdeploy.train.weak.refined import at_size, refined
 
 SHEET = "contact-sheet.png"
@@ -78,7 +78,7 @@ def write_report(
     _write_sheet(run, training, spec, mirror, home)
     worst = sorted(outcomes, key=lambda one: one.badness(spec), reverse=True)[:WORST_ROWS]
     write_whole(home / WORST, page.render(_worst_page(run, report, worst, spec, mirror, home)))
-    write_json(home / "report.json", report)
+    write_json(home / REPORT, report)
     for split, found in report["splits"].items():
         console.done(f"{split}: {_in_words(found)}")
         better = found.get("best_background")
@@ -92,7 +92,7 @@ def write_report(
 def _outcome(tagged: TaggedSet, index: int, spec: Spec, mirror: Mirror, home: Path) -> Outcome:
     item = tagged.items[index]
     confidence = read_labels(mirror.confidence(item))
-    scores = home / "scores" / f"{mirror.key(item)}.npz"
+    scores = home / SCORES / f"{mirror.key(item)}.npz"
     return Outcome(
         tagged,
         index,
@@ -146,8 +146,8 @@ def _views(
 ) -> dict[str, Pixels]:
     """Pictures of a photo, by caption."""
     tagged, item = one.tagged, one.tagged.items[one.index]
-    photo, size = read_fitted(tagged, one.index, spec)
-    cam = read_maps(home / "maps" / f"{mirror.key(item)}.npz")
+    photo, _ = read_fitted(tagged, one.index, spec)
+    cam = read_maps(home / MAPS / f"{mirror.key(item)}.npz")
     (fine,) = refined([photo], [cam], tagged.background, run.pseudo, torch.device("cpu"))
     here = (photo.shape[0], photo.shape[1])
     mask = restore(_labels(mirror, one), *here)

@@ -21,6 +21,9 @@ from srdeploy.validation import Settings, validated
 HOME = "pseudo"
 """Folder, beside photos and masks, of what they were made with."""
 CONFIG = "config.yaml"
+MAPS = "maps"
+SCORES = "scores"
+REPORT = "report.json"
 SECTION = "pseudo"
 """Keys of PseudoConfig are given as pseudo.KEY, all others are the classifier's."""
 UNUSED = (
