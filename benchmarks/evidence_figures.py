@@ -87,29 +87,38 @@ def _text(found: list[float | None] | None, signed: bool = False) -> str:
     return f"{shares[0]:{sign}.2f}" if len(shares) == 1 else interval_text(shares, sign=sign)
 
 
+MOST_BANDS = 6
+"""Variants whose range over seeds is drawn."""
+
+
 def save_curves(path: Path, title: str, curves: dict[str, list[list[list[float]]]]) -> None:
     """Writes a PNG: mIoU on the selecting split over steps, a line per variant, which is the mean
-    over seeds, in a band from the lowest to the highest seed.
+    over seeds, in a band from the lowest to the highest seed where there are few.
 
     curves: {variant: [run: [[step, mIoU], ...]]}; variants without a run are left out.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    for variant, runs in curves.items():
-        if not runs:
-            continue
+    shown = {variant: runs for variant, runs in curves.items() if runs}
+    bands = len(shown) <= MOST_BANDS  # more of them hide each other
+    palette = colormaps["tab10" if bands else "tab20"]
+    for number, (variant, runs) in enumerate(shown.items()):
+        colour = palette(number % palette.N)
         points = np.array(runs, np.float64)  # [run, validation, (step, mIoU)]
         steps, miou = points[0, :, 0], 100 * points[:, :, 1]
         style = "--" if variant == BASELINE else "-"
         label = f"{variant} ({len(runs)})"
-        (line,) = axes.plot(steps, miou.mean(0), style, marker=".", label=label)
-        axes.fill_between(steps, miou.min(0), miou.max(0), color=line.get_color(), alpha=0.12, lw=0)
-    axes.set(title=f"{title}: mean and range over seeds", xlabel="step")
+        axes.plot(steps, miou.mean(0), style, marker=".", color=colour, label=label)
+        if bands:
+            axes.fill_between(steps, miou.min(0), miou.max(0), color=colour, alpha=0.12, lw=0)
+    over = "mean and range" if bands else "mean"
+    axes.set(title=f"{title}: {over} over seeds", xlabel="step")
     axes.set(ylabel="mIoU on the selecting split, %")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(title="variant (seeds)")
+    figure.legend(title="variant (seeds)", loc="outside right center")
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
