@@ -91,12 +91,12 @@ def write_report(
 
 def _outcome(tagged: TaggedSet, index: int, spec: Spec, mirror: Mirror, home: Path) -> Outcome:
     item = tagged.items[index]
-    confidence = read_labels(mirror.confidence(item))
+    labels = _labels(mirror, tagged, index)
     scores = home / SCORES / f"{mirror.key(item)}.npz"
     return Outcome(
         tagged,
         index,
-        float((confidence == 0).mean()),
+        float((labels == spec.ignore_index).mean()),
         read_scores(scores) if tagged.has_masks else None,
     )
 
@@ -150,7 +150,7 @@ def _views(
     cam = read_maps(home / MAPS / f"{mirror.key(item)}.npz")
     (fine,) = refined([photo], [cam], tagged.background, run.pseudo, torch.device("cpu"))
     here = (photo.shape[0], photo.shape[1])
-    mask = restore(_labels(mirror, one), *here)
+    mask = restore(_labels(mirror, tagged, one.index), *here)
     views = {
         "photo": photo,
         "class maps": _tinted(photo, at_size(cam, here), spec, tagged.background),
@@ -162,10 +162,10 @@ def _views(
     return views
 
 
-def _labels(mirror: Mirror, one: Outcome) -> Pixels:
-    """The pseudo mask as labels, uint8 [H, W]."""
-    table = np.array(one.tagged.lookup, np.int16).clip(0).astype(np.uint8)
-    labels: Pixels = table[read_labels(mirror.mask(one.tagged.items[one.index]))]
+def _labels(mirror: Mirror, tagged: TaggedSet, index: int) -> Pixels:
+    """The pseudo mask of one photo as labels, uint8 [H, W]."""
+    table = np.array(tagged.lookup, np.int16).clip(0).astype(np.uint8)
+    labels: Pixels = table[read_labels(mirror.mask(tagged.items[index]))]
     return labels
 
 
