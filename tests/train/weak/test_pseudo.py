@@ -98,15 +98,17 @@ def test_every_mask_has_its_confidence(made: Path) -> None:
 
 def test_the_report_tells_the_miou_of_the_masks(data: Path, made: Path) -> None:
     truth, masks = open_dataset(data, "train"), open_dataset(made, "train")
-    hits, unions = np.zeros(3), np.zeros(3)
+    hits, unions, ignored = np.zeros(3), np.zeros(3), []
     for index in range(len(truth)):
         right, guess = truth.read(index)[1], masks.read(index)[1]
         sure = guess != 255
+        ignored.append(1 - sure.mean())
         for one in range(3):
             hits[one] += ((right == one) & (guess == one)).sum()
             unions[one] += (((right == one) & sure) | (guess == one)).sum()
     report = json.loads((made / "pseudo/report.json").read_text())
     assert report["splits"]["train"]["mask"]["miou"] == pytest.approx((hits / unions).mean())
+    assert report["splits"]["train"]["ignored"] == pytest.approx(np.mean(ignored))
     assert set(report["tags"]["f1"]) == {"box", "disc"}
 
 
