@@ -6,6 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from srdeploy.cli.options import Json, NetworkOptions, Quiet, parse_options
+from srdeploy.cli.training_options import (
+    Batch,
+    Crop,
+    Pretrained,
+    Rate,
+    Seed,
+    Steps,
+    TrainingDevice,
+    Workers,
+)
 
 
 def pseudo(
@@ -50,24 +60,14 @@ def pseudo(
             "--sr/--no-sr", help="Classifiers at every stage and SR-L, or one (default: --sr)."
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps (default: 2000).")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per step (default: 8).")] = None,
-    crop: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Size of training crops (default: 320x320).")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate (default: 0.01).")] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="FILE|imagenet", help="Backbone weights to start from.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of start, order and views (default: 0).")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N, or auto, which says what it took.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read photos (default: 2).")
-    ] = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    crop: Crop = None,
+    lr: Rate = None,
+    pretrained: Pretrained = None,
+    seed: Seed = None,
+    device: TrainingDevice = None,
+    workers: Workers = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE.yaml", help="Keys of train, and a section 'pseudo'."),

@@ -6,6 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from srdeploy.cli.options import Json, NetworkOptions, Quiet, parse_options
+from srdeploy.cli.training_options import (
+    Batch,
+    Crop,
+    Pretrained,
+    Rate,
+    Seed,
+    Steps,
+    TrainingDevice,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from srdeploy.train.config import TrainConfig
@@ -28,24 +38,14 @@ def train(
         bool | None,
         typer.Option("--sr/--no-sr", help="Self-regulation, or the baseline (default: --sr)."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps (default: 2000).")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per forward pass (default: 8).")] = None,
-    crop: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Size of training crops (default: 320x320).")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate (default: 0.01).")] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="FILE|imagenet", help="Backbone weights to start from.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of start, order and views (default: 0).")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N, or auto, which says what it took.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and augment photos (default: 2).")
-    ] = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    crop: Crop = None,
+    lr: Rate = None,
+    pretrained: Pretrained = None,
+    seed: Seed = None,
+    device: TrainingDevice = None,
+    workers: Workers = None,
     recipe: Annotated[
         str | None,
         typer.Option(metavar="NETWORK/DATA", help="Recipe to start from: see srdeploy recipes."),
