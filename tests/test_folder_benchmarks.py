@@ -176,7 +176,8 @@ def test_processes_stand_still_between_their_answers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = tmp_path / "twice.py"
-    script.write_text("print('ready', flush=True)\nprint(2 * int(input()), flush=True)\n")
+    # The last line is waited for: a process that ended after its answer could not be stopped.
+    script.write_text("print('ready', flush=True)\nprint(2 * int(input()), flush=True)\ninput()\n")
     asked = module(monkeypatch, "asked_process").AskedProcess("twice", str(script))
     with asked:
         (child,) = (one for one in psutil.Process().children() if str(script) in one.cmdline())
