@@ -82,13 +82,7 @@ def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) ->
     validation = open_dataset(config.data, config.val_split, config.layout)
     if config.confidence:
         require_confidence(training.root, training.items)
-    spec = spec_for(
-        training,
-        input_policy(config, training),
-        mean=config.mean,
-        std=config.std,
-        colour_order=config.colour_order,
-    )
+    spec = configured_spec(config, training)
     # Refuses photos too small for a network here, rather than at the first validation.
     measured_policy(validation, config.longest_side)
     torch.manual_seed(config.seed)
@@ -137,6 +131,17 @@ def place(regulated: nn.Module, device: torch.device, channels_last: bool) -> No
         for parameter in regulated.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def configured_spec(config: TrainConfig, dataset: PhotoSet) -> Spec:
+    """The spec of the networks that `config` trains on `dataset`. Raises UserError."""
+    return spec_for(
+        dataset,
+        input_policy(config, dataset),
+        mean=config.mean,
+        std=config.std,
+        colour_order=config.colour_order,
+    )
 
 
 def input_policy(config: TrainConfig, dataset: PhotoSet) -> InputPolicy:

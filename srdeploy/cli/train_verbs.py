@@ -108,7 +108,7 @@ def train(
     Example: torchrun --nproc-per-node 4 -m srdeploy train data --batch 16 --out runs/four
     """
     from srdeploy import console
-    from srdeploy.cli.weak_training import refuse_without_tags
+    from srdeploy.cli.weak_training import refuse_without_tags, train_on_tags
     from srdeploy.train.distributed import joined, leave
     from srdeploy.train.loop import train as run_training
 
@@ -129,8 +129,6 @@ def train(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     if supervision == "image":
-        from srdeploy.cli.weak_training import train_on_tags
-
         train_on_tags(
             out,
             recipe,

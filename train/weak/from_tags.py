@@ -9,12 +9,12 @@ from typing import Any
 from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.runs import is_run
-from srdeploy.train.config import TrainConfig, merge, parse_setting, read_config_file
+from srdeploy.train.config import TrainConfig, merge
 from srdeploy.train.loop import TrainResult, train
 from srdeploy.train.start import require_new
 from srdeploy.train.weak.pseudo import make_pseudo
 from srdeploy.train.weak.pseudo_config import PseudoConfig
-from srdeploy.train.weak.pseudo_run import SECTION, UNUSED, PseudoRun
+from srdeploy.train.weak.pseudo_run import SECTION, UNUSED, PseudoRun, parted
 from srdeploy.validation import validated
 
 CLASSIFIER = "classifier"
@@ -58,20 +58,7 @@ def split_settings(
 ) -> tuple[dict[str, Any], list[str], dict[str, Any], dict[str, Any]]:
     """A configuration file and --set texts, parted: (the segmenter's values of the file, its
     settings, the classifier's values, PseudoConfig's values). Raises UserError."""
-    content = read_config_file(file) if file is not None else {}
-    sections: dict[str, dict[str, Any]] = {}
-    for name in (CLASSIFIER, SECTION):
-        value = content.pop(name, None) or {}
-        if not isinstance(value, dict):
-            raise UserError(f"{file}: '{name}' is a section of keys and values, not {value!r}")
-        sections[name] = value
-    rest = []
-    for one in settings:
-        name = one.partition(".")[0]
-        if name in sections and "=" in one:
-            sections[name] = merge(sections[name], parse_setting(one)[name])
-        else:
-            rest.append(one)
+    content, rest, sections = parted(file, settings, [CLASSIFIER, SECTION])
     return content, rest, sections[CLASSIFIER], sections[SECTION]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from srdeploy import console
-from srdeploy.data import DataSet, open_dataset, spec_for
+from srdeploy.data import DataSet, open_dataset
 from srdeploy.data.tags import TaggedSet, has_all_masks, open_tagged
 from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
@@ -29,7 +29,7 @@ from srdeploy.runs import load_network, open_run
 from srdeploy.spec import Spec
 from srdeploy.train.device import find_device
 from srdeploy.train.distributed import ALONE
-from srdeploy.train.start import input_policy
+from srdeploy.train.start import configured_spec
 from srdeploy.train.weak import classify
 from srdeploy.train.weak.cam import (
     Activation,
@@ -179,14 +179,7 @@ def open_sets(run: PseudoRun) -> Sets:
             f"split '{config.val_split}' has no masks: it gets pseudo masks too, and a mIoU on it "
             "says how well they are followed, not how well objects are found"
         )
-    spec = spec_for(
-        training,
-        input_policy(config, training),
-        mean=config.mean,
-        std=config.std,
-        colour_order=config.colour_order,
-    )
-    return Sets(training, validation, spec)
+    return Sets(training, validation, configured_spec(config, training))
 
 
 def step_keys(run: PseudoRun, sets: Sets) -> dict[Step, str]:

@@ -82,16 +82,9 @@ def load_pseudo_run(
     elif teacher is not None:
         # Sizes and colours as the teacher saw them.
         base = {"classifier": saved_config(teacher).model_dump(mode="json")}
-    section: dict[str, Any] = base.get(SECTION, {})
-    found: dict[str, Any] | None = None
-    if file is not None:
-        found = read_config_file(file)
-        section = merge(section, found.pop(SECTION, None) or {})
-    ours = [one for one in settings if one.startswith(f"{SECTION}.")]
-    for one in ours:
-        section = merge(section, parse_setting(one)[SECTION])
-    others = [one for one in settings if one not in ours]
-    classifier = load_config(base.get("classifier"), file, flags, others, content=found)
+    content, others, sections = parted(file, settings, [SECTION])
+    section = merge(base.get(SECTION, {}), sections[SECTION])
+    classifier = load_config(base.get("classifier"), file, flags, others, content=content)
     given = {
         "labels_from_masks": labels_from_masks,
         "teacher": teacher,
@@ -103,6 +96,28 @@ def load_pseudo_run(
     return validated(
         PseudoRun, {**values, "classifier": classifier, "pseudo": pseudo}, "the configuration"
     )
+
+
+def parted(
+    file: Path | None, settings: Sequence[str], names: Sequence[str]
+) -> tuple[dict[str, Any], list[str], dict[str, dict[str, Any]]]:
+    """A configuration file and --set texts without the sections `names`, and those sections, of
+    which the settings come last. Raises UserError."""
+    content = read_config_file(file) if file is not None else {}
+    sections: dict[str, dict[str, Any]] = {}
+    for name in names:
+        value = content.pop(name, None) or {}
+        if not isinstance(value, dict):
+            raise UserError(f"{file}: '{name}' is a section of keys and values, not {value!r}")
+        sections[name] = value
+    rest = []
+    for one in settings:
+        name = one.partition(".")[0]
+        if name in sections and "=" in one:
+            sections[name] = merge(sections[name], parse_setting(one)[name])
+        else:
+            rest.append(one)
+    return content, rest, sections
 
 
 def saved_pseudo_run(folder: Path) -> PseudoRun | None:

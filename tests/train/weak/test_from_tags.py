@@ -147,6 +147,13 @@ def test_pseudo_without_data_says_what_is_missing(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+def test_a_section_that_is_none_is_refused(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("pseudo: 3\n")
+    with pytest.raises(UserError, match="'pseudo' is a section of keys and values, not 3"):
+        invoke("pseudo", data, "--out", tmp_path / "made", "--config", path)
+
+
 def test_an_unknown_step_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--only mask: did you mean 'masks'"):
         invoke("pseudo", data, "--out", tmp_path / "made", "--only", "mask")
