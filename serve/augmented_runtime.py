@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 
 from srdeploy.errors import UserError
-from srdeploy.imaging import Pixels
-from srdeploy.serve.folders.rendering import strongest
+from srdeploy.imaging import Pixels, strongest
 from srdeploy.serve.runtime import Logits, Runtime
 from srdeploy.serve.wrapped_runtime import WrappedRuntime
 

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from srdeploy.errors import UserError
-from srdeploy.imaging import Pixels
-from srdeploy.serve.folders.rendering import strongest
+from srdeploy.imaging import Pixels, strongest
 from srdeploy.serve.runtime import Logits, Runtime
 from srdeploy.serve.tiling import Span, blending, cuts, spans
 from srdeploy.serve.wrapped_runtime import WrappedRuntime

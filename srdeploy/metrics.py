@@ -263,3 +263,14 @@ def _shares(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> npt.NDArray[np.f
 
 def _known(share: np.float64) -> float | None:
     return None if np.isnan(share) else float(share)
+
+
+class Interval(Settings):
+    """An estimate with its interval; 95 % where nothing else is said."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

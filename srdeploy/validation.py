@@ -2,7 +2,7 @@
 closest name."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -73,3 +73,22 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
             break
         current = nested[0]
     return list(current.model_fields)
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """["width=8"] as {"width": 8}; values are read as YAML. Raises UserError."""
+    import yaml
+
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key.isidentifier():
+            raise UserError(f"--option {text}: needs KEY=VALUE, such as --option output_stride=8")
+        if key in options:
+            raise UserError(f"--option {key} is given twice")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--option {text}: the value is not valid YAML") from error
+    return options

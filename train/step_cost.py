@@ -16,8 +16,8 @@ from scipy import stats
 
 from srdeploy import console
 from srdeploy.environment import describe_environment
+from srdeploy.metrics import Interval
 from srdeploy.models.cost import count_parameters
-from srdeploy.serve.bench.results import Interval
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.step_variants import BASELINE, VARIANTS, Trainee, memory_of
 from srdeploy.validation import Settings

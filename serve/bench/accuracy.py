@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from srdeploy import console
 from srdeploy.imaging import Pixels
-from srdeploy.metrics import MEASURES, TALLIES, Counts, Labels, Score, measures
-from srdeploy.serve.bench.results import Accuracy, AccuracyRow, CheckpointMatch, Interval
+from srdeploy.metrics import MEASURES, TALLIES, Counts, Interval, Labels, Score, measures
+from srdeploy.serve.bench.results import Accuracy, AccuracyRow, CheckpointMatch
 from srdeploy.serve.evaluate import photo_count, predict_labels, score_for
 from srdeploy.serve.runtime import Runtime
 from srdeploy.spec import Spec

@@ -6,15 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from srdeploy.serve.bench.results import (
-    BenchReport,
-    Cell,
-    Interval,
-    Outcome,
-    Row,
-    Timing,
-    Verdict,
-)
+from srdeploy.metrics import Interval
+from srdeploy.serve.bench.results import BenchReport, Cell, Outcome, Row, Timing, Verdict
 
 MARKS = {
     Outcome.EQUIVALENT: "✓ EQUIVALENT",

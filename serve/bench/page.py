@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from srdeploy.metrics import Interval
 from srdeploy.serve import charts
 from srdeploy.serve.bench.contents import (
     Answer,
@@ -29,7 +30,7 @@ from srdeploy.serve.bench.report_tables import (
     overview_table,
     verdict_table,
 )
-from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Interval, Outcome
+from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Outcome
 from srdeploy.serve.report import Picture, Report, Section, Table, Verdict, chart
 from srdeploy.spec import Spec
 

@@ -3,7 +3,7 @@ whole batch."""
 
 from enum import StrEnum
 
-from srdeploy.metrics import Scores
+from srdeploy.metrics import Interval, Scores
 from srdeploy.validation import Settings
 
 
@@ -16,17 +16,6 @@ class Outcome(StrEnum):
     """The ratio lies outside the margin."""
     NOT_SHOWN = "NOT SHOWN"
     """Neither, with these runs."""
-
-
-class Interval(Settings):
-    """An estimate with its interval; 95 % where nothing else is said."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class Verdict(Settings):

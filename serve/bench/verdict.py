@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from srdeploy.serve.bench.results import Interval, Outcome, Quantiles, Verdict
+from srdeploy.metrics import Interval
+from srdeploy.serve.bench.results import Outcome, Quantiles, Verdict
 
 Floats = npt.NDArray[np.float64]
 

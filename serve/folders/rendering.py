@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from srdeploy.imaging import Pixels, encode_gray, encode_jpeg, encode_mask, overlay, restore
+from srdeploy.imaging import (
+    Pixels,
+    encode_gray,
+    encode_jpeg,
+    encode_mask,
+    overlay,
+    restore,
+    strongest,
+)
 from srdeploy.serve.folders.photo import Photo
 from srdeploy.serve.folders.probabilities import encode_probabilities
 from srdeploy.serve.folders.segments import encode_segments
@@ -65,17 +73,3 @@ def render(
     # Pillow counts bytes as they are, np.bincount makes each an int64 first.
     counts = Image.fromarray(restored).histogram()
     return Rendered(files, {label: count for label, count in enumerate(counts) if count})
-
-
-def strongest(logits: Logits) -> Pixels:
-    """Labels uint8 [h, w] of logits float32 [K, h, w]: the class of the largest, the first of
-    equals, as ArgMax in the graph."""
-    # Plane by plane: np.argmax over the first axis takes several times as long, and 8 bytes a
-    # pixel.
-    best = logits[0].copy()
-    labels = np.zeros(best.shape, np.uint8)
-    for label in range(1, len(logits)):
-        larger = logits[label] > best
-        np.copyto(best, logits[label], where=larger)
-        labels[larger] = label
-    return labels

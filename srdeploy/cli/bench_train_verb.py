@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet, parse_options
+from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet
+from srdeploy.validation import parse_options
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -28,7 +28,8 @@ from srdeploy.cli.deployment_options import (
     TrtOption,
     WorkspaceOption,
 )
-from srdeploy.cli.options import Force, Json, NetworkOptions, Quiet, parse_options
+from srdeploy.cli.options import Force, Json, NetworkOptions, Quiet
+from srdeploy.validation import parse_options
 
 
 class Input(StrEnum):

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from srdeploy.cli.options import Json, NetworkOptions, Quiet, parse_options
+from srdeploy.cli.options import Json, NetworkOptions, Quiet
+from srdeploy.validation import parse_options
 
 
 def models(

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srdeploy.cli.options import parse_options
 from srdeploy.cli.with_exits import regulation_of
 from srdeploy.errors import UserError
 from srdeploy.models import NETWORKS, make_network
 from srdeploy.models.tracing import PROBE_SIZE
 from srdeploy.runs import build_network, is_run, open_run
 from srdeploy.train.reading import NetworkReading, read_network
-from srdeploy.validation import closest, parse_size
+from srdeploy.validation import closest, parse_options, parse_size
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,8 +1,7 @@
 """Options that several verbs share, so that they read and behave alike."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -58,24 +57,3 @@ NetworkOptions = Annotated[
         help="Keyword option of the network's builder, e.g. output_stride=8; may be repeated.",
     ),
 ]
-
-
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """["width=8"] as {"width": 8}; values are read as YAML. Raises UserError."""
-    import yaml
-
-    from srdeploy.errors import UserError
-
-    options: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier():
-            raise UserError(f"--option {text}: needs KEY=VALUE, such as --option output_stride=8")
-        if key in options:
-            raise UserError(f"--option {key} is given twice")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--option {text}: the value is not valid YAML") from error
-    return options

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from srdeploy.cli.options import Json, NetworkOptions, Quiet, parse_options
+from srdeploy.cli.options import Json, NetworkOptions, Quiet
 from srdeploy.cli.training_options import (
     Batch,
     Crop,
@@ -16,6 +16,7 @@ from srdeploy.cli.training_options import (
     TrainingDevice,
     Workers,
 )
+from srdeploy.validation import parse_options
 
 if TYPE_CHECKING:
     from srdeploy.train.config import TrainConfig

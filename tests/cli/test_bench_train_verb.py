@@ -13,7 +13,7 @@ from srdeploy import console
 from srdeploy.cli.bench_train_verb import step_table
 from srdeploy.cli.main import app as whole_app
 from srdeploy.cli.two_words import TwoWords
-from srdeploy.serve.bench.results import Interval
+from srdeploy.metrics import Interval
 from srdeploy.train.step_cost import StepCost, VariantCost
 from srdeploy.train.step_variants import VARIANTS, Memory
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srdeploy.metrics import Scores
+from srdeploy.metrics import Interval, Scores
 from srdeploy.serve.bench.results import (
     Accuracy,
     AccuracyRow,
@@ -14,7 +14,6 @@ from srdeploy.serve.bench.results import (
     Cell,
     CheckpointMatch,
     Footprint,
-    Interval,
     Machine,
     Outcome,
     Quantiles,

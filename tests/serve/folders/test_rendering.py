@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from srdeploy.imaging import Pixels, encode_jpeg, encode_mask, overlay, restore
+from srdeploy.imaging import Pixels, encode_jpeg, encode_mask, overlay, restore, strongest
 from srdeploy.serve.folders.photo import Photo
 from srdeploy.serve.folders.probabilities import softmax, to_half
-from srdeploy.serve.folders.rendering import (
-    Rendered,
-    needs_logits,
-    needs_picture,
-    render,
-    strongest,
-)
+from srdeploy.serve.folders.rendering import Rendered, needs_logits, needs_picture, render
 from srdeploy.serve.folders.segments import encode_segments
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.runtime import Logits
