@@ -14,7 +14,7 @@ from PIL import Image
 from same_labels import compare_labels
 
 from srdeploy.imaging import Pixels, encode_mask, fit, read_photo
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.registry import open_runtime
 
 MODEL = "segmenter"
 """The name under which `srdeploy serve` is told to serve the artifact."""

@@ -7,11 +7,10 @@ from pathlib import Path
 from folder_peers import Codec
 
 from srdeploy.imaging import Pixels, decode_photo, encode_mask, fit, restore
-from srdeploy.serve.folders.local_store import LocalStore
-from srdeploy.serve.folders.photo import Photo
-from srdeploy.serve.folders.reading import read_bytes
+from srdeploy.serve.folders.records import Photo
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.task import PhotoTask
+from srdeploy.serve.folders.stores import LocalStore
+from srdeploy.serve.folders.worker import PhotoTask, read_bytes
 from srdeploy.spec import Spec
 
 Cost = dict[str, float]

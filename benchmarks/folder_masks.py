@@ -9,8 +9,8 @@ from plain_runtime import decode
 from same_labels import compare_labels
 
 from srdeploy.imaging import Pixels, UnreadableImageError, read_labels, read_photo
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.evaluate import predict_labels
-from srdeploy.serve.runtime import open_runtime
 
 KINDS = ("same", "rounded", "wrong", "missing")
 """What a mask may be, by its labels; see same_labels."""

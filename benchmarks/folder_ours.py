@@ -19,15 +19,12 @@ from typing import Annotated
 import typer
 
 from srdeploy import console
-from srdeploy.serve.folders.engine import Engine, LocalEngine
-from srdeploy.serve.folders.local_store import open_store
-from srdeploy.serve.folders.photo import Photo
-from srdeploy.serve.folders.predict import predict_photos
-from srdeploy.serve.folders.record import Record
+from srdeploy.serve.folders.predict import Engine, LocalEngine, predict_photos
+from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.store import Store
+from srdeploy.serve.folders.stores import Store, open_store
 from srdeploy.serve.folders.worker import Worker, folder_plan
-from srdeploy.serve.scheduling.sessions import Source
+from srdeploy.serve.scheduling.planner import Source
 
 
 class LatestStore:

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import typer
 from plain_runtime import MaskWriter, Run, decode, open_sessions, spec_of
 
+from srdeploy.cores import usable_cores
 from srdeploy.imaging import Pixels, fit, restore
-from srdeploy.serve.scheduling.cores import usable_cores
 
 CORES = usable_cores()
 LOADERS = 2

@@ -33,9 +33,9 @@ from server_process import harmless
 from soaked_folder import OWN, is_sound, look, make_folder
 
 from srdeploy import console
+from srdeploy.artifacts.artifact import open_artifact
 from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.files import sha256_of, write_json
-from srdeploy.serve.artifact import open_artifact
 
 START_S = 1.0
 """Kills while the verb starts come within so many seconds."""

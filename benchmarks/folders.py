@@ -37,10 +37,10 @@ from raw_rates import RawRuntime, raw_summary, raw_text
 from server_process import harmless
 
 from srdeploy import console
+from srdeploy.artifacts.artifact import open_artifact
+from srdeploy.cores import usable_cores
 from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.files import sha256_of, write_json
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.scheduling.cores import usable_cores
 
 OURS = "srdeploy"
 OURS_ANEW = "srdeploy-anew"

@@ -28,9 +28,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_process import ServerProcess, harmless, plan_of
 
 from srdeploy import console
+from srdeploy.artifacts.artifact import open_artifact
 from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.files import sha256_of, write_json
-from srdeploy.serve.artifact import open_artifact
 
 CLIENTS = 8
 """Of the closed loops before and after."""

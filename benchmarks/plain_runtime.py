@@ -21,9 +21,9 @@ import numpy as np
 import typer
 from PIL import Image
 
+from srdeploy.artifacts.artifact import open_artifact
+from srdeploy.cores import usable_cores
 from srdeploy.imaging import Pixels, colour_table, fit
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.scheduling.cores import usable_cores
 from srdeploy.spec import Spec
 
 Run = Callable[[Pixels], Pixels]

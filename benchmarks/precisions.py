@@ -24,16 +24,17 @@ from srdeploy.data import DataSet, open_dataset
 from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import read_model
-from srdeploy.export.precision.rounding import emulate
-from srdeploy.export.typed import TypeOptions, convert
+from srdeploy.export.precision.half import emulate
+from srdeploy.export.precision.stage import TypeOptions, convert
 from srdeploy.files import read_json, write_json, write_whole
 from srdeploy.imaging import fit, restore
 from srdeploy.metrics import Score
 from srdeploy.runs import open_run
+from srdeploy.runtimes.base import Runtime
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.entries import bench_images
 from srdeploy.serve.bench.measure import Plan, Side, measure
 from srdeploy.serve.bench.verdict import ratio_interval
-from srdeploy.serve.runtime import Runtime, open_runtime
 
 TYPES = {
     "fp16": TypeOptions(precision="fp16"),

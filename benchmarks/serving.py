@@ -32,9 +32,9 @@ from raw_rates import RawRuntime, raw_summary, raw_text
 from server_process import ServerProcess, harmless, plan_of, script
 
 from srdeploy import console
+from srdeploy.artifacts.artifact import open_artifact
 from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.files import sha256_of, write_json
-from srdeploy.serve.artifact import open_artifact
 
 OURS = "srdeploy"
 PEERS = {

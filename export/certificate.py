@@ -10,12 +10,12 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 from pydantic import Field
 
+from srdeploy.artifacts.artifact import MODEL
 from srdeploy.environment import describe_environment
 from srdeploy.errors import UserError
 from srdeploy.export.digest import graph_digest
 from srdeploy.export.isomorphism import compare_graphs
 from srdeploy.files import explain_os_error, sha256_of, write_json
-from srdeploy.serve.artifact import MODEL
 from srdeploy.validation import Settings
 
 CERTIFICATE = "certificate.json"

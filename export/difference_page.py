@@ -9,15 +9,14 @@ import numpy as np
 
 from srdeploy.environment import describe_environment
 from srdeploy.export.certificate import Line
-from srdeploy.export.differences import Difference, Pair, Truth, part_text, share_text
+from srdeploy.export.comparison import Limits
+from srdeploy.export.differences import UNTYPED, Difference, Pair, Truth, part_text, share_text
 from srdeploy.export.layer_errors import LayerError, explain_jump, first_jump, nodes_to_keep
-from srdeploy.export.limits import Limits
-from srdeploy.export.sides import UNTYPED
 from srdeploy.files import write_whole
 from srdeploy.imaging import Pixels, colour_table
+from srdeploy.pages import charts
+from srdeploy.pages.report import Picture, Table, Verdict, chart, drawing, photo, render_page
 from srdeploy.precision import Precision
-from srdeploy.serve import charts
-from srdeploy.serve.report import Picture, Table, Verdict, chart, drawing, photo, render_page
 from srdeploy.spec import Colour, Spec
 
 PHOTOS = 4
@@ -105,7 +104,7 @@ class Page:
 
 def write_difference_page(findings: Findings, path: Path) -> None:
     """Writes the page to `path` in one step. Raises UserError where that fails."""
-    write_whole(path, render_page("srdeploy.export", "differences.html", page=_page(findings)))
+    write_whole(path, render_page("srdeploy.pages", "differences.html", page=_page(findings)))
 
 
 def difference_picture(pair: Pair) -> Pixels:

@@ -15,9 +15,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from srdeploy.errors import UserError
+from srdeploy.graph.signature import signature_of
 from srdeploy.imaging import Pixels, normalise
-from srdeploy.serve.onnx_runtime import first_line, import_onnxruntime, ort_errors
-from srdeploy.serve.signature import signature_of
+from srdeploy.runtimes.onnx_runtime import first_line, import_onnxruntime, ort_errors
 from srdeploy.validation import Settings
 
 JUMP = 4.0

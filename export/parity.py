@@ -26,8 +26,9 @@ from srdeploy.export.comparison import (
 )
 from srdeploy.imaging import Pixels
 from srdeploy.outputs import main_logits
-from srdeploy.serve.onnx_runtime import first_line
-from srdeploy.serve.runtime import ImageShapeError, open_runtime
+from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.onnx_runtime import first_line
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 

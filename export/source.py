@@ -1,4 +1,4 @@
-"""What is exported: a run, or a network by name with a weight file. One form for both."""
+"""The pictures that torch and an exported file are compared on."""
 
 import json
 from collections.abc import Mapping
@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from srdeploy import console
+from srdeploy.artifacts.artifact import spec_from_classes
+from srdeploy.data.synth import LEAST_SIDE, scene
 from srdeploy.errors import UserError
-from srdeploy.export.pictures import MOST, drawn_pictures, parity_images
-from srdeploy.imaging import Pixels
+from srdeploy.imaging import Pixels, first_photos, read_photo, scaled_size
 from srdeploy.models import NETWORKS
 from srdeploy.models.auxiliary import AuxiliaryHead
 from srdeploy.models.imported import is_imported, require_alike
@@ -21,15 +23,43 @@ from srdeploy.models.weights import load_without_prefix
 from srdeploy.runs import (
     WEIGHTS,
     NetworkConfig,
+    Run,
     build_network,
     leave_out_auxiliary,
     open_run,
     require_usable,
 )
-from srdeploy.serve.artifact import spec_from_classes
-from srdeploy.serve.photos import first_photos
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.validation import closest, validated
+
+MOST = 4
+"""Of a folder, as many photos."""
+
+_DRAWN = 3
+_DRAWN_SIDE = 240
+"""Longest side of drawn pictures, pixels; each size compared at is resized from it."""
+
+
+def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
+    """Photos to compare on: those in `folder`, else those saved with the run. Raises UserError."""
+    if folder is not None:
+        return first_photos(folder, MOST)
+    if not run.samples:
+        raise UserError(
+            f"{run.folder} has no sample photos to compare torch and the exported file on: "
+            "give a folder of photos with --images"
+        )
+    return [read_photo(file) for file in run.samples[:MOST]]
+
+
+def drawn_pictures(spec: Spec) -> list[Pixels]:
+    """Made-up scenes of the usual size's proportions, for want of photos; always the same ones."""
+    height, width = scaled_size(*spec.input.usual, _DRAWN_SIDE)
+    size = max(height, LEAST_SIDE), max(width, LEAST_SIDE)
+    return [scene(np.random.default_rng(seed), *size)[0] for seed in range(_DRAWN)]
+
+
+# What is exported: a run, or a network by name with a weight file. One form for both.
 
 
 @dataclass(frozen=True)

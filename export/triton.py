@@ -1,16 +1,12 @@
-"""A deploy folder as a model of a Triton model repository.
+"""Protocol buffers' text format, as far as configuration files need it.
 
-    REPOSITORY/NAME/config.pbtxt    inputs, outputs, batching, instances, warm-up, the spec
-                   /labels.txt      class names, one per line
-                   /1/model.onnx    or model.plan, or one plan per compute capability
-
-The model is always version 1 and is replaced whole: an older version's inputs and outputs need not
-fit the new configuration.
+A message is a dict of field names to values: str, int, bool, `Enum`, another dict, or a list of
+these for a repeated field. A map is a list of {"key": ..., "value": ...}.
 """
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,14 +14,59 @@ from typing import Any, Literal, get_args
 import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
+from srdeploy.artifacts.artifact import ENGINE_SUFFIX, MODEL, EngineSidecar, read_sidecar
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import read_model
-from srdeploy.export.pbtxt import Enum, to_pbtxt
 from srdeploy.files import read_text, sha256_of, whole_folder
-from srdeploy.serve.artifact import ENGINE_SUFFIX, MODEL
-from srdeploy.serve.engine_file import EngineSidecar, read_sidecar
-from srdeploy.serve.signature import Signature, signature_of
+from srdeploy.graph.signature import Signature, signature_of
 from srdeploy.spec import ONNX_KEY
+
+
+class Enum(str):
+    """The name of an enumeration's value, which is written without quotes."""
+
+
+def to_pbtxt(message: Mapping[str, Any]) -> str:
+    """The message as text, ASCII alone: other characters are written as escaped UTF-8 bytes."""
+    return "".join(f"{line}\n" for line in _lines(message))
+
+
+def _lines(message: Mapping[str, Any]) -> Iterator[str]:
+    for field, value in message.items():
+        several = value if isinstance(value, list) else [value]
+        if several and not isinstance(several[0], Mapping):
+            scalars = ", ".join(map(_scalar, several))
+            yield f"{field}: [{scalars}]" if isinstance(value, list) else f"{field}: {scalars}"
+            continue
+        for one in several:
+            yield f"{field} {{"
+            yield from (f"  {line}" for line in _lines(one))
+            yield "}"
+
+
+def _scalar(value: str | int | bool) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | Enum):
+        return str(value)
+    return _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    # Octal escapes always have three digits here: a digit that follows can't be taken for one.
+    parts = []
+    for byte in text.encode():
+        character = chr(byte)
+        if character in '"\\':
+            parts.append("\\" + character)
+        elif " " <= character <= "~":
+            parts.append(character)
+        else:
+            parts.append(f"\\{byte:03o}")
+    return '"' + "".join(parts) + '"'
+
+
+# A deploy folder as a model of a Triton model repository.
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"

@@ -11,18 +11,30 @@ from typing import Any
 
 from onnx import ModelProto
 
+from srdeploy.artifacts.artifact import Artifact, open_artifact, read_sidecar
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line, model_file, read_model
-from srdeploy.export.comparison import DRAWN, batches, compares_features
-from srdeploy.export.differences import Difference, part_text, share_text
+from srdeploy.export.comparison import (
+    COMPARING_FP32,
+    DRAWN,
+    LIMITS,
+    Limits,
+    batches,
+    compares_features,
+)
+from srdeploy.export.differences import (
+    HALVES,
+    UNTYPED,
+    Difference,
+    open_reference,
+    open_sides,
+    part_text,
+    share_text,
+)
 from srdeploy.export.layer_errors import LayerError, explain_jump, layer_errors
-from srdeploy.export.limits import COMPARING_FP32, LIMITS, Limits
-from srdeploy.export.precision.rounding import emulate
-from srdeploy.export.sides import HALVES, UNTYPED, open_reference, open_sides
+from srdeploy.export.precision.half import emulate
 from srdeploy.imaging import Pixels
 from srdeploy.precision import Precision
-from srdeploy.serve.artifact import Artifact, open_artifact
-from srdeploy.serve.engine_file import read_sidecar
 from srdeploy.spec import InputPolicy, Spec
 
 

@@ -7,7 +7,7 @@ from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit, restore
 from srdeploy.metrics import Score, Scores
-from srdeploy.serve.runtime import Runtime
+from srdeploy.runtimes.base import Runtime
 
 if TYPE_CHECKING:
     from srdeploy.data import DataSet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from srdeploy.data import open_dataset as open_dataset
     from srdeploy.models import make_network as make_network
-    from srdeploy.serve.runtime import open_runtime as open_runtime
+    from srdeploy.runtimes.registry import open_runtime as open_runtime
     from srdeploy.spec import Spec as Spec
     from srdeploy.train.regulation import SelfRegulation as SelfRegulation
 
@@ -22,7 +22,7 @@ _HOMES = {
     "Spec": "srdeploy.spec",
     "make_network": "srdeploy.models",
     "open_dataset": "srdeploy.data",
-    "open_runtime": "srdeploy.serve.runtime",
+    "open_runtime": "srdeploy.runtimes.registry",
 }
 __all__ = ["SelfRegulation", "Spec", "__version__", "make_network", "open_dataset", "open_runtime"]
 

@@ -1,10 +1,10 @@
-"""Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and
-encoded.
+"""What Pillow says of broken and of large files, and what of that people are told."""
 
-Images in memory are RGB uint8 [H, W, 3], labels uint8 [H, W]. H height, W width, N batch,
-K classes.
-"""
-
+import ctypes
+import logging
+import re
+import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,61 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from srdeploy.errors import UserError
 from srdeploy.photo_header import check_header, format_of, opener, webp_size
-from srdeploy.pillow_remarks import raise_pillows_limit, reason_of
 from srdeploy.spec import Spec
+
+_SPOKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning)
+"""Errors whose text is meant for people."""
+_INTERNAL = (LookupError, struct.error)
+"""Errors of Pillow's own code, which it passes on in others."""
+_LONGEST = 160
+"""Characters of a reason."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image could not be decoded: a short line without addresses of objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown format"
+    if isinstance(error, MemoryError):
+        return "more memory than there is"
+    unspoken = not isinstance(error, _SPOKEN) or isinstance(error.__cause__, _INTERNAL)
+    if unspoken or not str(error).strip():
+        return "damaged data"
+    line = "".join(c if c.isprintable() else "?" for c in str(error).strip().splitlines()[0])
+    return re.sub(r"<[^<>]* at 0x[^<>]*>", "the image", line)[:_LONGEST]
+
+
+def raise_pillows_limit(pixels: int) -> None:
+    """Pillow's own limit of pixels is the whole process's: it is raised to ours and never lowered,
+    so that threads need not take turns, as they would to silence its warning for one image."""
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def ignore_remarks() -> None:
+    """Silences what Pillow says of damaged files, for the whole process: strangers would write its
+    log, and grow its list of warnings given. Call it once, before threads decode."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    _silence_libtiff()
+
+
+def _silence_libtiff() -> None:
+    """libtiff writes to the process's stderr by itself, and Pillow leaves it so. Nothing is done
+    where Pillow has none, or hides it."""
+    library = ctypes.CDLL(_imaging.__file__)  # finds also what it is linked with
+    silence = getattr(library, "TIFFSetErrorHandler", None)
+    if silence is not None:
+        silence.argtypes = [ctypes.c_void_p]
+        silence.restype = ctypes.c_void_p
+        silence(None)
+
+
+# Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and
+# encoded.
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -352,3 +401,17 @@ def strongest(logits: npt.NDArray[np.float32]) -> Pixels:
         np.copyto(best, logits[label], where=larger)
         labels[larger] = label
     return labels
+
+
+# A few photos of a folder, for checks and reports.
+
+
+def first_photos(folder: Path, count: int) -> list[Pixels]:
+    """The first `count` photos of `folder` by name, decoded. Raises UserError where there are
+    none."""
+    if not folder.is_dir():
+        raise UserError(f"no such folder of photos: {folder}")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+    if not files:
+        raise UserError(f"{folder} has no photos: give a folder with .jpg or .png files")
+    return [read_photo(file) for file in files[:count]]

@@ -12,19 +12,24 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from time import sleep
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from srdeploy import console
 from srdeploy.errors import UserError
+from srdeploy.models.imported import is_imported
+from srdeploy.train.config import TrainConfig
+from srdeploy.train.regulation import Losses, SelfRegulation
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun puts into the environment of each process."""
@@ -216,3 +221,123 @@ def _last_words(world: World, error: Exception) -> str | None:
     if isinstance(error, UserError):
         return f"{world}: {error}"
     raise error
+
+
+# BatchNorm's running statistics where several processes train: as one process would have them.
+
+
+class RunningStatistics:
+    """Merges what every process's BatchNorm layers saw in a forward pass.
+
+    Each process normalises by its own images, as each micro-batch of one process with `accumulate`
+    is. One process would have updated the running statistics with one micro-batch after the other,
+    in the order of ranks, and so they are put together here: averaging over ranks, or taking rank
+    0's, would be as if fewer images had been seen. It takes one sum over the processes, of as many
+    numbers as DistributedDataParallel's own broadcast of buffers sends.
+    """
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        """module: in training mode. Raises UserError for a BatchNorm without momentum."""
+        self._world = world
+        self._buffers: list[Tensor] = []
+        self._counts: list[Tensor] = []
+        keep: list[float] = []
+        if world.size > 1:
+            for name, layer in module.named_modules():
+                if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or not layer.training:
+                    continue
+                # SyncBatchNorm has the same statistics on every process by itself.
+                if isinstance(layer, nn.SyncBatchNorm) or not layer.track_running_stats:
+                    continue
+                if layer.momentum is None:
+                    raise UserError(
+                        f"'{name}' is a BatchNorm with momentum=None, whose statistics can't be "
+                        "merged over processes: train with one process, or give it a momentum"
+                    )
+                for buffer in (layer.running_mean, layer.running_var):
+                    assert buffer is not None
+                    assert layer.num_batches_tracked is not None
+                    self._buffers.append(buffer)
+                    self._counts.append(layer.num_batches_tracked)
+                    keep.append(1 - layer.momentum)
+        self._lengths = [buffer.numel() for buffer in self._buffers]
+        if self._buffers:
+            device = self._buffers[0].device
+            self._repeats = torch.tensor(self._lengths, device=device)
+            self._keep = torch.tensor(keep, dtype=torch.float64, device=device)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Around one forward and backward pass in training mode; nothing waits for the device."""
+        if not self._buffers:
+            yield
+            return
+        before, counted = torch.cat(self._buffers), torch.stack(self._counts)
+        # From zero, what is found afterwards is this process's contribution, unrounded.
+        torch._foreach_zero_(self._buffers)
+        yield
+        size, rank = self._world.size, self._world.rank
+        runs = torch.stack(self._counts) - counted  # a layer may run several times in a pass
+        total = sum(self._lengths)
+        kept = (self._keep**runs).repeat_interleave(self._repeats, output_size=total)
+        found = torch.cat(self._buffers) * kept ** (size - 1 - rank)
+        self._world.sum_tensor(found)
+        merged = found + before * kept**size
+        for buffer, new in zip(self._buffers, merged.split(self._lengths), strict=True):
+            buffer.copy_(new.view_as(buffer))
+        # Mean and variance of a layer share one count.
+        for count, new in zip(self._counts[::2], (counted + size * runs)[::2], strict=True):
+            count.copy_(new)
+
+
+# A regulated network on several processes: gradients by DistributedDataParallel, and running
+# statistics.
+
+
+class Parallel:
+    """One process's side of a network that several train; `regulated` itself stays as it is."""
+
+    def __init__(self, regulated: SelfRegulation, config: TrainConfig, world: World) -> None:
+        """regulated: placed, in training mode; takes the leader's weights."""
+        self.world = world
+        self._regulated = regulated
+        self._statistics = RunningStatistics(regulated, world)
+        buffers: dict[str, Any] = {_buffers_option(): False}  # they are equal already
+        self._wrapped = DistributedDataParallel(
+            regulated,
+            find_unused_parameters=may_have_idle_parameters(config),
+            **buffers,
+        )
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of a micro-batch; the processes' gradients meet, as
+        their mean, in the `last` one of a step."""
+        with nullcontext() if last else self._wrapped.no_sync(), self._statistics.merged():
+            yield
+
+    def losses(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        progress: float,
+        confidence: Tensor | None = None,
+    ) -> Losses:
+        """This process's losses, as `SelfRegulation.losses`."""
+        return self._regulated.losses_of(self._wrapped(images), labels, progress, confidence)
+
+
+def may_have_idle_parameters(config: TrainConfig) -> bool:
+    """Whether a step may leave a parameter without gradient, which takes a search each time.
+
+    Parts of exits whose loss weighs nothing; and nobody knows what a network of the user's has.
+    """
+    settings = config.regulation
+    idle_exits = settings.enabled and not (settings.seg_weight > 0 and settings.cls_weight > 0)
+    return idle_exits or is_imported(config.network.name)
+
+
+def _buffers_option() -> str:
+    """The name that torch has for sending rank 0's buffers around in every forward pass."""
+    new = "forward_sync_buffers"
+    return new if new in signature(DistributedDataParallel).parameters else "broadcast_buffers"

@@ -20,8 +20,7 @@ from srdeploy.data.photo_set import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.spec import Spec
-from srdeploy.train.augment import Augmentation, Sample, augment, sample_of
-from srdeploy.train.device_augment import varied
+from srdeploy.train.augment import Augmentation, Sample, augment, sample_of, varied
 from srdeploy.train.distributed import ALONE, World
 
 ORDER, VIEW = 0, 1

@@ -1,4 +1,4 @@
-"""The training loop: one linear function. Resuming continues bit for bit on the CPU."""
+"""Validation in the middle of a run: the deployed path in torch, scored at the labels' own size."""
 
 import time
 from contextlib import closing, nullcontext
@@ -7,27 +7,37 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.progress import Progress as RichProgress
 from torch import nn
 
 from srdeploy import console
-from srdeploy.deployable import Normalise
+from srdeploy.data import DataSet
+from srdeploy.deployable import Deployable, Normalise
 from srdeploy.errors import UserError
+from srdeploy.imaging import fit, restore
 from srdeploy.interrupt import StopRequest
+from srdeploy.metrics import Score, Scores
 from srdeploy.runs import STATE
-from srdeploy.train.average import Average
-from srdeploy.train.checkpoint import Progress, items_digest, load_state, save_best, save_state
+from srdeploy.spec import Spec
+from srdeploy.train.checkpoint import (
+    Average,
+    Progress,
+    items_digest,
+    load_state,
+    save_best,
+    save_state,
+)
 from srdeploy.train.compiled import compiled, require_compiler
 from srdeploy.train.config import TrainConfig
-from srdeploy.train.determinism import deterministic
-from srdeploy.train.distributed import ALONE, World, lost
-from srdeploy.train.failures import explain_failure
-from srdeploy.train.guard import NORM, Guard
+from srdeploy.train.device import deterministic
+from srdeploy.train.distributed import ALONE, Parallel, World, lost
+from srdeploy.train.guard import NORM, Guard, explain_failure
 from srdeploy.train.loader import batches
 from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
-from srdeploy.train.parallel import Parallel
 from srdeploy.train.pictures import save_predictions
-from srdeploy.train.recorder import Recorder
+from srdeploy.train.recorder import Recorder, Window
 from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import (
     PREDICTIONS,
@@ -40,8 +50,40 @@ from srdeploy.train.start import (
     require_same_spec,
     write_start,
 )
-from srdeploy.train.validate import validate
-from srdeploy.train.window import Window
+
+
+def validate(
+    network: nn.Module,
+    spec: Spec,
+    dataset: DataSet,
+    limit: int | None,
+    bar: RichProgress,
+    world: World = ALONE,
+) -> Scores:
+    """Scores of the network, in float32, on the first `limit` photos; the mode it was in is
+    restored. Each process of `world` looks at a part of them; the scores are those of all."""
+    training = network.training
+    device = next(network.parameters()).device
+    deployable = Deployable(network, spec).eval().to(device)
+    score = Score(spec)
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    mine = range(world.rank, count, world.size)
+    task = bar.add_task("validating", total=len(mine), losses="")
+    # TF32 rounds convolutions to 10 bits, which the exported graph does not do.
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        for index in mine:
+            photo, labels = dataset.read(index)
+            images = torch.from_numpy(np.array(fit(photo, spec)))[None].to(device)
+            predicted = deployable(images)[0].cpu().numpy()
+            score.update(labels, restore(predicted, labels.shape[0], labels.shape[1]))
+            bar.advance(task)
+    bar.remove_task(task)
+    network.train(training)
+    score.set_counts(world.sum(score.counts()))
+    return score.result()
+
+
+# The training loop: one linear function. Resuming continues bit for bit on the CPU.
 
 WIDE = 140
 """Columns of a terminal in which all losses fit beside the progress bar."""

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.train.config import TrainConfig
-from srdeploy.train.distributed import ALONE, World
+from srdeploy.train.distributed import ALONE, Parallel, World
 from srdeploy.train.loader import Batch
 from srdeploy.train.losses import CERTAIN
-from srdeploy.train.parallel import Parallel
 from srdeploy.train.regulation import SelfRegulation
 
 

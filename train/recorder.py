@@ -2,16 +2,20 @@
 installed."""
 
 import json
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from torch import Tensor
+
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, read_text, write_whole
 from srdeploy.metrics import Scores
 from srdeploy.runs import METRICS
+from srdeploy.train.distributed import World
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -141,3 +145,35 @@ def read_metrics(path: Path, torn: bool = False) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} is not a record with a step")
         records.append(record)
     return records
+
+
+# Sums of loss terms between two records, which cost the device no wait.
+
+
+class Window:
+    """Sums of the loss terms since the last record; they stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._began = time.perf_counter()
+        self._steps = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """One more step's terms."""
+        self._steps += 1
+        for name, term in terms.items():
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self, world: World) -> dict[str, float]:
+        """Mean of every term over the steps in which it was there; the processes' parts add up."""
+        rows = world.gather([float(total) for total in self._sums.values()])
+        totals = [sum(parts) for parts in zip(*rows, strict=True)]
+        return {
+            name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)
+        }
+
+    def rate(self) -> float:
+        """Steps per second."""
+        return self._steps / max(time.perf_counter() - self._began, 1e-9)

@@ -1,13 +1,6 @@
-"""Self-regulation of any segmentation network, in training alone (ICCV 2021, arXiv 2108.09702).
+"""Heads of the network's own that training supervises beside its main output."""
 
-    regulated = SelfRegulation(network, classes=21)
-    optimizer = torch.optim.SGD(regulated.parameters(), lr=0.01)
-    ...
-    regulated.losses(images, labels, progress=step / steps).total.backward()
-
-`regulated.network` is the very module that was given, and stays plain: save and deploy it.
-"""
-
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,17 +9,89 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.errors import UserError
-from srdeploy.models.tracing import PROBE_SIZE
+from srdeploy.models.auxiliary import find_auxiliary
+from srdeploy.models.tracing import PROBE_SIZE, Size, trace
 from srdeploy.outputs import main_logits
 from srdeploy.train import losses
 from srdeploy.train.compiled import Compiled
-from srdeploy.train.exits import Exits, make_exits
-from srdeploy.train.feedback import from_deepest, from_shallowest
-from srdeploy.train.own_exits import check_classes, find_own_exits
+from srdeploy.train.exits import (
+    Exits,
+    TapChoice,
+    check_module,
+    choose_taps,
+    collected,
+    feature_map,
+    given_taps,
+    make_exits,
+)
+from srdeploy.train.losses import Truth, from_deepest, from_shallowest, truth_of
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.train.schedule import ramp
-from srdeploy.train.taps import TapChoice, choose_taps, collected, feature_map, given_taps
-from srdeploy.train.truth import Truth, truth_of
+
+AUXILIARY_WEIGHT = 0.4
+"""Loss weight of a foreign network's auxiliary head, as PSPNet and FCN trainings have it."""
+
+
+def find_own_exits(
+    network: nn.Module,
+    classes: int,
+    wanted: Literal["auto"] | Mapping[str, float],
+    size: Size,
+) -> dict[str, float]:
+    """Names and loss weights of the heads: `wanted`, or for "auto" the network's `own_exits`, else
+    its auxiliary heads that run in training and give maps of `classes` channels.
+
+    Raises UserError for a module that the network lacks and for a weight that is no number >= 0.
+    """
+    if isinstance(wanted, str):
+        if wanted != "auto":
+            raise UserError(f"own_exits is '{wanted}': give \"auto\" or names with loss weights")
+        named = getattr(network, "own_exits", None)
+        if not isinstance(named, Mapping):
+            heads = find_auxiliary(network, size)
+            return {h.name: AUXILIARY_WEIGHT for h in heads if h.runs and h.classes == classes}
+        wanted = named
+    for name, weight in wanted.items():
+        check_module(network, name, "supervise as an own exit")
+        if not math.isfinite(weight) or weight < 0:
+            raise UserError(f"own exit '{name}' has loss weight {weight}: 0 or more is needed")
+    return dict(wanted)
+
+
+def check_classes(
+    network: nn.Module, classes: int, own_exits: Mapping[str, float], size: Size
+) -> None:
+    """Raises UserError where the main logits or an own exit have another number of channels than
+    there are classes, and where an own exit does not run once and give a map [N, K, h, w]."""
+    found = trace(network, size)
+    if found.logits[1] != classes:
+        raise UserError(
+            f"the network gives {found.logits[1]} logits per pixel, but classes is {classes}"
+        )
+    visits = dict(found.visits)
+    if not visits.keys() >= own_exits.keys():
+        visits = {**trace(network, size, training=True).visits, **visits}
+    for name in own_exits:
+        visit = visits.get(name)
+        if visit is None:
+            raise UserError(f"own exit '{name}' did not run in the network's forward")
+        if visit.calls > 1:
+            raise UserError(
+                f"own exit '{name}' runs {visit.calls} times in a forward: only its last output "
+                "would be supervised"
+            )
+        if visit.shape is None or len(visit.shape) != 4:
+            raise UserError(
+                f"own exit '{name}' gives {visit.given}: logits [N, K, h, w] are needed"
+            )
+        if visit.shape[1] != classes:
+            raise UserError(
+                f"'{name}' of the network gives {visit.shape[1]} logits per pixel, but classes is "
+                f"{classes}"
+            )
+
+
+# Self-regulation of any segmentation network, in training alone (ICCV 2021, arXiv 2108.09702).
 
 DEFAULTS = RegulationConfig()
 
@@ -70,7 +135,7 @@ class SelfRegulation(nn.Module):
     the blank image that the network is probed with, for networks that take certain sizes alone.
     own_exits: names of further heads to supervise, with their loss weights, or "auto": the
     network's `own_exits`, else its auxiliary heads that run in training and give maps of K classes,
-    at `srdeploy.train.own_exits.AUXILIARY_WEIGHT` each.
+    at `srdeploy.train.regulation.AUXILIARY_WEIGHT` each.
     Raises UserError for taps that can't be read and for a network of another number of classes.
     """
 

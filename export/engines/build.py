@@ -1,16 +1,15 @@
-"""From an ONNX file to a TensorRT engine: one path for TensorRT 10 and 11, and for TensorRT for
-RTX, which builds ahead of time."""
+"""What TensorRT says while it parses and builds, and what that means."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from srdeploy.artifacts.artifact import Builder, EngineSidecar, Profile, engine_name, write_sidecar
 from srdeploy.errors import UserError
-from srdeploy.export.engines.messages import explain_failure, warnings_of
-from srdeploy.export.engines.parsed import Parsed, parse_onnx
 from srdeploy.export.engines.profiles import check_profiles, profiles_of
 from srdeploy.export.engines.read_back import (
     count_types,
@@ -18,20 +17,182 @@ from srdeploy.export.engines.read_back import (
     network_types,
     require_agreement,
 )
-from srdeploy.export.engines.rtx_targets import require_target, set_targets
-from srdeploy.export.engines.timing_cache import attach_timing_cache, save_timing_cache
-from srdeploy.files import sha256_of, write_whole
+from srdeploy.files import explain_os_error, sha256_of, write_whole
+from srdeploy.graph.signature import Signature, read_signature
 from srdeploy.precision import Precision
-from srdeploy.serve.engine_file import (
-    Builder,
-    EngineSidecar,
-    Profile,
-    engine_name,
-    write_sidecar,
-)
-from srdeploy.serve.gpus import Gpu, cuda_driver_version, list_gpus
-from srdeploy.serve.signature import Signature, read_signature
+from srdeploy.runtimes.gpus import Gpu, cuda_driver_version, list_gpus
+from srdeploy.runtimes.trt.engine import collecting_logger, import_tensorrt
 from srdeploy.validation import Settings
+
+_MEMORY = (
+    "could not find any implementation",
+    "out of memory",
+    "outofmemory",
+    "cudaerrormemoryallocation",
+    "insufficient memory",
+    "insufficient workspace",
+    "no space left",
+)
+_NO_GPU = (
+    "cuda initialization failure",
+    "cudaerrornodevice",
+    "no cuda-capable device",
+    "cudaerrorinsufficientdriver",
+    "cuda_error_no_device",
+    "driver version is insufficient",
+    "unable to determine gpu",
+)
+"""Parts of TensorRT's own messages, in lower case."""
+_LONGEST = 300
+"""Characters of a message that are shown."""
+
+
+def warnings_of(logger: Any) -> list[str]:
+    """The warnings so far, each once."""
+    return list(dict.fromkeys(message.text for message in logger.messages if message.warning))
+
+
+def explain_failure(logger: Any, what: str) -> UserError:
+    """One line for a build of `what` that TensorRT gave up, from what it logged."""
+    errors = [message.text for message in logger.messages if message.error]
+    said = " ".join(errors).lower()
+    first = _short(errors[0]) if errors else "it gives no reason"
+    if any(part in said for part in _NO_GPU):
+        return UserError(
+            f"{what}: TensorRT finds no usable NVIDIA GPU or driver ({first}): build on the "
+            "machine that will run it, or ahead of time with --builder rtx --sm 8.9"
+        )
+    if any(part in said for part in _MEMORY):
+        return UserError(
+            f"{what}: TensorRT found no kernel that fits, which is probably a matter of memory "
+            f"({first}): raise --workspace, free the GPU, or give a smaller --profile"
+        )
+    return UserError(f"{what}: TensorRT can't build it ({first})")
+
+
+def explain_parser(parser: Any, what: str) -> UserError:
+    """One line for a graph that TensorRT's parser refused: node, operator and reason."""
+    faults = [_fault(parser.get_error(index)) for index in range(parser.num_errors)]
+    if not faults:
+        return UserError(f"{what}: TensorRT does not parse it, and gives no reason")
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return UserError(f"{what}: TensorRT does not take {faults[0]}{more}")
+
+
+def _fault(error: Any) -> str:
+    node = error.node_name() or f"number {error.node()}"
+    operator = error.node_operator()
+    where = f"node {node} ({operator})" if operator else "the graph"
+    return f"{where}: {_short(error.desc())}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+# An ONNX file as TensorRT's parser reads it.
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A strongly typed network, and what must live as long as it."""
+
+    trt: Any
+    """The package."""
+    path: Path
+    logger: Any
+    builder: Any
+    network: Any
+    parser: Any
+    """It owns the weights."""
+
+
+def parse_onnx(path: Path, kind: Builder) -> Parsed:
+    """Parses `path` with its side files.
+
+    Every tensor's type is the graph's (strongly typed): in TensorRT 11 there is nothing else, 10
+    is told so. Raises MissingPackageError, and UserError naming the first node that TensorRT does
+    not take.
+    """
+    trt = import_tensorrt(kind)
+    logger = collecting_logger(trt)
+    try:
+        builder = trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer
+        raise explain_failure(logger, str(path)) from error
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise explain_parser(parser, str(path))
+    if network.num_inputs != 1:
+        raise UserError(f"{path}: one input (the images) is expected, not {network.num_inputs}")
+    return Parsed(trt, path, logger, builder, network, parser)
+
+
+# The compute capabilities that TensorRT for RTX builds for.
+
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+_WITHOUT_TF32 = ("7.5",)
+"""Older than the units for tf32 and bf16."""
+
+
+def require_target(capability: str, precision: Precision) -> None:
+    """Raises ValueError where TensorRT for RTX does not build for it, or not in that precision."""
+    if capability not in RTX_CAPABILITIES:
+        raise ValueError(
+            f"compute capability {capability} is no target of TensorRT for RTX, which builds for "
+            + ", ".join(RTX_CAPABILITIES)
+        )
+    if capability in _WITHOUT_TF32 and precision in ("tf32", "bf16"):
+        raise ValueError(
+            f"compute capability {capability}: such GPUs do not compute in {precision}"
+        )
+
+
+def set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    """Makes `config` build for them. Raises UserError where this version can't."""
+    config.num_compute_capabilities = len(targets)
+    known = trt.ComputeCapability.__members__
+    for index, target in enumerate(targets):
+        member = known.get(f"SM{target.replace('.', '')}")
+        if member is None or not config.set_compute_capability(member, index):
+            raise UserError(
+                f"TensorRT for RTX {trt.__version__} can't build for compute capability {target}: "
+                "install a newer tensorrt-rtx"
+            )
+
+
+# TensorRT's timing cache on disk: what kernels took on this GPU.
+
+
+def attach_timing_cache(config: Any, path: Path | None) -> Any:
+    """The cache in `path`, or an empty one where there is no such file, attached to `config`; None
+    for no path.
+
+    Raises UserError where it was measured on another GPU or version, whose timings mislead.
+    """
+    if path is None:
+        return None
+    try:
+        stored = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    cache = config.create_timing_cache(stored)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise UserError(
+            f"{path} is no timing cache of this TensorRT on this GPU: give another --timing-cache"
+        )
+    return cache
+
+
+def save_timing_cache(cache: Any, path: Path) -> None:
+    """Writes it whole."""
+    write_whole(path, bytes(cache.serialize()))
+
+
+# From an ONNX file to a TensorRT engine: one path for TensorRT 10 and 11, and for TensorRT for
+# RTX, which builds ahead of time.
 
 
 class BuildOptions(Settings):

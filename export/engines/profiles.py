@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from srdeploy.artifacts.artifact import Profile
 from srdeploy.errors import UserError
+from srdeploy.graph.signature import Signature
 from srdeploy.imaging import PHOTO_SUFFIXES, fitted_size, photo_size
-from srdeploy.serve.engine_file import Profile
-from srdeploy.serve.signature import Signature
 from srdeploy.spec import Spec
 from srdeploy.validation import validated
 

@@ -13,24 +13,25 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
+from srdeploy.artifacts.artifact import EngineSidecar, write_sidecar
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line, read_model
 from srdeploy.export.engines.build import (
     BuildOptions,
     build_engine,
     build_plan,
+    explain_failure,
+    explain_parser,
     input_shape,
+    parse_onnx,
     target_gpu,
 )
-from srdeploy.export.engines.messages import explain_failure, explain_parser
-from srdeploy.export.engines.parsed import parse_onnx
-from srdeploy.export.pictures import drawn_pictures
+from srdeploy.export.source import drawn_pictures
 from srdeploy.files import sha256_of, write_whole
+from srdeploy.graph.signature import read_signature
 from srdeploy.imaging import Pixels, fit
-from srdeploy.serve.engine_file import EngineSidecar, write_sidecar
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.signature import read_signature
-from srdeploy.serve.tensorrt_library import collecting_logger, import_tensorrt
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.trt.engine import collecting_logger, import_tensorrt
 from srdeploy.spec import Spec
 
 NAME = "refit"

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from srdeploy import console
 from srdeploy.imaging import Pixels
 from srdeploy.metrics import MEASURES, TALLIES, Counts, Interval, Labels, Score, measures
+from srdeploy.runtimes.base import Runtime
 from srdeploy.serve.bench.results import Accuracy, AccuracyRow, CheckpointMatch
 from srdeploy.serve.evaluate import photo_count, predict_labels, score_for
-from srdeploy.serve.runtime import Runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 

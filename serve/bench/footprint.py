@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from srdeploy.artifacts.artifact import Builder, open_artifact
 from srdeploy.errors import UserError
-from srdeploy.serve.artifact import open_artifact
+from srdeploy.runtimes.base import parse_device
+from srdeploy.runtimes.registry import choose_runtime, open_runtime
 from srdeploy.serve.bench.results import Footprint
-from srdeploy.serve.engine_file import Builder
-from srdeploy.serve.runtime import choose_runtime, open_runtime, parse_device
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
@@ -61,8 +61,8 @@ def measure_footprint(
     name = choose_runtime(artifact, runtime)
     builder: Builder | None = None
     if name == "tensorrt":
-        from srdeploy.serve.engine_choice import engine_for
-        from srdeploy.serve.engine_file import read_sidecar
+        from srdeploy.artifacts.artifact import read_sidecar
+        from srdeploy.runtimes.trt.compatibility import engine_for
 
         builder = read_sidecar(engine_for(artifact, parse_device(device)[1]).file).builder
     request = Request(
@@ -135,7 +135,7 @@ def _measure(request: Request) -> Footprint:
         kind, index = parse_device(request.device)
         device_mib = None
         if kind == "cuda":
-            from srdeploy.serve.bench.gpu_watch import process_memory
+            from srdeploy.serve.bench.machine import process_memory
 
             used = process_memory(index)
             device_mib = used / MIB if used is not None else None
@@ -152,20 +152,20 @@ def _import_library(runtime: str, builder: Builder | None) -> None:
     """What other people wrote."""
     if runtime == "torch":
         # It brings torch along, which may be imported there alone.
-        from srdeploy.serve import torch_runtime  # noqa: F401
+        from srdeploy.runtimes import torch_runtime  # noqa: F401
     elif runtime == "openvino":
-        from srdeploy.serve.openvino_runtime import import_openvino
+        from srdeploy.runtimes.openvino_runtime import import_openvino
 
         import_openvino()
     elif runtime == "tensorrt":
-        from srdeploy.serve.cuda_runtime import import_cuda_runtime
-        from srdeploy.serve.tensorrt_library import import_tensorrt
+        from srdeploy.runtimes.trt.cuda import import_cuda_runtime
+        from srdeploy.runtimes.trt.engine import import_tensorrt
 
         assert builder is not None
         import_tensorrt(builder)
         import_cuda_runtime(builder)
     else:
-        from srdeploy.serve.onnx_runtime import import_onnxruntime
+        from srdeploy.runtimes.onnx_runtime import import_onnxruntime
 
         import_onnxruntime()
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from srdeploy.artifacts.artifact import Artifact, read_sidecar
 from srdeploy.errors import MissingPackageError
 from srdeploy.files import sha256_of
+from srdeploy.graph.signature import Signature
 from srdeploy.runs import build_network, leave_out_auxiliary, open_run
-from srdeploy.serve.artifact import Artifact
-from srdeploy.serve.engine_file import read_sidecar
-from srdeploy.serve.onnx_runtime import import_onnxruntime, ort_errors
-from srdeploy.serve.signature import Signature
+from srdeploy.runtimes.onnx_runtime import import_onnxruntime, ort_errors
 
 Shape = Sequence[int]
 

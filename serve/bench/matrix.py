@@ -12,29 +12,30 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from srdeploy import console
+from srdeploy.artifacts.artifact import open_artifact
 from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.files import sha256_of
 from srdeploy.imaging import Pixels
-from srdeploy.serve.artifact import open_artifact
+from srdeploy.runtimes.base import Runtime
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.accuracy import DifferingPhoto, measure_accuracy
 from srdeploy.serve.bench.entries import NO_GRAPH, Entry, Setting, bench_images
 from srdeploy.serve.bench.footprint import measure_footprint
 from srdeploy.serve.bench.machine import MachineWatch
 from srdeploy.serve.bench.macs import artifact_macs
 from srdeploy.serve.bench.measure import Measured, Plan, Side, measure
-from srdeploy.serve.bench.partial import PartialFile
 from srdeploy.serve.bench.results import (
     Accuracy,
     BenchReport,
     Cell,
     Footprint,
+    PartialFile,
     Row,
     Timing,
     Verdict,
 )
 from srdeploy.serve.bench.verdict import judge, quantiles, ratio_interval
 from srdeploy.serve.evaluate import check_same_classes
-from srdeploy.serve.runtime import Runtime, open_runtime
 
 if TYPE_CHECKING:
     from srdeploy.data import DataSet

@@ -1,4 +1,8 @@
-"""Which photos a job covers, and what their outputs are called, in bounded memory."""
+"""Where the outputs of each photo go: no two at one place, and none where a folder is needed.
+
+A listing's table `photos` holds, of each photo, its source, the source's `label`, `suffixed` (the
+path below the source, made safe) and `stem` (the same without suffix); here `name` is chosen.
+"""
 
 import hashlib
 import os
@@ -15,22 +19,154 @@ from typing import BinaryIO, Self
 from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.imaging import PHOTO_SUFFIXES
-from srdeploy.serve.folders.file_systems import is_url, local_path
-from srdeploy.serve.folders.glob_pattern import GlobPattern, split_glob
-from srdeploy.serve.folders.names import (
-    KINDS,
-    OWN_FILES,
-    choose_names,
-    safe_folder,
-    safe_name,
-    shared_folders,
-)
-from srdeploy.serve.folders.path_list import listed_paths, open_list
-from srdeploy.serve.folders.photo import Photo, Unusable
-from srdeploy.serve.folders.photo_tables import ADD, TABLES
+from srdeploy.serve.folders.records import Photo, Unusable
 from srdeploy.serve.folders.remote_listing import canonical, find_remote, look_at_remote
-from srdeploy.serve.folders.text import printable
-from srdeploy.serve.folders.walk import Found, look_at, source_error, walk
+from srdeploy.serve.folders.stores import is_url, local_path
+from srdeploy.serve.folders.walk import (
+    Found,
+    GlobPattern,
+    listed_paths,
+    look_at,
+    open_list,
+    printable,
+    source_error,
+    split_glob,
+    walk,
+)
+
+LONGEST = 240
+"""Bytes of a part of a name: 255 less suffixes such as .json, and a number."""
+OUTPUT_SUFFIXES = (".png", ".jpg", ".npz", ".json", ".jsonl", ".parquet")
+KINDS = (("", ".png"), ("overlays/", ".jpg"), ("probabilities/", ".npz"), ("rle/", ".json"))
+"""Folder and suffix of the outputs of a photo."""
+OWN_FILES = ("classes.json", "legend.png", "manifest.jsonl", "areas.jsonl", "areas.parquet")
+"""What lies in the output folder beside the outputs of photos."""
+
+
+def safe_name(relative: str) -> tuple[str, str]:
+    """(with suffix, without) of a path below a source: folders that look like outputs get a _, so
+    that a mask b.png never meets a folder b.png; parts that leave no room for suffixes are cut."""
+    folder, slash, file = relative.rpartition("/")
+    above = safe_folder(folder) + slash
+    return above + _shortened(file), above + _shortened(os.path.splitext(file)[0])
+
+
+@lru_cache(maxsize=1024)  # the folder of one photo is that of the next
+def safe_folder(folder: str) -> str:
+    """The part of a safe name that folders make."""
+    return "/".join(_shortened(_unlike_outputs(part)) for part in folder.split("/"))
+
+
+def shared_folders(one: list[str], other: list[str]) -> list[str]:
+    """The folders with which both begin."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return one[:count]
+
+
+def choose_names(database: sqlite3.Connection) -> None:
+    """Fills in `name`, the same whatever the order in which photos were found."""
+    run = database.execute
+    run("CREATE INDEX by_stem ON photos (stem, source)")
+    # Sources that share a name get their folders' names in front.
+    run(
+        "CREATE TABLE sharing AS SELECT DISTINCT source FROM photos WHERE stem IN "
+        "(SELECT stem FROM photos GROUP BY stem HAVING min(source) < max(source))"
+    )
+    run(
+        "UPDATE photos SET name = CASE WHEN source IN sharing "
+        "THEN CAST(label || x'2f' || stem AS BLOB) ELSE stem END"
+    )
+    run("DROP INDEX by_stem")
+    run("CREATE INDEX by_name ON photos (name)")
+    # Photos that differ in their suffix alone keep it, and so does one called as our legend.
+    run(
+        "CREATE TABLE suffixes AS SELECT name FROM photos GROUP BY name "
+        "HAVING count(*) > 1 AND count(DISTINCT substr(suffixed, length(stem) + 1)) > 1"
+    )
+    run("INSERT INTO suffixes VALUES (CAST('legend' AS BLOB))")
+    run(
+        "UPDATE photos SET name = CASE WHEN source IN sharing "
+        "THEN CAST(label || x'2f' || suffixed AS BLOB) ELSE suffixed END "
+        "WHERE name IN (SELECT name FROM suffixes)"
+    )
+    _number(database)
+
+
+def _number(database: sqlite3.Connection) -> None:
+    """Numbers behind names that are still shared; the first keeps it."""
+    shared = "SELECT name FROM photos GROUP BY name HAVING count(*) > 1 ORDER BY name"
+    database.execute(f"CREATE TABLE shared AS {shared}")
+    for (name,) in database.execute("SELECT name FROM shared"):
+        rows = database.execute(
+            "SELECT id FROM photos WHERE name = ? ORDER BY source, suffixed, path", (name,)
+        ).fetchall()
+        number = 2
+        # The legend's name is kept free even where a photo without suffix has it.
+        for (row,) in rows[1:]:
+            while _is_taken(database, b"%s-%d" % (name, number)):
+                number += 1
+            numbered = b"%s-%d" % (name, number)
+            database.execute("UPDATE photos SET name = ? WHERE id = ?", (numbered, row))
+    if _is_taken(database, b"legend"):
+        number = 2
+        while _is_taken(database, b"legend-%d" % number):
+            number += 1
+        database.execute(
+            "UPDATE photos SET name = ? WHERE name = ?", (b"legend-%d" % number, b"legend")
+        )
+
+
+def _is_taken(database: sqlite3.Connection, name: bytes) -> bool:
+    row = database.execute("SELECT 1 FROM photos WHERE name = ? LIMIT 1", (name,)).fetchone()
+    return row is not None
+
+
+def _unlike_outputs(folder: str) -> str:
+    return f"{folder}_" if folder.lower().endswith(OUTPUT_SUFFIXES) else folder
+
+
+def _shortened(part: str) -> str:
+    if len(part) <= LONGEST // 4:  # characters have 4 bytes at most
+        return part
+    encoded = os.fsencode(part)
+    if len(encoded) <= LONGEST:
+        return part
+    digest = hashlib.blake2b(encoded, digest_size=4).hexdigest()
+    # Characters that are cut in the middle are dropped whole.
+    kept = encoded[: LONGEST - 9].decode("utf-8", "surrogateescape")
+    while kept and "\udc80" <= kept[-1] <= "\udcff":
+        kept = kept[:-1]
+    return f"{kept}~{digest}"
+
+
+# The temporary tables of a listing. Paths are bytes, since they may be no text.
+
+TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA temp_store = FILE;
+PRAGMA cache_size = -24000;
+CREATE TABLE photos (
+    id INTEGER PRIMARY KEY, real BLOB UNIQUE, source INTEGER, label BLOB, is_link INTEGER,
+    suffixed BLOB, stem BLOB, name BLOB, path BLOB, bytes INTEGER, changed_ns INTEGER);
+CREATE TABLE unusable (path BLOB PRIMARY KEY, reason TEXT) WITHOUT ROWID;
+CREATE TABLE inside (below_out BLOB, path BLOB);
+"""
+
+# Of two paths of one file the same one is kept, in whatever order they are met.
+ADD = """
+INSERT INTO photos (real, source, label, is_link, suffixed, stem, path, bytes, changed_ns)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (real) DO UPDATE SET
+    source = excluded.source, label = excluded.label, is_link = excluded.is_link,
+    suffixed = excluded.suffixed, stem = excluded.stem, path = excluded.path
+WHERE (excluded.source, excluded.is_link, excluded.suffixed, excluded.path)
+    < (source, is_link, suffixed, path)
+"""
+
+
+# Which photos a job covers, and what their outputs are called, in bounded memory.
 
 ROWS = 1000
 """Photos that are added, or read back, at once."""

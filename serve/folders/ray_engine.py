@@ -1,5 +1,5 @@
-"""Prediction by the processes of a Ray cluster: Ray Data hands them batches of photos, restarts
-those that die and repeats their batches. Outputs are written by the processes themselves."""
+"""Batches of photos for Ray Data, one by one as they are wanted: a million photos are never in
+memory, and a job that is told to stop stops."""
 
 import os
 import pickle
@@ -9,19 +9,51 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.util.queue import Queue
+
 from srdeploy.files import explain_os_error
-from srdeploy.serve.folders.photo import Photo
-from srdeploy.serve.folders.ray_actor import Answer, BatchActor, Order
-from srdeploy.serve.folders.ray_cluster import Share, cluster, share
-from srdeploy.serve.folders.record import Record
+from srdeploy.runtimes.base import parse_device
+from srdeploy.serve.folders.ray_cluster import Answer, BatchActor, Order, Share, cluster, share
+from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.store import OutputError
-from srdeploy.serve.runtime import parse_device
-from srdeploy.serve.scheduling.sessions import Source
+from srdeploy.serve.folders.stores import OutputError
+from srdeploy.serve.scheduling.planner import Source
+
+
+class Feed(Datasource):
+    """What is put into a queue, until None is: blocks of one row, column `batch`."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray says no types of it
+        self._queue = queue
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """The one task that takes from the queue."""
+        nothing_known = BlockMetadata(
+            num_rows=None, size_bytes=None, input_files=None, exec_stats=None
+        )
+        return [ReadTask(partial(_blocks, self._queue), nothing_known)]
+
+
+def _blocks(queue: Queue) -> Iterator[pyarrow.Table]:
+    while (batch := queue.get()) is not None:
+        yield pyarrow.table({"batch": pyarrow.array([batch], pyarrow.binary())})
+
+
+# Prediction by the processes of a Ray cluster: Ray Data hands them batches of photos, restarts
+# those that die and repeats their batches. Outputs are written by the processes themselves.
 
 MOST_IN_BATCH = 64
 """Photos that are handed over at once: few enough that their records come soon, many enough that
@@ -148,8 +180,6 @@ class RayEngine:
         under way where processes died too often."""
         from ray.exceptions import RayError
         from ray.util.queue import Queue
-
-        from srdeploy.serve.folders.ray_feed import Feed
 
         failure: Exception | None = None
         try:

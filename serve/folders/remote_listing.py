@@ -5,11 +5,9 @@ from datetime import datetime
 from typing import Any
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.file_systems import explain_remote_error, file_system_of
-from srdeploy.serve.folders.glob_pattern import GlobPattern, split_glob
-from srdeploy.serve.folders.photo import Unusable
-from srdeploy.serve.folders.text import printable
-from srdeploy.serve.folders.walk import Found, is_photo_name
+from srdeploy.serve.folders.records import Unusable
+from srdeploy.serve.folders.stores import explain_remote_error, file_system_of
+from srdeploy.serve.folders.walk import Found, GlobPattern, is_photo_name, printable, split_glob
 
 DEEPEST = 100
 """Folders within folders; with more, links lead round in a circle."""

@@ -1,20 +1,152 @@
-"""Photos below a local folder, whatever else lies there: loops, broken links, pipes, locked
-folders."""
+"""Paths as text: for files that every reader of UTF-8 takes, and for messages of one line."""
 
 import errno
 import os
 import stat
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
 from srdeploy.imaging import PHOTO_SUFFIXES
-from srdeploy.serve.folders.glob_pattern import GlobPattern
-from srdeploy.serve.folders.photo import Unusable
-from srdeploy.serve.folders.text import printable
+from srdeploy.serve.folders.records import Unusable
+
+
+def as_text(path: str) -> str:
+    """The path; bytes that are no UTF-8 (surrogates in Python) as \\xff, so that one odd name does
+    not make a file of a million unreadable."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def printable(path: str) -> str:
+    """A path on one line, whatever is in its name."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in path
+    )
+
+
+# Globs such as photos/**/*.jpg, matched against paths that are found by a walk.
+
+
+class GlobPattern:
+    """The part of a glob behind its fixed folders."""
+
+    def __init__(self, pattern: str) -> None:
+        self._parts = tuple(part for part in pattern.split("/") if part not in ("", "."))
+        # The folders of one photo are those of the next one.
+        self._after = lru_cache(maxsize=1024)(self._step_through)
+
+    def matches(self, relative: str) -> bool:
+        """Whether a file's path, below the fixed part, is meant."""
+        return len(self._parts) in self._after(relative, True)
+
+    def may_hold(self, relative: str) -> bool:
+        """Whether files in this folder may be meant."""
+        return bool(self._after(relative, False))
+
+    def _step_through(self, relative: str, is_file: bool) -> frozenset[int]:
+        """How many parts of the pattern may have been used up after `relative`; for folders, only
+        such that leave some."""
+        states = self._opened({0})
+        for name in relative.split("/"):
+            reached = set()
+            for state in states:
+                if state < len(self._parts):
+                    part = self._parts[state]
+                    if part == "**":
+                        reached.add(state)
+                    elif fnmatchcase(name, part):
+                        reached.add(state + 1)
+            states = self._opened(reached)
+        return frozenset(states if is_file else states - {len(self._parts)})
+
+    def _opened(self, states: set[int]) -> set[int]:
+        """With `**` standing for no folder at all; at the end it stands for any file."""
+        opened = set(states)
+        for state in sorted(states):
+            while state < len(self._parts) and self._parts[state] == "**":
+                state += 1
+                opened.add(state)
+        return opened
+
+
+def split_glob(source: str, magic: str = "*?[") -> tuple[str, str] | None:
+    """(folder before the first special character, pattern behind it); None where there is none."""
+    parts = source.split("/")
+    for index, part in enumerate(parts):
+        if any(one in part for one in magic):
+            fixed = "/".join(parts[:index])
+            return fixed or ("/" if source.startswith("/") else "."), "/".join(parts[index:])
+    return None
+
+
+# Lists of paths, one a line or ended by zero bytes, of any length.
+
+CHUNK = 1 << 16
+LONGEST = 1 << 16
+"""Bytes of a path; the systems that we know take 4096."""
+
+
+@contextmanager
+def open_list(path: str) -> Iterator[BinaryIO]:
+    """A list file or a pipe. Raises UserError where it can't be opened, or never ends."""
+    try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise UserError(
+                f"{printable(path)} is no ordinary file: give a text file with one path a line"
+            )
+        file = open(path, "rb")  # noqa: SIM115  closed below; reading it raises elsewhere
+    except (OSError, ValueError) as error:
+        raise _explained(error, path) from error
+    with file:
+        yield file
+
+
+def listed_paths(file: BinaryIO, name: str) -> Iterator[str]:
+    """The paths in `file`, empty lines left out; what is too long for a path is cut, so that it
+    is told as absent. Raises UserError where it can't be read."""
+    try:
+        yield from map(os.fsdecode, filter(None, _entries(file)))
+    except OSError as error:
+        raise _explained(error, name) from error
+
+
+def _entries(file: BinaryIO) -> Iterator[bytes]:
+    chunk = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf")  # Windows editors write a mark
+    separator = b"\0" if b"\0" in chunk else b"\n"
+    rest = b""
+    while chunk:
+        *whole, last = chunk.split(separator)
+        if whole:
+            whole[0] = rest + whole[0]
+            rest = last
+        else:
+            rest += last
+        yield from (_trimmed(one, separator) for one in whole)
+        rest = rest[:LONGEST]
+        chunk = file.read(CHUNK)
+    yield _trimmed(rest, separator)
+
+
+def _trimmed(entry: bytes, separator: bytes) -> bytes:
+    return entry.removesuffix(b"\r") if separator == b"\n" else entry
+
+
+def _explained(error: OSError | ValueError, path: str) -> UserError:
+    if isinstance(error, OSError):
+        return explain_os_error(error, printable(path))
+    return UserError(f"{printable(path)}: not a path")
+
+
+# Photos below a local folder, whatever else lies there: loops, broken links, pipes, locked
+# folders.
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,156 @@
-"""Sessions, lanes and codec threads that turn photos into outputs, all steps side by side."""
+"""The bytes of one photo, wherever it lies."""
 
+import errno
+import hashlib
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import numpy.typing as npt
+
+from srdeploy.cores import usable_cores
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.photo import Photo
-from srdeploy.serve.folders.record import Record, Times
-from srdeploy.serve.folders.rendering import needs_logits
+from srdeploy.imaging import Pixels, decode_photo, fit
+from srdeploy.runtimes.base import ImageShapeError, Runtime, parse_device
+from srdeploy.serve.folders.records import OutputFile, Photo, Record, Times
+from srdeploy.serve.folders.rendering import needs_logits, needs_picture, render, with_views
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.store import OutputError, Store
-from srdeploy.serve.folders.task import PhotoTask
-from srdeploy.serve.folders.views import with_views
-from srdeploy.serve.runtime import ImageShapeError, Runtime, parse_device
-from srdeploy.serve.scheduling.cores import usable_cores
-from srdeploy.serve.scheduling.job import Job
+from srdeploy.serve.folders.stores import (
+    OutputError,
+    Store,
+    explain_remote_error,
+    file_system_of,
+    is_url,
+    local_path,
+)
+from srdeploy.serve.scheduling.jobs import Job
 from srdeploy.serve.scheduling.lanes import Lanes
-from srdeploy.serve.scheduling.plan import Layout, Plan
-from srdeploy.serve.scheduling.planner import Wishes, make_plan
+from srdeploy.serve.scheduling.planner import Layout, Plan, Source, Wishes, make_plan, open_sessions
 from srdeploy.serve.scheduling.scheduler import Scheduler
-from srdeploy.serve.scheduling.sessions import Source, open_sessions
+from srdeploy.spec import Spec
+
+MAX_BYTES = 2 * 1024**3
+"""Larger files are no photos that anyone could decode, and would fill the memory first."""
+
+
+def read_bytes(path: str, listed: int = 0) -> bytes:
+    """The content of the file at `path`, a local path or a URL. listed: bytes that it had when it
+    was listed, if known, which saves asking a remote file system.
+
+    Folders, fifos and devices are refused without waiting for them. Raises UserError: the path, a
+    colon and a few words.
+    """
+    place = local_path(path) if is_url(path) else path
+    return _read_remote(path, listed) if place is None else _read_local(place, path)
+
+
+def _read_local(place: str, path: str) -> bytes:
+    try:
+        # A device may act when it is opened, and a fifo waits: both are told before.
+        _check(path, os.stat(place))
+        handle = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(handle, "rb", buffering=0) as file:
+            _check(path, os.fstat(handle))
+            return file.read()
+    except ValueError as error:  # a NUL, or text that is no name on any file system
+        raise UserError(f"{path}: no name that a file can have") from error
+    except OSError as error:
+        raise UserError(f"{path}: {_reason(error)}") from error
+
+
+def _check(path: str, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path}: is a folder")
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: not an ordinary file")
+    if found.st_size > MAX_BYTES:
+        raise UserError(f"{path}: {found.st_size / 1e9:.1f} GB are too many for a photo")
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "no such file"
+    if isinstance(error, PermissionError):
+        return "no permission to read it: check its owner and mode"
+    if error.errno == errno.ELOOP:
+        return "its links lead in a circle"
+    return f"can't be read ({error.strerror or error})"
+
+
+def _read_remote(url: str, listed: int) -> bytes:
+    system, path = file_system_of(url)
+    try:
+        size = listed
+        if not size:
+            found = system.info(path)
+            if found.get("type") == "directory":
+                raise IsADirectoryError(path)
+            size = found.get("size") or 0
+        if size > MAX_BYTES:
+            raise UserError(f"{url}: {size / 1e9:.1f} GB are too many for a photo")
+        return bytes(system.cat_file(path))
+    except (UserError, MemoryError):
+        raise
+    except IsADirectoryError as error:
+        raise UserError(f"{url}: is a folder") from error
+    except Exception as error:  # see explain_remote_error
+        raise UserError(f"{url}: {explain_remote_error(error)}") from error
+
+
+# The work of one photo, in the halves that the scheduler places; see `scheduling.task`.
+
+
+@dataclass(eq=False)
+class PhotoTask:
+    """One photo: read and fitted, and its outputs written."""
+
+    photo: Photo
+    spec: Spec
+    settings: PredictSettings
+    store: Store
+    decoded: bool = False
+    """Whether what goes wrong from now on is the network's or the output's doing."""
+    sha256: str = ""
+    size: tuple[int, int] = (0, 0)
+    picture: Pixels | None = None
+    """The photo itself, where an output needs it."""
+
+    def prepare(self) -> Pixels:
+        """uint8 [1, h, w, 3]. Raises UserError where it can't be read or is too small."""
+        content = read_bytes(self.photo.path, self.photo.bytes)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        most = round(self.settings.max_megapixels * 1e6)
+        picture = decode_photo(content, self.photo.path, most)
+        self.size = (picture.shape[0], picture.shape[1])
+        fitted = fit(picture, self.spec)
+        self.picture = picture if needs_picture(self.settings) else None
+        self.decoded = True
+        return fitted[None]
+
+    def finish(self, result: npt.NDArray[Any], /) -> Record:
+        """Writes the outputs, from labels uint8 [1, h, w] or logits float32 [1, K, h, w]. Raises
+        UserError, of which OutputError concerns all photos."""
+        rendered = render(self.photo, self.picture, result[0], self.size, self.spec, self.settings)
+        self.picture = None
+        outputs = {}
+        for path, content in rendered.files.items():
+            self.store.write(path, content)
+            outputs[path] = OutputFile(len(content), hashlib.sha256(content).hexdigest())
+        return Record(self.photo, self.sha256, self.size, outputs, rendered.pixels)
+
+    def skipped(self, error: UserError | MemoryError) -> Record:
+        """The record of a photo that can't be used."""
+        reason = str(error) or "not enough memory"
+        return Record(self.photo, self.sha256, error=reason.removeprefix(f"{self.photo.path}: "))
+
+
+# Sessions, lanes and codec threads that turn photos into outputs, all steps side by side.
 
 WINDOW = 8
 """Photos under way for each session and image of a batch, at most; few of them are decoded. It

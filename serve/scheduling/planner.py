@@ -1,21 +1,113 @@
-"""Tries layouts of sessions on the model and device at hand, and chooses.
-
-On a GPU batches win; on CPUs they often lose, and sessions of one thread side by side beat one
-session with all threads, except for a request that is alone.
-"""
+"""How a model's sessions are laid out, and what each layout gave when it was tried."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
+from pydantic import Field
 
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
-from srdeploy.serve.runtime import ImageShapeError, Runtime, parse_device
-from srdeploy.serve.scheduling.plan import Layout, Measured, Plan
-from srdeploy.serve.scheduling.sessions import Source, open_sessions
+from srdeploy.runtimes.base import ImageShapeError, Runtime, parse_device
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.spec import Spec
+from srdeploy.validation import Settings
+
+
+class Layout(Settings):
+    """Sessions side by side, and the CPU threads of each."""
+
+    sessions: int = Field(ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    """None: the runtime's own choice."""
+
+
+class Measured(Settings):
+    """One layout tried on images of the model's usual size."""
+
+    layout: Layout
+    batch: int
+    images_per_s: float
+    """With all sessions busy."""
+    alone_ms: float | None
+    """Of a run while the other sessions rest; None for batches of several images."""
+
+
+class Plan(Settings):
+    """What serves a model."""
+
+    lone: Layout | None
+    """One session for requests that are alone in the process; None: the shared ones do that."""
+    shared: Layout
+    """For requests that have company."""
+    batch: int = Field(ge=1)
+    """Images in one run, at most."""
+    max_wait_ms: float = Field(ge=0)
+    """How long a run waits for images that are being decoded, where it could hold more."""
+    measured: tuple[Measured, ...] = ()
+    """Empty where the layout was given."""
+
+    def __str__(self) -> str:
+        text = _sessions(self.shared)
+        if self.batch > 1:
+            text += f", up to {self.batch} images a run"
+        if self.lone is not None:
+            text += f"; {_sessions(self.lone)} for a lone request"
+        return text
+
+
+def _sessions(layout: Layout) -> str:
+    many = "" if layout.sessions == 1 else "s"
+    if layout.threads is None:
+        return f"{layout.sessions} session{many}"
+    return f"{layout.sessions} session{many} of {layout.threads} thread" + "s" * (
+        layout.threads > 1
+    )
+
+
+# A model's source, and the open sessions of a layout.
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a served model comes from; it is opened again at each reload."""
+
+    name: str
+    path: Path
+    device: str = "cpu"
+    runtime: str = "auto"
+    spec: Spec | None = None
+    """For ONNX files that carry none."""
+    precision: str | None = None
+
+    def runtime_of(self, threads: int | None) -> Runtime:
+        """A runtime that is not open yet. Raises UserError as open_runtime."""
+        return open_runtime(
+            self.path, self.device, self.runtime, self.spec, threads, self.precision
+        )
+
+
+@contextmanager
+def open_sessions(
+    source: Source, layout: Layout, wrap: Callable[[Runtime], Runtime] | None = None
+) -> Iterator[list[Runtime]]:
+    """The layout's runtimes, open. wrap: puts each into another. Raises UserError as open_runtime.
+
+    Each has the weights in its own memory: threads that run one session of onnxruntime at once keep
+    taking each other's buffers out of the caches, which cost 4 % where it was measured.
+    """
+    with ExitStack() as stack:
+        runtimes = [source.runtime_of(layout.threads) for _ in range(layout.sessions)]
+        if wrap is not None:
+            runtimes = [wrap(runtime) for runtime in runtimes]
+        yield [stack.enter_context(runtime) for runtime in runtimes]
+
+
+# Tries layouts of sessions on the model and device at hand, and chooses.
 
 TRY_S = 0.3
 """How long each layout is tried, and at least `LEAST_RUNS` in each session."""

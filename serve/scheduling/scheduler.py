@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from threading import Condition, Lock, Thread
 from typing import Any
 
-from srdeploy.serve.scheduling.job import DeadlineError, Job
-from srdeploy.serve.scheduling.ready_queue import ReadyQueue
-from srdeploy.serve.scheduling.task import Task
+from srdeploy.serve.scheduling.jobs import DeadlineError, Job, ReadyQueue, Task
 
 
 class Scheduler:

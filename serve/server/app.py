@@ -20,20 +20,17 @@ from starlette.types import ASGIApp
 
 from srdeploy import __version__
 from srdeploy.errors import UserError
-from srdeploy.serve.scheduling.plan import Plan
+from srdeploy.serve.scheduling.planner import Plan
 from srdeploy.serve.server import routes_v1, routes_v2
-from srdeploy.serve.server.card import ModelCard
+from srdeploy.serve.server.admission import BadRequest, Gate, Refusal
 from srdeploy.serve.server.config import ServerConfig
 from srdeploy.serve.server.desk import Desk, desk_of
-from srdeploy.serve.server.gate import Gate
-from srdeploy.serve.server.guard import CLIENT_GONE, Guard, answer_refusal
-from srdeploy.serve.server.hub import ClientGone, Hub
 from srdeploy.serve.server.journal import LOG, log
+from srdeploy.serve.server.metrics import Watch
+from srdeploy.serve.server.middleware import CLIENT_GONE, Guard, answer_refusal
 from srdeploy.serve.server.openapi import describe
-from srdeploy.serve.server.page import render_page
-from srdeploy.serve.server.refusals import BadRequest, Refusal
-from srdeploy.serve.server.samples import load_samples
-from srdeploy.serve.server.watch import Watch
+from srdeploy.serve.server.page import load_samples, render_page
+from srdeploy.serve.server.registry import ClientGone, Hub, ModelCard
 
 _DESCRIPTION = """Segmentation over HTTP: plain images on `/v1/segment`, tensors by KServe's v2
 protocol on `/v2`. Errors are `{"error": "one line"}`."""

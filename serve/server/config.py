@@ -9,10 +9,8 @@ from pydantic import Field
 
 from srdeploy.errors import UserError
 from srdeploy.files import read_text
-from srdeploy.serve.scheduling.plan import Plan
-from srdeploy.serve.scheduling.planner import Wishes
-from srdeploy.serve.scheduling.sessions import Source
-from srdeploy.serve.server.limits import Limits
+from srdeploy.serve.scheduling.planner import Plan, Source, Wishes
+from srdeploy.serve.server.admission import Limits
 from srdeploy.validation import Settings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -7,13 +7,11 @@ from typing import Any, cast
 
 from starlette.requests import Request
 
-from srdeploy.serve.scheduling.job import STEPS, Job
-from srdeploy.serve.scheduling.task import Task
-from srdeploy.serve.server.gate import Gate
-from srdeploy.serve.server.hub import Hub
-from srdeploy.serve.server.limits import Limits
-from srdeploy.serve.server.samples import Sample
-from srdeploy.serve.server.watch import Watch
+from srdeploy.serve.scheduling.jobs import STEPS, Job, Task
+from srdeploy.serve.server.admission import Gate, Limits
+from srdeploy.serve.server.metrics import Watch
+from srdeploy.serve.server.page import Sample
+from srdeploy.serve.server.registry import Hub
 
 
 @dataclass(eq=False)

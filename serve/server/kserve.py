@@ -14,19 +14,20 @@ import numpy as np
 
 from srdeploy import __version__
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.card import ModelCard
-from srdeploy.serve.server.kserve_json import JsonObject, decode_object, shown
+from srdeploy.serve.server.admission import BadRequest, Limits, NotFound
 from srdeploy.serve.server.kserve_tensors import (
     DATATYPE,
     HEADER_LENGTH,
     INPUT,
     OUTPUT,
+    JsonObject,
+    decode_object,
     labels_as_json,
     read_images,
     refuse_shared_memory,
+    shown,
 )
-from srdeploy.serve.server.limits import Limits
-from srdeploy.serve.server.refusals import BadRequest, NotFound
+from srdeploy.serve.server.registry import ModelCard
 from srdeploy.spec import ONNX_KEY
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")

@@ -20,9 +20,8 @@ from srdeploy.imaging import (
     overlay,
     restore,
 )
-from srdeploy.serve.regions import border_length, class_areas, label_runs, polygons
-from srdeploy.serve.server.limits import Limits
-from srdeploy.serve.server.refusals import BadRequest, TooLarge
+from srdeploy.regions import border_length, class_areas, label_runs, polygons
+from srdeploy.serve.server.admission import BadRequest, Limits, TooLarge
 from srdeploy.spec import Spec
 
 Output = Literal["mask", "overlay", "json"]
@@ -66,7 +65,7 @@ class PhotoAnswer:
 
 
 class PhotoTask:
-    """One photo of a request; see `srdeploy.serve.scheduling.task.Task`."""
+    """One photo of a request; see `srdeploy.serve.scheduling.jobs.Task`."""
 
     def __init__(
         self,

@@ -9,9 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from srdeploy.serve.server.card import ModelCard
+from srdeploy.serve.server.admission import BadRequest, Limits, NotFound, TooLarge, UnsupportedMedia
 from srdeploy.serve.server.desk import Desk, desk_of, visit_of
-from srdeploy.serve.server.limits import Limits
 from srdeploy.serve.server.openapi import ERRORS, SEGMENT
 from srdeploy.serve.server.photo_task import (
     ZIP,
@@ -22,7 +21,7 @@ from srdeploy.serve.server.photo_task import (
     Wanted,
     pack,
 )
-from srdeploy.serve.server.refusals import BadRequest, NotFound, TooLarge, UnsupportedMedia
+from srdeploy.serve.server.registry import ModelCard
 
 router = APIRouter()
 _ANY_BYTES = ("", "application/octet-stream", "application/x-www-form-urlencoded")

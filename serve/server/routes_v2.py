@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.card import ModelCard
+from srdeploy.serve.server.admission import BadRequest, Busy
 from srdeploy.serve.server.desk import desk_of, visit_of
 from srdeploy.serve.server.journal import log
 from srdeploy.serve.server.kserve import (
@@ -23,7 +23,7 @@ from srdeploy.serve.server.kserve import (
 )
 from srdeploy.serve.server.kserve_tensors import HEADER_LENGTH
 from srdeploy.serve.server.openapi import ERRORS, INFER
-from srdeploy.serve.server.refusals import BadRequest, Busy
+from srdeploy.serve.server.registry import ModelCard
 from srdeploy.serve.server.routes_v1 import check_encoding
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
@@ -34,7 +34,7 @@ _NAMED: dict[int | str, dict[str, Any]] = {404: ERRORS[404], 503: ERRORS[503]}
 
 @dataclass(eq=False)
 class TensorTask:
-    """The images of one infer request; see `srdeploy.serve.scheduling.task.Task`."""
+    """The images of one infer request; see `srdeploy.serve.scheduling.jobs.Task`."""
 
     request: InferRequest
     card: ModelCard

@@ -1,4 +1,4 @@
-"""Runs a server until it is told to stop: one process, or a parent with workers."""
+"""What a worker process starts with."""
 
 import asyncio
 import os
@@ -8,18 +8,31 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.supervisors.multiprocess import Multiprocess
 
 from srdeploy.errors import UserError
-from srdeploy.pillow_remarks import ignore_remarks
-from srdeploy.serve.scheduling.plan import Plan
-from srdeploy.serve.scheduling.planner import make_plan
+from srdeploy.imaging import ignore_remarks
+from srdeploy.serve.scheduling.planner import Plan, make_plan
 from srdeploy.serve.server.app import make_app, make_desk
 from srdeploy.serve.server.config import ServerConfig
 from srdeploy.serve.server.desk import Desk
 from srdeploy.serve.server.journal import log, start_log
-from srdeploy.serve.server.watch import WORKERS_FOLDER
-from srdeploy.serve.server.workers import CONFIG_VARIABLE
+from srdeploy.serve.server.metrics import WORKERS_FOLDER
+
+CONFIG_VARIABLE = "SRDEPLOY_SERVER_CONFIG"
+"""The environment's name of the configuration, which the parent hands down."""
+
+
+def make_worker() -> ASGIApp:
+    """The application of one worker, as its parent configured it."""
+    config = ServerConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
+    start_log(config.log, config.quiet)
+    ignore_remarks()
+    return make_app(config, make_desk(config))
+
+
+# Runs a server until it is told to stop: one process, or a parent with workers.
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are taken: bursts must not be turned away."""
@@ -98,7 +111,7 @@ def _run_workers(config: ServerConfig, listener: socket.socket) -> None:
         _tell_address(config, listener)
         options = _options(config) | {"workers": config.workers, "factory": True}
         options["timeout_worker_healthcheck"] = WORKER_START_S
-        settings = uvicorn.Config("srdeploy.serve.server.workers:make_worker", **options)
+        settings = uvicorn.Config("srdeploy.serve.server.run:make_worker", **options)
         supervisor = Multiprocess(settings, sockets=[listener])
         supervisor.run()
         for process in supervisor.processes:

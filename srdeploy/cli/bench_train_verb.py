@@ -72,8 +72,7 @@ def bench_train(
     """
     from srdeploy import console
     from srdeploy.files import write_json
-    from srdeploy.train.step_cost import step_cost
-    from srdeploy.train.step_variants import training_of
+    from srdeploy.train.step_cost import step_cost, training_of
     from srdeploy.validation import parse_size
 
     console.set_quiet(quiet or as_json)

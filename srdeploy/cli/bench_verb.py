@@ -114,13 +114,13 @@ def bench(
     What self-regulation costs in training: srdeploy bench train --help
     """
     from srdeploy import console
-    from srdeploy.cli.bench_entries import entries_for
+    from srdeploy.artifacts.artifact import spec_from_classes
     from srdeploy.data import open_dataset, spec_for
-    from srdeploy.serve.artifact import spec_from_classes
     from srdeploy.serve.bench.entries import every_setting
     from srdeploy.serve.bench.matrix import Bench
     from srdeploy.serve.bench.measure import Plan
-    from srdeploy.serve.bench.partial import PartialFile
+    from srdeploy.serve.bench.results import PartialFile
+    from srdeploy.studies.bench_entries import entries_for
     from srdeploy.validation import parse_size
 
     console.set_quiet(quiet or as_json)
@@ -154,7 +154,7 @@ def bench(
     if as_json:
         console.print_json(report.model_dump(mode="json"))
     elif markdown:
-        from srdeploy.serve.bench.markdown import to_markdown
+        from srdeploy.serve.bench.text import to_markdown
 
         sys.stdout.write(to_markdown(report))
     else:
@@ -200,9 +200,9 @@ def _write(
 ) -> None:
     from srdeploy import console
     from srdeploy.files import write_json, write_whole
-    from srdeploy.serve.bench.markdown import to_markdown
+    from srdeploy.pages.report import write_report
     from srdeploy.serve.bench.page import bench_page
-    from srdeploy.serve.report import write_report
+    from srdeploy.serve.bench.text import to_markdown
 
     write_json(out / REPORT_JSON, report.model_dump(mode="json"))
     if markdown:
@@ -214,9 +214,9 @@ def _write(
 def _show(report: "BenchReport") -> None:
     """Tables on stdout; verdicts and warnings, the last thing read, on stderr."""
     from srdeploy import console
-    from srdeploy.serve.bench.contents import answers, equal_labels, label, warnings
+    from srdeploy.serve.bench.report_tables import answers, equal_labels, label, warnings
     from srdeploy.serve.bench.results import Outcome
-    from srdeploy.serve.bench.tables import tables
+    from srdeploy.serve.bench.text import tables
 
     for table in tables(report):
         console.print_table(table)

@@ -18,7 +18,7 @@ from srdeploy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from srdeploy.serve.runtime import Runtime
+    from srdeploy.runtimes.base import Runtime
 
 
 def evaluate(
@@ -74,8 +74,8 @@ def _opened(
     classes: Path | None,
     precision: str | None,
 ) -> "Runtime":
-    from srdeploy.serve.artifact import spec_from_classes
-    from srdeploy.serve.runtime import open_runtime
+    from srdeploy.artifacts.artifact import spec_from_classes
+    from srdeploy.runtimes.registry import open_runtime
 
     spec = spec_from_classes(classes) if classes is not None else None
     return open_runtime(artifact, device, runtime, spec, threads, precision)

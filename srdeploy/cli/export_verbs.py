@@ -7,18 +7,22 @@ from typing import Annotated
 
 import typer
 
-from srdeploy.cli.certify_verb import report_lines
-from srdeploy.cli.deployment_options import (
+from srdeploy.cli.certify_verbs import report_lines
+from srdeploy.cli.options import (
     BuilderName,
     BuilderOption,
     CalibrationCountOption,
     CalibrationOption,
     EndsOption,
+    Force,
+    Json,
     KeepOption,
     MaxBatchOption,
+    NetworkOptions,
     PrecisionName,
     PrecisionOption,
     ProfileOption,
+    Quiet,
     RefittableOption,
     SizesOption,
     SmOption,
@@ -28,7 +32,6 @@ from srdeploy.cli.deployment_options import (
     TrtOption,
     WorkspaceOption,
 )
-from srdeploy.cli.options import Force, Json, NetworkOptions, Quiet
 from srdeploy.validation import parse_options
 
 
@@ -134,11 +137,11 @@ def export(
     Example: srdeploy export my_package.models:make_network --weights w.pth --classes classes.json
     """
     from srdeploy import console
-    from srdeploy.export.engine_stage import EngineRequest, add_engine
+    from srdeploy.export.engines.stage import EngineRequest, add_engine
     from srdeploy.export.pipeline import export_source
+    from srdeploy.export.precision.stage import TypeOptions
     from srdeploy.export.source import open_source
     from srdeploy.export.triton import write_repository
-    from srdeploy.export.typed import TypeOptions
     from srdeploy.precision import require_fitting
     from srdeploy.validation import parse_size, validated
 

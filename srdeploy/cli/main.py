@@ -1,36 +1,123 @@
-"""The `srdeploy` command: all verbs, and the one place where errors become lines and exit codes.
-
-Exit codes: 0 all well; 1 a verdict failed or part of the input was skipped; 2 input that can't
-be used.
-"""
+"""Verbs of two words, beside the verb of their first word alone."""
 
 import errno
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from srdeploy import __version__, console
 from srdeploy.cli import (
     bench_train_verb,
     bench_verb,
-    certify_verb,
+    certify_verbs,
     data_verbs,
-    demo_verb,
-    doctor_verb,
     evaluate_verb,
     export_verbs,
-    inspect_verb,
-    model_verbs,
+    network_verbs,
     predict_verb,
     pseudo_verb,
-    recipe_verb,
     serve_verb,
-    strip_verb,
     train_verbs,
 )
-from srdeploy.cli.two_words import TwoWords
+from srdeploy.cli.options import Force, Json, Quiet
 from srdeploy.errors import UserError
+
+
+class TwoWords(TyperGroup):
+    """A group whose commands may have names of two words: `bench train` beside `bench`.
+
+    The longer name wins. Not a group within the group: `bench` takes arguments of its own.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """(name, command, what is left of args), as typer's own."""
+        both = " ".join(args[:2])
+        if len(args) > 1 and both in self.commands:
+            args = [both, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
+# `srdeploy demo`: the whole job on made-up data, and one page that shows it.
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for data, runs, exports and report.html.")
+    ] = Path("demo"),
+    steps: Annotated[
+        int, typer.Option(help="Training steps of each of the two networks.", min=1)
+    ] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of the data and of both trainings.")] = 0,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make data, train two networks, export, certify, evaluate, bench, predict, report.
+
+    Takes minutes on two cores without a GPU and downloads nothing. Open OUT/report.html afterwards.
+
+    Example: srdeploy demo --out demo
+    """
+    from srdeploy import console
+    from srdeploy.studies.demo import run_demo
+
+    console.set_quiet(quiet or as_json)
+    outcome = run_demo(out, steps=steps, seed=seed, force=force)
+    if as_json:
+        console.print_json(outcome.summary)
+    if not outcome.passed:
+        raise typer.Exit(1)
+
+
+def register_demo(app: typer.Typer) -> None:
+    """Adds `demo` to the command line."""
+    app.command("demo")(demo)
+
+
+# `srdeploy doctor`: what this machine has, and what each verb can do here.
+
+
+def doctor(context: typer.Context, as_json: Json = False) -> None:
+    """Try what each verb can do on this machine, and say what is missing for the rest.
+
+    Shows GPUs, driver and packages. Every line is tried on a tiny network: a training step,
+    exports, engines, a run in each runtime. Takes some seconds. The exit code is 1 only where the
+    environment is broken, such as with both packages of onnxruntime; what is merely not installed
+    is no fault.
+
+    Example: srdeploy doctor
+
+    Example: srdeploy doctor --json > machine.json
+    """
+    from srdeploy import console
+    from srdeploy.studies.doctor import diagnose
+
+    verbs = getattr(context.find_root().command, "commands")  # noqa: B009
+    offered = {
+        name: frozenset(option for parameter in command.params for option in parameter.opts)
+        for name, command in verbs.items()
+    }
+    found = diagnose(offered)
+    if as_json:
+        console.print_json(found.model_dump(mode="json"))
+    else:
+        for table in found.tables():
+            console.print_table(table)
+    for problem in found.problems:
+        console.failed(problem)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def register_doctor(app: typer.Typer) -> None:
+    """Adds the verb to the command line."""
+    app.command("doctor")(doctor)
+
+
+# The `srdeploy` command: all verbs, and the one place where errors become lines and exit codes.
 
 app = typer.Typer(
     name="srdeploy",
@@ -63,21 +150,21 @@ def _root(
 
 
 train_verbs.register(app)
-recipe_verb.register(app)
+train_verbs.register_recipes(app)
 pseudo_verb.register(app)
 export_verbs.register(app)
-certify_verb.register(app)
-strip_verb.register(app)
+certify_verbs.register(app)
+certify_verbs.register_strip(app)
 evaluate_verb.register(app)
 predict_verb.register(app)
 serve_verb.register(app)
 bench_verb.register(app)
 bench_train_verb.register(app)
-inspect_verb.register(app)
-model_verbs.register(app)
-demo_verb.register(app)
+network_verbs.register(app)
+network_verbs.register_models(app)
+register_demo(app)
 data_verbs.register(app)
-doctor_verb.register(app)
+register_doctor(app)
 
 
 def main() -> None:

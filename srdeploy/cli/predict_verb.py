@@ -9,7 +9,7 @@ import typer
 from srdeploy.cli.options import Arithmetic, Artifact, Classes, Device, Json, Quiet, RuntimeName
 
 if TYPE_CHECKING:
-    from srdeploy.serve.folders.engine import Engine
+    from srdeploy.serve.folders.predict import Engine
     from srdeploy.serve.folders.summary import Summary
 
 INTERRUPTED = 130
@@ -177,11 +177,11 @@ def predict(
     Large photos: srdeploy predict deploy/night maps --out masks --tile 1024x1024
     """
     from srdeploy import console
+    from srdeploy.artifacts.artifact import spec_from_classes
     from srdeploy.errors import UserError
-    from srdeploy.serve.artifact import spec_from_classes
     from srdeploy.serve.folders.predict import predict_photos
     from srdeploy.serve.folders.settings import PredictSettings
-    from srdeploy.serve.scheduling.sessions import Source
+    from srdeploy.serve.scheduling.planner import Source
     from srdeploy.validation import parse_size, validated
 
     console.set_quiet(quiet or as_json)
@@ -231,7 +231,7 @@ def _engine(
     actors: int | None,
 ) -> "Engine":
     from srdeploy.errors import UserError
-    from srdeploy.serve.folders.engine import LocalEngine
+    from srdeploy.serve.folders.predict import LocalEngine
 
     if name is EngineName.ray:
         from srdeploy.serve.folders.ray_engine import RayEngine

@@ -5,11 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from srdeploy.cli.options import Json, NetworkOptions, Quiet
-from srdeploy.cli.training_options import (
+from srdeploy.cli.options import (
     Batch,
     Crop,
+    Json,
+    NetworkOptions,
     Pretrained,
+    Quiet,
     Rate,
     Seed,
     Steps,
@@ -108,8 +110,7 @@ def pseudo(
     """
     from srdeploy import console
     from srdeploy.errors import UserError
-    from srdeploy.train.weak.progress import STEPS
-    from srdeploy.train.weak.pseudo import make_pseudo
+    from srdeploy.train.weak.pseudo import STEPS, make_pseudo
     from srdeploy.train.weak.pseudo_run import load_pseudo_run, saved_pseudo_run
     from srdeploy.validation import closest
 

@@ -123,20 +123,19 @@ def serve(
     """
     import sys
 
+    from srdeploy.artifacts.artifact import spec_from_classes
     from srdeploy.errors import MissingPackageError
-    from srdeploy.serve.artifact import spec_from_classes
 
     try:
-        from srdeploy.serve.scheduling.cores import usable_cores
-        from srdeploy.serve.scheduling.planner import Wishes
-        from srdeploy.serve.scheduling.sessions import Source
+        from srdeploy.cores import usable_cores
+        from srdeploy.serve.scheduling.planner import Source, Wishes
+        from srdeploy.serve.server.admission import Limits
         from srdeploy.serve.server.config import (
             KEY_VARIABLE,
             ServerConfig,
             find_key,
             name_sources,
         )
-        from srdeploy.serve.server.limits import Limits
         from srdeploy.serve.server.run import run_server
     except ModuleNotFoundError as error:
         raise MissingPackageError(str(error.name), "serve", "srdeploy serve") from error

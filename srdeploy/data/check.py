@@ -12,8 +12,7 @@ from srdeploy import console
 from srdeploy.data.classes import ClassTable
 from srdeploy.data.dataset import LAYOUTS, Layout, find_layout, id_fault, size_fault
 from srdeploy.data.pairs import NOT_AN_ID, Fault, FaultKind, Item, Pairs
-from srdeploy.data.tag_file import find_tag_file
-from srdeploy.data.tagging import BACKGROUND, Tagging, read_tagging
+from srdeploy.data.tags import BACKGROUND, Tagging, find_tag_file, read_tagging
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, UnreadableImageError, read_labels, read_photo
 from srdeploy.validation import Settings, closest

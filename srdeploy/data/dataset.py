@@ -12,9 +12,16 @@ import numpy as np
 from srdeploy.data import cityscapes, folder, voc
 from srdeploy.data.classes import ClassTable
 from srdeploy.data.confidence import read_confidence
-from srdeploy.data.pairs import NOT_AN_ID, Item, Pairs
+from srdeploy.data.pairs import (
+    NOT_AN_ID,
+    Item,
+    Pairs,
+    common_lookup,
+    parts_of,
+    read_parts,
+    refuse_faults,
+)
 from srdeploy.data.photo_set import PhotoSet
-from srdeploy.data.splits import common_lookup, parts_of, read_parts, refuse_faults
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, photo_size, read_labels, read_photo, scaled_size
 from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD, InputPolicy, Spec

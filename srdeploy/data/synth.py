@@ -13,9 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from srdeploy import console
-from srdeploy.data.animals import paint_animal
 from srdeploy.data.classes import CLASSES_FILE, ClassTable
-from srdeploy.data.scenery import VOID, Canvas, Stage, paint_fence, paint_land, paint_water
+from srdeploy.data.scenery import (
+    VOID,
+    Canvas,
+    Stage,
+    paint_animal,
+    paint_fence,
+    paint_land,
+    paint_water,
+)
 from srdeploy.errors import UserError
 from srdeploy.files import read_json, whole_folder, write_json
 from srdeploy.imaging import Pixels, encode_jpeg, encode_mask

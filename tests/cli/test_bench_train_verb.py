@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 
 from srdeploy import console
 from srdeploy.cli.bench_train_verb import step_table
+from srdeploy.cli.main import TwoWords
 from srdeploy.cli.main import app as whole_app
-from srdeploy.cli.two_words import TwoWords
 from srdeploy.metrics import Interval
-from srdeploy.train.step_cost import StepCost, VariantCost
-from srdeploy.train.step_variants import VARIANTS, Memory
+from srdeploy.train.step_cost import VARIANTS, Memory, StepCost, VariantCost
 
 Verb = Callable[..., tuple[int, str, str]]
 

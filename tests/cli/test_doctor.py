@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from srdeploy import __version__
-from srdeploy.cli import doctor
-from srdeploy.cli.doctor import Diagnosis, diagnose, run_probe
+from srdeploy.studies import doctor
+from srdeploy.studies.doctor import Diagnosis, diagnose, run_probe
 
 Block = Callable[..., None]
 RUN = {"--runtime", "--device", "--precision"}
@@ -184,9 +184,9 @@ def test_a_library_that_hangs_is_given_up(block: Block, monkeypatch: pytest.Monk
 
 
 def test_a_process_that_can_not_start_gives_its_last_words(block: Block) -> None:
-    block(absent("srdeploy.cli.doctor_probes"))
+    block(absent("srdeploy.studies.doctor_probes"))
     failure = run_probe("gpu")["failure"]
-    assert failure == "ModuleNotFoundError: No module named srdeploy.cli.doctor_probes"
+    assert failure == "ModuleNotFoundError: No module named srdeploy.studies.doctor_probes"
 
 
 def test_modules_in_the_working_folder_are_not_taken_for_packages(

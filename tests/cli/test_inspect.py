@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdeploy.cli.inspection import load_subjects, shown_size, view_photos
-from srdeploy.cli.inspection_figure import figure_png
-from srdeploy.cli.inspection_pictures import heat_picture
 from srdeploy.cli.main import main
 from srdeploy.imaging import encode_mask, read_photo
 from srdeploy.runs import open_run
-from srdeploy.train.exit_views import ExitView
+from srdeploy.studies.inspection import load_subjects, shown_size, view_photos
+from srdeploy.studies.inspection_figure import figure_png
+from srdeploy.studies.inspection_page import heat_picture
+from srdeploy.train.pictures import ExitView
 
 pytestmark = pytest.mark.wheel
 

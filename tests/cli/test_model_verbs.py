@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from srdeploy.cli.network_cost import builder_options, network_cost
 from srdeploy.models import NETWORKS, make_network
 from srdeploy.models.cost import count_macs, count_parameters
+from srdeploy.studies.model_table import builder_options, network_cost
 from srdeploy.train.regulation import SelfRegulation
 
 TESTS = Path(__file__).parents[1]

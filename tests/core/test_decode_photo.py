@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from srdeploy import imaging
-from srdeploy.imaging import UnreadableImageError
-from srdeploy.pillow_remarks import ignore_remarks, reason_of
+from srdeploy.imaging import UnreadableImageError, ignore_remarks, reason_of
 
 
 @pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO"])

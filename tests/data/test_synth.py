@@ -8,9 +8,8 @@ import pytest
 from scipy import ndimage
 
 from srdeploy.data import open_dataset
-from srdeploy.data.animals import FIGURES, paint_animal
 from srdeploy.data.check import check_dataset
-from srdeploy.data.scenery import Canvas, Stage
+from srdeploy.data.scenery import FIGURES, Canvas, Stage, paint_animal
 from srdeploy.data.synth import CLASSES, scene, synthesise
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels

@@ -16,9 +16,7 @@ from PIL import Image
 from srdeploy.data import open_tagged
 from srdeploy.data.classes import CITYSCAPES, ClassTable, colour_map
 from srdeploy.data.dataset import LAYOUTS
-from srdeploy.data.tag_file import read_entries
-from srdeploy.data.tagging import read_tagging
-from srdeploy.data.tags import background_of
+from srdeploy.data.tags import background_of, read_entries, read_tagging
 from srdeploy.errors import UserError
 
 NAMES = ["background", "cow", "person", "car"]

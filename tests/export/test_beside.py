@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from srdeploy.errors import UserError
-from srdeploy.export.beside import beside
+from srdeploy.export.pipeline import beside
 
 
 def test_work_goes_on_while_the_block_runs_and_leaves_its_files(tmp_path: Path) -> None:

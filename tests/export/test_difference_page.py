@@ -13,7 +13,7 @@ from srdeploy.export.difference_page import DIFFERENT, difference_picture
 from srdeploy.export.differences import Pair
 from srdeploy.export.verify import verification_line
 from srdeploy.imaging import Pixels
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.spec import Spec
 
 BODY = "network/body/0/Conv"

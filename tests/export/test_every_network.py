@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from srdeploy.deployable import Deployable
 from srdeploy.export.certificate import identity_lines, read_model
-from srdeploy.export.precision.half import to_half
+from srdeploy.export.precision.half import emulate, to_half
 from srdeploy.export.precision.int8 import to_int8
-from srdeploy.export.precision.rounding import emulate
+from srdeploy.export.precision.stage import types_line
 from srdeploy.export.to_onnx import export_onnx
-from srdeploy.export.typed import types_line
 from srdeploy.models import NETWORKS, make_network
 from srdeploy.models.resnet import RESNETS
 from srdeploy.precision import HalfPrecision, Target

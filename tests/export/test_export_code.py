@@ -24,7 +24,7 @@ from srdeploy.files import sha256_of
 from srdeploy.imaging import fit, restore
 from srdeploy.models import make_network
 from srdeploy.models.weights import save_weights
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.spec import Spec
 
 NAME = "exported_pkg.models:make_network"

@@ -13,7 +13,7 @@ from srdeploy.cli.main import main
 from srdeploy.errors import UserError
 from srdeploy.export.pipeline import export_run
 from srdeploy.files import sha256_of
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.registry import open_runtime
 
 Make = Callable[[Path], Path]
 

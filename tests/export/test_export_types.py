@@ -11,11 +11,11 @@ import onnx
 import pytest
 from PIL import Image
 
+from srdeploy.artifacts.artifact import read_sidecar
 from srdeploy.cli.main import main
 from srdeploy.files import sha256_of
 from srdeploy.imaging import Pixels
-from srdeploy.serve.engine_file import read_sidecar
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.registry import open_runtime
 
 Make = Callable[[Path], Path]
 
@@ -161,7 +161,7 @@ def test_without_a_gpu_the_graph_is_written_and_the_error_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from srdeploy.errors import UserError
-    from srdeploy.serve.gpus import list_gpus
+    from srdeploy.runtimes.gpus import list_gpus
 
     try:
         if list_gpus():

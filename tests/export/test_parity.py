@@ -14,11 +14,11 @@ from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
 from srdeploy.export.comparison import TOLERANCE, expose_logits
 from srdeploy.export.parity import parity_line
-from srdeploy.export.pictures import parity_images
+from srdeploy.export.source import parity_images
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.imaging import Pixels
 from srdeploy.runs import open_run
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.spec import Spec
 
 Randomise = Callable[..., nn.Module]

@@ -12,14 +12,14 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from PIL import Image
 from torch import Tensor, nn
 
+from srdeploy.cli.certify_verbs import likely_main, output_shares
 from srdeploy.errors import UserError
-from srdeploy.export import onnx_files, strip
+from srdeploy.export import strip
 from srdeploy.export.certificate import Certificate, Line, certify_files, read_model
-from srdeploy.export.output_shares import likely_main, output_shares
-from srdeploy.export.same_output import same_outputs
+from srdeploy.export.output_parity import same_outputs
 from srdeploy.export.strip import strip_file
+from srdeploy.graph.signature import read_signature
 from srdeploy.imaging import Pixels
-from srdeploy.serve.signature import read_signature
 
 HEAD = '<ir_version: 9, opset_import: ["" : 20, "own" : 1]>'
 MODEL = """heads (float[N,3,H,W] images) => (float[N,3,H,W] out, float[N,3,H,W] aux)
@@ -232,7 +232,7 @@ def test_models_that_memory_formats_can_not_hold_are_refused(
     onnx.save(
         model_of(), str(source), save_as_external_data=True, location="w.bin", size_threshold=0
     )
-    monkeypatch.setattr(onnx_files, "LARGEST", source.stat().st_size + 100)
+    monkeypatch.setattr(strip, "LARGEST", source.stat().st_size + 100)
     with pytest.raises(UserError, match=r"external.onnx and its side files hold .* up to 2 GiB"):
         strip_file(source, ["out"])
     assert not source.with_suffix(".stripped.onnx").exists()

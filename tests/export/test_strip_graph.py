@@ -9,8 +9,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from onnx.utils import Extractor
 
-from srdeploy.export.strip_proof import Removed, first_change, identity_line, survivors_line
-from srdeploy.export.subgraph import ancestors, peeled, restricted, size_of
+from srdeploy.export.strip import Removed, first_change, identity_line, survivors_line
+from srdeploy.graph.subgraph import ancestors, peeled, restricted, size_of
 
 HEAD = '<ir_version: 9, opset_import: ["" : 20, "own" : 1], producer_name: "tool">'
 

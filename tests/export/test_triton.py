@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srdeploy.artifacts.artifact import Builder, EngineSidecar, Profile, write_sidecar
 from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
-from srdeploy.export.pbtxt import Enum, to_pbtxt
 from srdeploy.export.to_onnx import export_onnx
-from srdeploy.export.triton import write_repository
+from srdeploy.export.triton import Enum, to_pbtxt, write_repository
 from srdeploy.files import sha256_of
-from srdeploy.serve.engine_file import Builder, EngineSidecar, Profile, write_sidecar
-from srdeploy.serve.signature import read_signature
+from srdeploy.graph.signature import read_signature
 from srdeploy.spec import InputPolicy, Spec
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")

@@ -14,21 +14,21 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+from srdeploy.artifacts.artifact import EngineSidecar, Profile, write_sidecar
 from srdeploy.errors import UserError
-from srdeploy.export import sides, verify
+from srdeploy.export import differences, verify
 from srdeploy.export.certificate import Line
-from srdeploy.export.differences import Truth
-from srdeploy.export.limits import COMPARING_FP32, LIMITS
+from srdeploy.export.comparison import COMPARING_FP32, LIMITS
+from srdeploy.export.differences import EMULATED, Truth
 from srdeploy.export.precision.half import to_half
-from srdeploy.export.sides import EMULATED
 from srdeploy.export.verify import verification_line
 from srdeploy.files import sha256_of
+from srdeploy.graph.signature import read_signature
 from srdeploy.imaging import Pixels, restore
 from srdeploy.metrics import Score
 from srdeploy.precision import PRECISIONS, HalfPrecision, Precision
-from srdeploy.serve.engine_file import EngineSidecar, Profile, write_sidecar
-from srdeploy.serve.runtime import Runtime, open_runtime
-from srdeploy.serve.signature import read_signature
+from srdeploy.runtimes.base import Runtime
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.spec import Spec
 
 Change = Callable[[npt.NDArray[np.float32]], Any]
@@ -345,7 +345,7 @@ def engine(tmp_path: Path, spec: Spec, tiny_file: Path, monkeypatch: pytest.Monk
         assert device == "cuda"
         return open_runtime(graph, spec=spec)
 
-    monkeypatch.setattr(sides, "open_runtime", opened)
+    monkeypatch.setattr(differences, "open_runtime", opened)
     return path
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from srdeploy.errors import UserError
 from srdeploy.models import make_network
 from srdeploy.models.hrnet import Fusion, HighResolutionModule, HRNetBackbone
-from srdeploy.models.pretrained import load_pretrained
+from srdeploy.models.weights import load_pretrained
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from srdeploy.errors import UserError
 from srdeploy.models import make_network
 from srdeploy.models.ocrnet import RegionAttention, gather_regions
-from srdeploy.models.pretrained import load_pretrained
 from srdeploy.models.resnet import ResNet
+from srdeploy.models.weights import load_pretrained
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "ocrnet-hrnet-w18": {"width": 4, "middle": 16, "blocks": 1, "modules": [1, 1, 1]},

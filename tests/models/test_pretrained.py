@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from srdeploy.errors import UserError
-from srdeploy.models import make_network, pretrained
-from srdeploy.models.pretrained import download, load_pretrained
-from srdeploy.models.weights import read_tensors, save_weights
+from srdeploy.models import make_network, weights
+from srdeploy.models.weights import download, load_pretrained, read_tensors, save_weights
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -169,7 +168,7 @@ def test_imagenet_weights_are_downloaded_once_and_loaded(
     path, backbone = checkpoint
     name = publish(folder, path.read_bytes())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(pretrained.IMAGENET_FILES, "mobilenet_v2 x0.25", name)
+    monkeypatch.setitem(weights.IMAGENET_FILES, "mobilenet_v2 x0.25", name)
     network = mobilenet()
     assert load_pretrained(network, "imagenet", base_url=url).startswith(name)
     assert equal(backbone_weights(network), backbone)

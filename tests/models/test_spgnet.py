@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from srdeploy.models import INTERPRETATIONS, make_network, spgnet
-from srdeploy.models.pretrained import load_pretrained
 from srdeploy.models.resnet import ResNet
 from srdeploy.models.spgnet import DecoderUnit, Guidance, GuidedLevel, SPGNet
+from srdeploy.models.weights import load_pretrained
 
 
 def randomised(module: nn.Module) -> None:

@@ -161,7 +161,7 @@ def export_forms(run_folder: Path, kind: "InputKind", folder: Path) -> dict[str,
 @pytest.fixture(scope="session")
 def with_exits(regulated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The regulated run's graph with the exits in."""
-    from srdeploy.cli.with_exits import export_with_exits
+    from srdeploy.studies.with_exits import export_with_exits
 
     path = tmp_path_factory.mktemp("exits") / "with-exits.onnx"
     export_with_exits(regulated_run, path)

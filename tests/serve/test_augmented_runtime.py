@@ -9,11 +9,10 @@ from PIL import Image
 
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
-from srdeploy.serve.augmented_runtime import AugmentedRuntime
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.views import AugmentedRuntime, TiledRuntime
+from srdeploy.serve.folders.rendering import with_views
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.views import with_views
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.tiled_runtime import TiledRuntime
 
 MakeGraph = Callable[..., Path]
 

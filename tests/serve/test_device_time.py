@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from srdeploy.serve.onnx_device_time import run_apart
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.onnx_runtime import run_apart
+from srdeploy.runtimes.registry import open_runtime
 
 MakeGraph = Callable[..., Path]
 

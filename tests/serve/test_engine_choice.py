@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from srdeploy.artifacts.artifact import EngineSidecar, open_artifact, write_sidecar
 from srdeploy.errors import UserError
-from srdeploy.serve import engine_choice
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.engine_file import EngineSidecar, write_sidecar
-from srdeploy.serve.gpus import Gpu
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.signature import read_signature
+from srdeploy.graph.signature import read_signature
+from srdeploy.runtimes.gpus import Gpu
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.trt import compatibility
 
 MakeGraph = Callable[..., Path]
 Add = Callable[..., Path]
@@ -62,7 +61,7 @@ def add(deploy: Path) -> Add:
 def on_an_ada_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine has one GPU of compute capability 8.9."""
     monkeypatch.setattr(
-        engine_choice, "find_gpu", lambda index: Gpu(index, "NVIDIA L4", 24 << 30, "8.9")
+        compatibility, "find_gpu", lambda index: Gpu(index, "NVIDIA L4", 24 << 30, "8.9")
     )
 
 
@@ -70,7 +69,7 @@ def test_the_engine_for_this_gpu_is_taken(deploy: Path, add: Add) -> None:
     add("model.sm75.engine", "7.5", None)
     wanted = add("model.sm89.engine", "8.9", None, age=9)
     add("model.sm90.engine", "9.0", "NVIDIA H100")
-    chosen = engine_choice.engine_for(open_artifact(deploy), 0)
+    chosen = compatibility.engine_for(open_artifact(deploy), 0)
     assert (chosen.kind, chosen.path, chosen.file) == ("engine", wanted, wanted)
 
 
@@ -78,9 +77,9 @@ def test_of_several_the_same_gpu_comes_first_and_then_the_newest(deploy: Path, a
     add("model.a.engine", "8.9", "NVIDIA RTX 4090", age=5)
     newest = add("model.b.engine", "8.9", "NVIDIA RTX 4070")
     add("model.c.engine", "8.9", None, age=7)
-    assert engine_choice.engine_for(open_artifact(deploy), 0).file == newest
+    assert compatibility.engine_for(open_artifact(deploy), 0).file == newest
     same = add("model.l4.engine", "8.9", "NVIDIA L4", age=9)
-    assert engine_choice.engine_for(open_artifact(deploy), 0).file == same
+    assert compatibility.engine_for(open_artifact(deploy), 0).file == same
 
 
 def test_without_a_fitting_engine_those_there_are_listed(deploy: Path, add: Add) -> None:
@@ -102,7 +101,7 @@ def test_a_folder_without_engines_says_how_to_build_one(deploy: Path) -> None:
 
 def test_an_engine_is_run_by_tensorrt_on_a_gpu_alone(add: Add) -> None:
     engine = add("model.sm89.engine", "8.9", None)
-    assert engine_choice.engine_for(open_artifact(engine), 0).file == engine
+    assert compatibility.engine_for(open_artifact(engine), 0).file == engine
     with pytest.raises(UserError, match="tensorrt runs on an NVIDIA GPU: use --device cuda"):
         open_runtime(engine)
     with pytest.raises(UserError, match="--threads sets threads of the CPU"):
@@ -116,7 +115,7 @@ def test_an_engine_is_run_by_tensorrt_on_a_gpu_alone(add: Add) -> None:
 
 
 def test_a_gpu_that_is_absent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from srdeploy.serve import gpus
+    from srdeploy.runtimes import gpus
 
     monkeypatch.setattr(gpus, "list_gpus", lambda: (Gpu(0, "NVIDIA L4", 24 << 30, "8.9"),))
     assert gpus.find_gpu(0).name == "NVIDIA L4"

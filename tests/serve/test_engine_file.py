@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.files import sha256_of
-from srdeploy.serve import engine_guard
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.engine_file import (
+from srdeploy.artifacts.artifact import (
     EngineSidecar,
     Profile,
     check_whole,
     engine_name,
+    open_artifact,
     read_sidecar,
     sidecar_path,
     write_sidecar,
 )
-from srdeploy.serve.engine_guard import Machine, check_fits, machine
-from srdeploy.serve.gpus import Gpu
-from srdeploy.serve.signature import read_signature
+from srdeploy.errors import MissingPackageError, UserError
+from srdeploy.files import sha256_of
+from srdeploy.graph.signature import read_signature
+from srdeploy.runtimes.gpus import Gpu
+from srdeploy.runtimes.trt import compatibility
+from srdeploy.runtimes.trt.compatibility import Machine, check_fits, machine
 
 PROFILE = Profile(smallest=(1, 32, 32), usual=(1, 48, 64), largest=(4, 64, 80))
 L4 = Machine(
@@ -179,9 +179,9 @@ def test_the_machine_is_asked_for_package_gpu_and_driver(monkeypatch: pytest.Mon
         __version__ = "11.4.0.106"
 
     gpu = Gpu(index=1, name="NVIDIA L4", memory_bytes=24 * 2**30, compute_capability="8.9")
-    monkeypatch.setattr(engine_guard, "import_tensorrt", lambda builder: Package)
-    monkeypatch.setattr(engine_guard, "find_gpu", {1: gpu}.__getitem__)
-    monkeypatch.setattr(engine_guard, "cuda_driver_version", lambda: "13.0")
+    monkeypatch.setattr(compatibility, "import_tensorrt", lambda builder: Package)
+    monkeypatch.setattr(compatibility, "find_gpu", {1: gpu}.__getitem__)
+    monkeypatch.setattr(compatibility, "cuda_driver_version", lambda: "13.0")
     assert machine("tensorrt", 1) == L4
 
 

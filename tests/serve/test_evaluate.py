@@ -12,8 +12,8 @@ from PIL import Image
 from srdeploy.data import open_dataset
 from srdeploy.errors import UserError
 from srdeploy.imaging import fit
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.evaluate import evaluate
-from srdeploy.serve.runtime import open_runtime
 from srdeploy.spec import InputPolicy, Spec
 
 MakeGraph = Callable[..., Path]

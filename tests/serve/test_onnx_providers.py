@@ -13,9 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.errors import UserError
-from srdeploy.serve.onnx_providers import provider_list, require_provider
-from srdeploy.serve.optimised_graph import layer_types
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.onnx_runtime import layer_types, provider_list, require_provider
+from srdeploy.runtimes.registry import open_runtime
 
 MakeGraph = Callable[..., Path]
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
 
+from srdeploy.artifacts.artifact import open_artifact, spec_from_classes
 from srdeploy.errors import UserError
 from srdeploy.imaging import normalise
-from srdeploy.serve.artifact import open_artifact, spec_from_classes
-from srdeploy.serve.runtime import ImageShapeError, open_runtime
+from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.spec import InputPolicy, Spec
 
 MakeGraph = Callable[..., Path]

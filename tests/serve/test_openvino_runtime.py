@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.errors import MissingPackageError, UserError
 from srdeploy.imaging import Pixels
-from srdeploy.serve import openvino_runtime
-from srdeploy.serve.runtime import ImageShapeError, open_runtime
+from srdeploy.runtimes import openvino_runtime
+from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.registry import open_runtime
 
 openvino = pytest.importorskip("openvino", reason="no openvino here: its runtime was NOT tested")
 
@@ -237,7 +238,7 @@ def test_a_graph_runs_without_torch_and_onnxruntime(make_graph: MakeGraph) -> No
     code = f"""
 import sys
 import numpy as np
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.runtimes.registry import open_runtime
 with open_runtime({str(make_graph())!r}, runtime="openvino", threads=1) as runtime:
     runtime.run(np.zeros((1, 40, 48, 3), np.uint8))
 assert not {{"torch", "onnxruntime"}} & set(sys.modules)
@@ -265,7 +266,7 @@ def test_first_runs_of_several_sessions_at_once_do_not_wait_for_each_other(
     OpenVINO's types met another thread's."""
     code = (
         "import sys, threading, numpy as np\n"
-        "from srdeploy.serve.runtime import open_runtime\n"
+        "from srdeploy.runtimes.registry import open_runtime\n"
         f"opened = [open_runtime({str(make_graph())!r}, runtime='openvino', threads=1)"
         ".__enter__() for _ in range(4)]\n"
         "sys.setswitchinterval(1e-6)\n"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from srdeploy.imaging import Pixels
-from srdeploy.serve.regions import (
+from srdeploy.regions import (
     Areas,
     ClassArea,
     Mask,

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srdeploy.serve import charts
-from srdeploy.serve.report import (
+from srdeploy.pages import charts
+from srdeploy.pages.report import (
     Picture,
     Report,
     Section,

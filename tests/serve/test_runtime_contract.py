@@ -12,7 +12,8 @@ from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.runs import load_network, open_run
-from srdeploy.serve.runtime import ImageShapeError, Runtime, open_runtime
+from srdeploy.runtimes.base import ImageShapeError, Runtime
+from srdeploy.runtimes.registry import open_runtime
 
 FORMS = [f"{i}-{o}" for i in ("uint8", "float32") for o in ("labels", "logits", "both")]
 BACKENDS = ["torch"]

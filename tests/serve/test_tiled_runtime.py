@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
-from srdeploy.serve.augmented_runtime import AugmentedRuntime
-from srdeploy.serve.runtime import Runtime, open_runtime
-from srdeploy.serve.tiled_runtime import TiledRuntime
+from srdeploy.runtimes.base import Runtime
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.views import AugmentedRuntime, TiledRuntime
 from srdeploy.spec import InputPolicy, Spec
 from tests.serve.conftest import colour_model
 
@@ -288,7 +288,7 @@ def test_only_a_band_of_the_logits_is_in_memory(
         largest = max(largest, made.size)
         return made
 
-    monkeypatch.setattr("srdeploy.serve.tiled_runtime.np.zeros", noted)
+    monkeypatch.setattr("srdeploy.runtimes.views.np.zeros", noted)
     with TiledRuntime(open_runtime(make_graph(output="both")), (64, 64), 32) as tiled:
         tiled.run(images_of(1, 1000, 128))
     assert 0 < largest <= 3 * (64 + 31) * 128

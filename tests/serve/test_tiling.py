@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srdeploy.serve.tiling import blending, cuts, spans
+from srdeploy.runtimes.views import blending, cuts, spans
 
 lengths = st.integers(1, 700)
 tiles = st.integers(64, 200)

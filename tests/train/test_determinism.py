@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from srdeploy.errors import UserError
-from srdeploy.train.determinism import deterministic
+from srdeploy.train.device import deterministic
 
 
 def test_deterministic_algorithms_are_taken_inside_the_block_alone() -> None:

@@ -23,11 +23,10 @@ from srdeploy.runs import METRICS, STATE, load_network, open_run
 from srdeploy.spec import Spec
 from srdeploy.train.checkpoint import read_state
 from srdeploy.train.config import TrainConfig, load_config
-from srdeploy.train.distributed import ALONE, World, found_world
+from srdeploy.train.distributed import ALONE, RunningStatistics, World, found_world
 from srdeploy.train.loader import batches
 from srdeploy.train.loop import train
 from srdeploy.train.recorder import read_metrics
-from srdeploy.train.running_statistics import RunningStatistics
 from srdeploy.train.start import prepare
 
 ROOT = Path(__file__).parents[2]

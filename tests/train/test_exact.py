@@ -8,8 +8,7 @@ from torch import nn
 
 from srdeploy.errors import UserError
 from srdeploy.runs import METRICS, STATE, NetworkConfig
-from srdeploy.train.average import Average
-from srdeploy.train.checkpoint import read_state
+from srdeploy.train.checkpoint import Average, read_state
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.guard import NORM, Guard
 from srdeploy.train.loop import train

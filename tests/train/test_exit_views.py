@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from srdeploy.deployable import Deployable
 from srdeploy.spec import InputPolicy, Spec
-from srdeploy.train.exit_views import ExitView, contrast, view_exits
-from srdeploy.train.pictures import predict_exits
+from srdeploy.train.pictures import ExitView, contrast, predict_exits, view_exits
 from srdeploy.train.regulation import SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig
 

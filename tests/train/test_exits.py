@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from srdeploy.errors import UserError
-from srdeploy.train.exits import AuthorsExit, Exits, LeanExit, make_exits
+from srdeploy.train.exits import (
+    AuthorsExit,
+    Exits,
+    LeanExit,
+    collected,
+    feature_map,
+    given_taps,
+    make_exits,
+)
 from srdeploy.train.regulation_config import RegulationConfig
-from srdeploy.train.taps import collected, feature_map, given_taps
 
 
 def small_network() -> nn.Sequential:

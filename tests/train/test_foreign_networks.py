@@ -22,8 +22,7 @@ from srdeploy.export.to_onnx import export_onnx
 from srdeploy.models import make_network
 from srdeploy.models.auxiliary import remove_auxiliary
 from srdeploy.spec import InputPolicy, Spec
-from srdeploy.train.own_exits import AUXILIARY_WEIGHT
-from srdeploy.train.regulation import SelfRegulation
+from srdeploy.train.regulation import AUXILIARY_WEIGHT, SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig
 
 K = 5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srdeploy.errors import UserError
 from srdeploy.models import make_network
-from srdeploy.train.reading import describe_output, read_network
+from srdeploy.studies.network_report import describe_output, read_network
 from srdeploy.train.regulation_config import RegulationConfig
 
 pytestmark = pytest.mark.wheel

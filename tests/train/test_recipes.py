@@ -12,16 +12,15 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from srdeploy.cli import recipe_verb, train_verbs
+from srdeploy.cli import train_verbs
 from srdeploy.data.classes import CITYSCAPES_LABEL_IDS
 from srdeploy.errors import UserError
 from srdeploy.models import NETWORKS, make_network
-from srdeploy.models.pretrained import IMAGENET_FILES
-from srdeploy.train.config import TrainConfig, load_config
+from srdeploy.models.weights import IMAGENET_FILES
+from srdeploy.train.config import DATA as DATA_PARTS
+from srdeploy.train.config import NETWORKS as NETWORK_PARTS
+from srdeploy.train.config import TrainConfig, load_config, open_recipe, recipe_names, recipe_parts
 from srdeploy.train.loop import train
-from srdeploy.train.recipe import DATA as DATA_PARTS
-from srdeploy.train.recipe import NETWORKS as NETWORK_PARTS
-from srdeploy.train.recipe import open_recipe, recipe_names, recipe_parts
 
 SMALL: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "small_networks.json").read_text()
@@ -161,7 +160,7 @@ def test_an_unknown_recipe_is_refused_with_the_closest_one(name: str, message: s
 @pytest.fixture
 def app() -> typer.Typer:
     app = typer.Typer()
-    recipe_verb.register(app)
+    train_verbs.register_recipes(app)
     train_verbs.register(app)
     return app
 

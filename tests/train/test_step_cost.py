@@ -10,11 +10,19 @@ import pytest
 import torch
 
 from srdeploy.errors import UserError
-from srdeploy.train import step_variants
+from srdeploy.train import step_cost
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.optimize import accumulate_gradient
-from srdeploy.train.step_cost import WARM_UP_MOST, paired_ratio, time_steps, warm_up
-from srdeploy.train.step_variants import VARIANTS, Trainee, memory_of, training_of
+from srdeploy.train.step_cost import (
+    VARIANTS,
+    WARM_UP_MOST,
+    Trainee,
+    memory_of,
+    paired_ratio,
+    time_steps,
+    training_of,
+    warm_up,
+)
 
 SMALL: dict[str, Any] = {
     "network": "unet",
@@ -146,7 +154,7 @@ def test_variants_start_alike_and_differ_in_exits_and_feedback(
         terms.append(set(found) - {"total", "own"})
         return found
 
-    monkeypatch.setattr(step_variants, "accumulate_gradient", recorded)
+    monkeypatch.setattr(step_cost, "accumulate_gradient", recorded)
     config = small()
     trainees = {name: Trainee(name, config, 3) for name in VARIANTS}
     first = trainees["baseline"]
@@ -207,7 +215,7 @@ def test_memory_that_does_not_suffice_is_said_in_one_line(
         raise error
 
     trainee = Trainee("baseline", small(), 3)
-    monkeypatch.setattr(step_variants, "accumulate_gradient", fails)
+    monkeypatch.setattr(step_cost, "accumulate_gradient", fails)
     with pytest.raises(UserError, match="batch 2 of 32x48: give a smaller --batch or --size"):
         trainee.step()
 
@@ -227,7 +235,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("a shape that is wrong")
 
     trainee = Trainee("baseline", small(), 3)
-    monkeypatch.setattr(step_variants, "accumulate_gradient", fails)
+    monkeypatch.setattr(step_cost, "accumulate_gradient", fails)
     with pytest.raises(RuntimeError, match="a shape that is wrong"):
         trainee.step()
 

@@ -11,10 +11,9 @@ from torch.nn import functional
 
 from srdeploy.errors import UserError
 from srdeploy.models import NETWORKS, make_network
-from srdeploy.train.own_exits import AUXILIARY_WEIGHT
-from srdeploy.train.regulation import SelfRegulation
+from srdeploy.train.exits import TapChoice, choose_taps, collected, feature_map, given_taps
+from srdeploy.train.regulation import AUXILIARY_WEIGHT, SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig
-from srdeploy.train.taps import TapChoice, choose_taps, collected, feature_map, given_taps
 
 K = 4
 SMALL: dict[str, dict[str, Any]] = json.loads(

@@ -18,8 +18,8 @@ from srdeploy.errors import UserError
 from srdeploy.export.pipeline import export_run
 from srdeploy.models.weights import read_tensors
 from srdeploy.runs import STATE, load_network, load_trained, open_run
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.evaluate import evaluate
-from srdeploy.serve.runtime import open_runtime
 from srdeploy.train.checkpoint import read_state, save_state
 from srdeploy.train.config import TrainConfig, load_config
 from srdeploy.train.loop import train

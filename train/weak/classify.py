@@ -15,27 +15,23 @@ from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
 from srdeploy.imaging import fit
 from srdeploy.interrupt import StopRequest
-from srdeploy.models.pretrained import load_pretrained
 from srdeploy.models.tracing import PROBE_SIZE
-from srdeploy.models.weights import load_exactly, save_weights
+from srdeploy.models.weights import load_exactly, load_pretrained, save_weights
 from srdeploy.runs import build_network
 from srdeploy.spec import Spec
 from srdeploy.train.augment import augmentation_for
 from srdeploy.train.checkpoint import FORMAT, read_state, write_state
 from srdeploy.train.config import TrainConfig
-from srdeploy.train.determinism import deterministic
-from srdeploy.train.device import find_device
+from srdeploy.train.device import deterministic, find_device
 from srdeploy.train.distributed import ALONE
-from srdeploy.train.failures import explain_failure
-from srdeploy.train.guard import NORM, Guard
+from srdeploy.train.guard import NORM, Guard, explain_failure
 from srdeploy.train.loader import Batch, Samples, batches
 from srdeploy.train.optimize import make_optimizer, set_learning_rate
-from srdeploy.train.recorder import Recorder
+from srdeploy.train.recorder import Recorder, Window
 from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import place
 from srdeploy.train.weak.pseudo_run import UNUSED
 from srdeploy.train.weak.tag_network import TagNetwork
-from srdeploy.train.window import Window
 
 CLASSIFIER = "classifier.safetensors"
 """All weights of a trained TagNetwork."""

@@ -13,8 +13,7 @@ from srdeploy.train.config import TrainConfig, merge
 from srdeploy.train.loop import TrainResult, train
 from srdeploy.train.start import require_new
 from srdeploy.train.weak.pseudo import make_pseudo
-from srdeploy.train.weak.pseudo_config import PseudoConfig
-from srdeploy.train.weak.pseudo_run import SECTION, UNUSED, PseudoRun, parted
+from srdeploy.train.weak.pseudo_run import SECTION, UNUSED, PseudoConfig, PseudoRun, parted
 from srdeploy.validation import validated
 
 CLASSIFIER = "classifier"

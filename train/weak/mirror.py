@@ -1,19 +1,82 @@
-"""The data set that pseudo masks make: photos, masks and lists where those of the original lie."""
+"""Photos of one size that are looked at together, and read ahead."""
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from srdeploy.data.classes import CLASSES_FILE, ClassTable
 from srdeploy.data.confidence import confidence_path
 from srdeploy.data.pairs import Item
+from srdeploy.data.tags import TaggedSet
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error, whole_file, write_whole
-from srdeploy.imaging import Pixels, encode_gray, encode_mask
+from srdeploy.imaging import Pixels, encode_gray, encode_mask, fit, fitted_size, photo_size
 from srdeploy.spec import Spec
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class PhotoGroup:
+    """Some photos of a split, all of one size to the network."""
+
+    tagged: TaggedSet
+    indices: tuple[int, ...]
+
+
+def groups_of_one_size(
+    tagged: TaggedSet, spec: Spec, wanted: Sequence[int], most: int
+) -> list[PhotoGroup]:
+    """The items `wanted`, up to `most` together; reads the photos' headers."""
+    open_groups: dict[tuple[int, int], list[int]] = {}
+    found: list[PhotoGroup] = []
+    for index in wanted:
+        size = fitted_size(*photo_size(tagged.items[index].image), spec)
+        group = open_groups.setdefault(size, [])
+        group.append(index)
+        if len(group) == most:
+            found.append(PhotoGroup(tagged, tuple(open_groups.pop(size))))
+    found += [PhotoGroup(tagged, tuple(group)) for group in open_groups.values()]
+    return found
+
+
+def read_fitted(tagged: TaggedSet, index: int, spec: Spec) -> tuple[Pixels, tuple[int, int]]:
+    """A photo as the network sees it, uint8 [h, w, 3], and its own size (H, W). Raises
+    UserError."""
+    photo, _ = tagged.read(index)
+    try:
+        return fit(photo, spec), (photo.shape[0], photo.shape[1])
+    except UserError as error:
+        raise UserError(f"{tagged.items[index].image}: {error}") from error
+
+
+def read_ahead(
+    groups: Sequence[PhotoGroup], read: Callable[[TaggedSet, int], Read], workers: int
+) -> Iterator[tuple[PhotoGroup, list[Read]]]:
+    """Each group with what `read` gives for its items; `workers` threads read the next one
+    meanwhile."""
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="reader")
+
+    def submit(group: PhotoGroup) -> list[Future[Read]]:
+        return [pool.submit(read, group.tagged, index) for index in group.indices]
+
+    try:
+        following = submit(groups[0]) if groups else []
+        for number, group in enumerate(groups):
+            pending = following
+            following = submit(groups[number + 1]) if number + 1 < len(groups) else []
+            yield group, [one.result() for one in pending]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# The data set that pseudo masks make: photos, masks and lists where those of the original lie.
 
 
 class Mirror:

@@ -1,18 +1,13 @@
-"""From image tags to a data set of pseudo masks, in three steps that resume: classify, maps, masks.
+"""Which steps of making pseudo masks are done, and with which settings: pseudo/progress.json."""
 
-The folder is a data set in the original's layout, and has beside it:
-pseudo/   config.yaml, progress.json, report.json
-          classifier.safetensors, metrics.jsonl   step "classify"
-          maps/                                   step "maps": one .npz per photo
-          scores/, contact-sheet.png, worst.html  step "masks"; scores where true masks exist
-"""
-
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,20 +26,19 @@ from srdeploy.train.device import find_device
 from srdeploy.train.distributed import ALONE
 from srdeploy.train.start import configured_spec
 from srdeploy.train.weak import classify
-from srdeploy.train.weak.cam import (
+from srdeploy.train.weak.decide import decide, score_photo, with_background, write_scores
+from srdeploy.train.weak.maps import (
     Activation,
     MapMaker,
     Teacher,
+    at_size,
     averaged_maps,
     of_tags,
     read_maps,
+    refined,
     write_maps,
 )
-from srdeploy.train.weak.decide import decide, with_background
-from srdeploy.train.weak.map_scores import score_photo, write_scores
-from srdeploy.train.weak.mirror import Mirror
-from srdeploy.train.weak.photo_groups import groups_of_one_size, read_ahead, read_fitted
-from srdeploy.train.weak.progress import Step, StepLog, key_of
+from srdeploy.train.weak.mirror import Mirror, groups_of_one_size, read_ahead, read_fitted
 from srdeploy.train.weak.pseudo_report import write_report
 from srdeploy.train.weak.pseudo_run import (
     CONFIG,
@@ -57,7 +51,57 @@ from srdeploy.train.weak.pseudo_run import (
     require_same_classifier,
     saved_pseudo_run,
 )
-from srdeploy.train.weak.refined import at_size, refined
+
+PROGRESS = "progress.json"
+
+Step = Literal["classify", "maps", "masks"]
+STEPS: tuple[Step, ...] = get_args(Step)
+"""In their order."""
+
+
+def key_of(*values: Any) -> str:
+    """A digest of settings; equal for equal JSON."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+class StepLog:
+    """Steps by name; each has the key of what it depends on, and whether it is done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / PROGRESS
+        found: Any = read_json(self.path) if self.path.exists() else {}
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path}: not a record of steps: remove it and run again")
+        self._steps: dict[str, dict[str, Any]] = found
+
+    def key(self, step: Step) -> str | None:
+        """With what it was begun; None: it never was."""
+        return self._steps.get(step, {}).get("key")
+
+    def done(self, step: Step, key: str) -> bool:
+        """Whether it is done with these settings."""
+        return self._steps.get(step) == {"key": key, "done": True}
+
+    def begin(self, step: Step, key: str) -> None:
+        """It is under way; those after it are no more."""
+        after = STEPS[STEPS.index(step) :]
+        self._steps = {name: one for name, one in self._steps.items() if name not in after}
+        self._steps[step] = {"key": key, "done": False}
+        write_json(self.path, self._steps)
+
+    def forget(self) -> None:
+        """None is begun any more."""
+        self._steps = {}
+        write_json(self.path, self._steps)
+
+    def finish(self, step: Step) -> None:
+        """It is done."""
+        self._steps[step]["done"] = True
+        write_json(self.path, self._steps)
+
+
+# From image tags to a data set of pseudo masks, in three steps that resume: classify, maps, masks.
 
 STOP = "stopping after these photos; once more to stop at once"
 MAP_KEYS = {"scales", "flip", "grid"}

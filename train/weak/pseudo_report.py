@@ -14,15 +14,13 @@ from srdeploy import console
 from srdeploy.data.tags import TaggedSet
 from srdeploy.files import write_json, write_whole
 from srdeploy.imaging import Pixels, encode_png, overlay, read_labels, restore
-from srdeploy.serve import report as page
+from srdeploy.pages import report as page
 from srdeploy.spec import Spec
 from srdeploy.train.pictures import grid, shrink, spread
-from srdeploy.train.weak.cam import PhotoMaps, read_maps
-from srdeploy.train.weak.map_scores import MapScores, mean_iou, read_scores
-from srdeploy.train.weak.mirror import Mirror
-from srdeploy.train.weak.photo_groups import read_fitted
+from srdeploy.train.weak.decide import MapScores, mean_iou, read_scores
+from srdeploy.train.weak.maps import PhotoMaps, at_size, read_maps, refined
+from srdeploy.train.weak.mirror import Mirror, read_fitted
 from srdeploy.train.weak.pseudo_run import MAPS, REPORT, SCORES, PseudoRun
-from srdeploy.train.weak.refined import at_size, refined
 
 SHEET = "contact-sheet.png"
 WORST = "worst.html"

@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 
+from srdeploy.artifacts.artifact import check_whole, open_artifact, read_sidecar, sidecar_path
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.export.engines import build, parsed
-from srdeploy.export.engines.build import BuildOptions, build_engine, target_name
-from srdeploy.export.engines.messages import explain_failure
+from srdeploy.export.engines import build
+from srdeploy.export.engines.build import (
+    BuildOptions,
+    attach_timing_cache,
+    build_engine,
+    explain_failure,
+    save_timing_cache,
+    target_name,
+)
 from srdeploy.export.engines.profiles import parse_profile
-from srdeploy.export.engines.timing_cache import attach_timing_cache, save_timing_cache
 from srdeploy.files import sha256_of
 from srdeploy.precision import Precision
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.engine_file import check_whole, read_sidecar, sidecar_path
-from srdeploy.serve.gpus import Gpu
-from srdeploy.serve.tensorrt_library import collecting_logger
+from srdeploy.runtimes.gpus import Gpu
+from srdeploy.runtimes.trt.engine import collecting_logger
 from srdeploy.validation import validated
 
 MakeTyped = Callable[..., Path]
@@ -312,7 +316,7 @@ def as_if_proper(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[st
     def patch(layers: dict[str, str]) -> None:
         monkeypatch.setattr(build, "list_gpus", lambda: (H100,))
         monkeypatch.setattr(build, "cuda_driver_version", lambda: "13.0")
-        monkeypatch.setattr(parsed, "import_tensorrt", lambda kind: rtx)
+        monkeypatch.setattr(build, "import_tensorrt", lambda kind: rtx)
         monkeypatch.setattr(build, "_inspect", lambda parsed, plan: (layers, {"layers": 7}))
 
     return patch

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from srdeploy.artifacts.artifact import Builder, Profile, read_sidecar, write_sidecar
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.export.engines.build import BuildOptions, build_engine, target_name
+from srdeploy.export.engines.build import RTX_CAPABILITIES, BuildOptions, build_engine, target_name
 from srdeploy.export.engines.refit import refit_line
-from srdeploy.export.engines.rtx_targets import RTX_CAPABILITIES
 from srdeploy.imaging import Pixels
 from srdeploy.precision import Precision
-from srdeploy.serve.engine_file import Builder, Profile, read_sidecar, write_sidecar
-from srdeploy.serve.gpus import list_gpus
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.tensorrt_library import import_tensorrt
+from srdeploy.runtimes.gpus import list_gpus
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.trt.engine import import_tensorrt
 
 MakeTyped = Callable[..., Path]
 WIDE = Profile(smallest=(1, 32, 32), usual=(1, 48, 64), largest=(2, 64, 80))

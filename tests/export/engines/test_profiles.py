@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from srdeploy.artifacts.artifact import Profile
 from srdeploy.errors import UserError
 from srdeploy.export.engines.profiles import parse_profile, photo_sizes, profiles_of
-from srdeploy.serve.engine_file import Profile
 from srdeploy.spec import InputPolicy, Spec
 
 AXES = st.tuples(*[st.lists(st.integers(1, 4096), min_size=3, max_size=3).map(sorted)] * 3)

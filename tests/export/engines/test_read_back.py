@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from srdeploy.errors import UserError
-from srdeploy.export.engines.parsed import parse_onnx
+from srdeploy.export.engines.build import parse_onnx
 from srdeploy.export.engines.read_back import (
     count_types,
     engine_types,

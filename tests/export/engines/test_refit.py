@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
+from srdeploy.artifacts.artifact import EngineSidecar, read_sidecar, write_sidecar
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import read_model
 from srdeploy.export.engines import refit
 from srdeploy.export.engines.build import BuildOptions
 from srdeploy.export.engines.refit import compare_plans, refit_line, weights_found
 from srdeploy.files import sha256_of
+from srdeploy.graph.signature import read_signature
 from srdeploy.imaging import Pixels
-from srdeploy.serve.engine_file import EngineSidecar, read_sidecar, write_sidecar
-from srdeploy.serve.signature import read_signature
 
 MakeTyped = Callable[..., Path]
 AHEAD = BuildOptions(builder="rtx", sm=("8.9",))

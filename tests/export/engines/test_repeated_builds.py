@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from srdeploy.cli.bench_entries import entries_for
+from srdeploy.artifacts.artifact import Profile, read_sidecar
 from srdeploy.errors import UserError
 from srdeploy.export.engines.build import BuildOptions, build_engine
 from srdeploy.serve.bench.entries import Setting
-from srdeploy.serve.engine_file import Profile, read_sidecar
+from srdeploy.studies.bench_entries import entries_for
 
 MakeTyped = Callable[..., Path]
 

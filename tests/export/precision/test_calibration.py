@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from srdeploy.errors import UserError
-from srdeploy.export.precision.calibration import calibration_pictures
+from srdeploy.export.precision.int8 import calibration_pictures
 from srdeploy.imaging import Pixels, fit, read_photo
 from srdeploy.spec import InputPolicy, Spec
 

@@ -11,8 +11,7 @@ from onnx.numpy_helper import from_array, to_array
 
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import identity_lines
-from srdeploy.export.precision.half import to_half
-from srdeploy.export.precision.rounding import emulate
+from srdeploy.export.precision.half import emulate, to_half
 from srdeploy.export.precision.tensor_types import in_16_bits, in_32_bits
 from srdeploy.precision import PRECISION_KEY, HalfPrecision
 from tests.export.precision.written_graphs import (

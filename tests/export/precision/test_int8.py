@@ -12,14 +12,13 @@ from onnx import ModelProto
 from onnx.numpy_helper import from_array, to_array
 
 from srdeploy.errors import UserError
-from srdeploy.export.precision import ranges
-from srdeploy.export.precision.int8 import to_int8
+from srdeploy.export.precision import int8
+from srdeploy.export.precision.int8 import drawn, range_without_outliers, to_int8
 from srdeploy.export.precision.qdq import quantise_kernel
-from srdeploy.export.precision.ranges import drawn, range_without_outliers
-from srdeploy.export.typed import types_line
+from srdeploy.export.precision.stage import types_line
+from srdeploy.graph.signature import signature_of
 from srdeploy.imaging import Pixels
 from srdeploy.precision import PRECISION_KEY, TARGET_KEY, Target
-from srdeploy.serve.signature import signature_of
 from srdeploy.spec import ONNX_KEY, Spec
 from tests.export.precision.residual_graph import maker_of, node_of, residual, tensors
 
@@ -361,9 +360,9 @@ def test_pictures_of_different_sizes_and_a_small_budget_of_memory_change_nothing
 ) -> None:
     sizes = [picture[: 48 - 8 * index, : 40 + 8 * index] for index, picture in enumerate(pictures)]
     names = ["stem/act_out", "block/act2_out", "pool_out", "six/act_out"]
-    at_once = ranges.measure_ranges(network, names, sizes[:2])
-    monkeypatch.setattr(ranges, "_GROUP_BYTES", 1)
-    one_by_one = ranges.measure_ranges(network, names, sizes[:2])
+    at_once = int8.measure_ranges(network, names, sizes[:2])
+    monkeypatch.setattr(int8, "_GROUP_BYTES", 1)
+    one_by_one = int8.measure_ranges(network, names, sizes[:2])
     assert at_once == one_by_one
     assert all(lowest <= 0 < highest for lowest, highest in at_once.values())
     assert at_once["six/act_out"][1] <= 6

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from srdeploy.errors import UserError
-from srdeploy.export.precision.half import to_half
-from srdeploy.export.precision.rounding import emulate
+from srdeploy.export.precision.half import emulate, to_half
 from srdeploy.export.precision.tensor_types import element_types
 from srdeploy.precision import HalfPrecision
 from tests.export.precision.written_graphs import built, run

@@ -9,8 +9,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from srdeploy.export.certificate import identity_lines, opset_of
 from srdeploy.export.precision.half import to_half
+from srdeploy.export.precision.stage import types_line
 from srdeploy.export.precision.untyped import untyped
-from srdeploy.export.typed import types_line
 from srdeploy.precision import HalfPrecision
 
 

@@ -13,9 +13,11 @@ from hypothesis.extra import numpy as hnp
 
 from srdeploy.data import DataSet, open_dataset
 from srdeploy.errors import UserError
-from srdeploy.export.limits import COMPARING_FP32, LIMITS
+from srdeploy.export.comparison import COMPARING_FP32, LIMITS
 from srdeploy.imaging import Pixels
 from srdeploy.metrics import MEASURES, TALLIES, Counts, Labels, Score, measures
+from srdeploy.runtimes.base import Runtime
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.accuracy import (
     ANYTHING,
     MATCH_LIMITS,
@@ -25,7 +27,6 @@ from srdeploy.serve.bench.accuracy import (
 )
 from srdeploy.serve.bench.results import CheckpointMatch
 from srdeploy.serve.evaluate import evaluate
-from srdeploy.serve.runtime import Runtime, open_runtime
 from srdeploy.spec import InputPolicy, Spec
 
 MakeGraph = Callable[..., Path]

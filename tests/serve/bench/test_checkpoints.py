@@ -7,7 +7,7 @@ import pytest
 
 from srdeploy.errors import UserError
 from srdeploy.files import sha256_of, write_json
-from srdeploy.serve.bench.checkpoints import find_checkpoints
+from srdeploy.serve.bench.entries import find_checkpoints
 
 
 @pytest.fixture

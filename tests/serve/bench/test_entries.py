@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from srdeploy.cli.bench_entries import entries_for
 from srdeploy.errors import UserError
 from srdeploy.files import sha256_of, write_json
+from srdeploy.graph.signature import read_signature
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.entries import Setting, every_setting
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.signature import read_signature
 from srdeploy.spec import Spec
+from srdeploy.studies.bench_entries import entries_for
 
 MakeGraph = Callable[..., Path]
 
@@ -62,7 +62,7 @@ def test_exits_are_left_in_where_a_checkpoint_has_them(
         assert run == regulated_run
         shutil.copy(with_exits, path)
 
-    monkeypatch.setattr("srdeploy.cli.with_exits.export_with_exits", copy)
+    monkeypatch.setattr("srdeploy.studies.with_exits.export_with_exits", copy)
     deploy = deploy_of(regulated_run, exported["uint8-labels"], tmp_path / "deploy")
     with entries_for([deploy], [AUTO]) as found:
         assert [(one.name, one.judged) for one in found] == [

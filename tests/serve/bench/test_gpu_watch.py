@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from srdeploy.errors import UserError
-from srdeploy.serve import gpus
-from srdeploy.serve.bench import gpu_watch
-from srdeploy.serve.bench.gpu_watch import process_memory
-from srdeploy.serve.bench.machine import MachineWatch
+from srdeploy.runtimes import gpus
+from srdeploy.serve.bench import machine
+from srdeploy.serve.bench.machine import MachineWatch, process_memory
 from srdeploy.serve.bench.results import Machine
 from tests.serve.bench.fake_nvml import FakeNvml, process
 
@@ -21,7 +20,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     """The GPU of this machine, CUDA's cuda:0."""
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(gpu_watch, "pci_bus_id", lambda index: f"0000:{index:02}:00.0")
+    monkeypatch.setattr(machine, "pci_bus_id", lambda index: f"0000:{index:02}:00.0")
     return fake
 
 

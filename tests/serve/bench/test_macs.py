@@ -9,17 +9,16 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from srdeploy.artifacts.artifact import EngineSidecar, Profile, open_artifact, write_sidecar
 from srdeploy.deployable import Deployable
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.precision.int8 import to_int8
 from srdeploy.export.to_onnx import export_onnx
 from srdeploy.files import sha256_of
+from srdeploy.graph.signature import Signature
 from srdeploy.precision import Target
 from srdeploy.runs import load_network, open_run
-from srdeploy.serve.artifact import open_artifact
 from srdeploy.serve.bench.macs import artifact_macs, graph_macs
-from srdeploy.serve.engine_file import EngineSidecar, Profile, write_sidecar
-from srdeploy.serve.signature import Signature
 
 MakeGraph = Callable[..., Path]
 SIZE = (40, 48)

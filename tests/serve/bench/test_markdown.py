@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from srdeploy.serve.bench.contents import equal_labels
-from srdeploy.serve.bench.markdown import to_markdown
+from srdeploy.serve.bench.report_tables import equal_labels
 from srdeploy.serve.bench.results import BenchReport
-from srdeploy.serve.bench.tables import tables
+from srdeploy.serve.bench.text import tables, to_markdown
 
 Factory = Callable[..., BenchReport]
 

@@ -10,6 +10,7 @@ import pytest
 
 from srdeploy.data import open_dataset
 from srdeploy.errors import UserError
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.entries import (
     Entry,
     Setting,
@@ -19,9 +20,7 @@ from srdeploy.serve.bench.entries import (
 )
 from srdeploy.serve.bench.matrix import Bench
 from srdeploy.serve.bench.measure import Measured, Plan, measure
-from srdeploy.serve.bench.partial import PartialFile
-from srdeploy.serve.bench.results import BenchReport, Outcome
-from srdeploy.serve.runtime import open_runtime
+from srdeploy.serve.bench.results import BenchReport, Outcome, PartialFile
 from srdeploy.spec import Spec
 
 MakeGraph = Callable[..., Path]

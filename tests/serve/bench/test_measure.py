@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srdeploy.imaging import Pixels
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.measure import MOST_BLOCKS, Plan, Side, block_order, measure
-from srdeploy.serve.runtime import open_runtime
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 MakeGraph = Callable[..., Path]

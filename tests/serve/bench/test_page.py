@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 import srdeploy.serve.bench.page as page_module
+from srdeploy.pages.report import Report, render, write_report
 from srdeploy.serve.bench.accuracy import DifferingPhoto
-from srdeploy.serve.bench.gallery import MARK, gallery, mark
-from srdeploy.serve.bench.page import bench_page
+from srdeploy.serve.bench.page import MARK, bench_page, gallery, mark
 from srdeploy.serve.bench.results import BenchReport, Machine
-from srdeploy.serve.report import Report, render, write_report
 from srdeploy.spec import Spec
 
 Factory = Callable[..., BenchReport]

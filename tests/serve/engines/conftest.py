@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from srdeploy.artifacts.artifact import Builder, EngineSidecar, Profile, write_sidecar
 from srdeploy.files import sha256_of
+from srdeploy.graph.signature import read_signature
 from srdeploy.precision import Precision
-from srdeploy.serve.cuda_runtime import Cuda
-from srdeploy.serve.engine_file import Builder, EngineSidecar, Profile, write_sidecar
-from srdeploy.serve.signature import read_signature
+from srdeploy.runtimes.trt.cuda import Cuda
 from tests.serve.engines.fake_cuda import FakeCuda
 from tests.serve.engines.fake_machine import COMMAND, PROFILE, Bench, MakeEngine
 from tests.serve.engines.fake_tensorrt import write_plan

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from srdeploy.artifacts.artifact import Profile, open_artifact
 from srdeploy.imaging import Pixels
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.engine_file import Profile
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.tensorrt_runtime import Libraries, TensorRTRuntime
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.trt.runtime import Libraries, TensorRTRuntime
 from tests.serve.engines.fake_cuda import FakeCuda
 from tests.serve.engines.fake_tensorrt import FakeTensorRT
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.cuda_array import DeviceArray, Stream, read_interface, stream_handle
-from srdeploy.serve.cuda_runtime import Cuda
+from srdeploy.runtimes.trt.arrays import DeviceArray, Stream, read_interface, stream_handle
+from srdeploy.runtimes.trt.cuda import Cuda
 from tests.serve.engines.fake_cuda import FREED, GARBAGE, FakeCuda
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from srdeploy.errors import UserError
-from srdeploy.serve.tensorrt_execution import CAPTURED
+from srdeploy.runtimes.trt.session import CAPTURED
 from tests.serve.engines.fake_cuda import cudaError_t
 from tests.serve.engines.fake_machine import Bench, MakeEngine, by_onnxruntime, launches, photos
 from tests.serve.engines.fake_tensorrt import CudaGraphStrategy

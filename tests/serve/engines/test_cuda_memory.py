@@ -6,9 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.cuda_clock import DeviceClock
-from srdeploy.serve.cuda_memory import DeviceBuffer, PinnedBuffer
-from srdeploy.serve.cuda_runtime import Cuda, CudaMemoryError
+from srdeploy.runtimes.trt.cuda import (
+    Cuda,
+    CudaMemoryError,
+    DeviceBuffer,
+    DeviceClock,
+    PinnedBuffer,
+)
 from tests.serve.engines.fake_cuda import FakeCuda, cudaError_t
 
 

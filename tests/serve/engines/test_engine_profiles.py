@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srdeploy.serve.engine_file import Profile
-from srdeploy.serve.runtime import ImageShapeError
-from srdeploy.serve.tensorrt_engine import choose_profile, plan_chunks
+from srdeploy.artifacts.artifact import Profile
+from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.trt.engine import choose_profile, plan_chunks
 from tests.serve.engines.fake_machine import PROFILE, Bench, MakeEngine, photos
 
 

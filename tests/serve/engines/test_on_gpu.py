@@ -6,16 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from srdeploy.artifacts.artifact import Builder, open_artifact
 from srdeploy.errors import UserError
-from srdeploy.export.engines.build import BuildOptions, build_engine
-from srdeploy.export.engines.rtx_targets import RTX_CAPABILITIES
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.cuda_array import DeviceArray, Stream
-from srdeploy.serve.cuda_runtime import Cuda, import_cuda_runtime
-from srdeploy.serve.engine_file import Builder
-from srdeploy.serve.gpus import find_gpu
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.tensorrt_runtime import TensorRTRuntime
+from srdeploy.export.engines.build import RTX_CAPABILITIES, BuildOptions, build_engine
+from srdeploy.runtimes.gpus import find_gpu
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.trt.arrays import DeviceArray, Stream
+from srdeploy.runtimes.trt.cuda import Cuda, import_cuda_runtime
+from srdeploy.runtimes.trt.runtime import TensorRTRuntime
 from tests.serve.engines.fake_machine import COMMAND, PROFILE, photos
 
 

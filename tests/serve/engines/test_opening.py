@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pytest
 
+from srdeploy.artifacts.artifact import EngineSidecar, open_artifact
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.serve.artifact import open_artifact
-from srdeploy.serve.cuda_array import DeviceArray, Stream
-from srdeploy.serve.cuda_runtime import Cuda
-from srdeploy.serve.engine_file import EngineSidecar
-from srdeploy.serve.runtime import ImageShapeError, open_runtime
-from srdeploy.serve.tensorrt_engine import _TYPES
-from srdeploy.serve.tensorrt_runtime import Libraries, TensorRTRuntime
+from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.trt.arrays import DeviceArray, Stream
+from srdeploy.runtimes.trt.cuda import Cuda
+from srdeploy.runtimes.trt.engine import _TYPES
+from srdeploy.runtimes.trt.runtime import Libraries, TensorRTRuntime
 from tests.serve.engines.fake_cuda import cudaError_t
 from tests.serve.engines.fake_machine import COMMAND, Bench, MakeEngine, by_onnxruntime, photos
 from tests.serve.engines.fake_tensorrt import write_plan

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from srdeploy.errors import UserError
-from srdeploy.serve.cuda_array import read_interface
-from srdeploy.serve.cuda_runtime import Cuda
-from srdeploy.serve.runtime import ImageShapeError
+from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.trt.arrays import read_interface
+from srdeploy.runtimes.trt.cuda import Cuda
 from tests.serve.engines.fake_cuda import ALIGNMENT
 from tests.serve.engines.fake_machine import Bench, MakeEngine, by_onnxruntime, photos
 

@@ -5,10 +5,10 @@ from threading import Thread
 
 import pytest
 
+from srdeploy.artifacts.artifact import Profile
 from srdeploy.errors import UserError
 from srdeploy.precision import Precision
-from srdeploy.serve.engine_file import Profile
-from srdeploy.serve.runtime import ImageShapeError
+from srdeploy.runtimes.base import ImageShapeError
 from tests.serve.engines.fake_machine import Bench, MakeEngine, by_onnxruntime, photos
 from tests.serve.engines.fake_tensorrt import write_plan
 

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import pytest
 
 from srdeploy.errors import MissingPackageError
-from srdeploy.serve.folders import areas as areas_module
-from srdeploy.serve.folders.areas import check_areas, write_areas
-from srdeploy.serve.folders.photo import Photo
-from srdeploy.serve.folders.record import Record
-from srdeploy.serve.folders.store import OutputError
+from srdeploy.serve.folders import summary as areas_module
+from srdeploy.serve.folders.records import Photo, Record
+from srdeploy.serve.folders.stores import OutputError
+from srdeploy.serve.folders.summary import check_areas, write_areas
 from srdeploy.spec import Spec
 
 SPEC = Spec(classes=("sky", "собака"), palette=((1, 2, 3), (200, 0, 0)))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from srdeploy.data.classes import read_class_table
 from srdeploy.imaging import decode_photo
-from srdeploy.serve.folders.key import draw_legend, write_key
+from srdeploy.serve.folders.rendering import draw_legend, write_key
 from srdeploy.spec import Spec
 
 SPEC = Spec(

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.glob_pattern import GlobPattern
-from srdeploy.serve.folders.listing import find_photos
-from srdeploy.serve.folders.names import KINDS, OWN_FILES
+from srdeploy.serve.folders.listing import KINDS, OWN_FILES, find_photos
+from srdeploy.serve.folders.walk import GlobPattern
 
 
 def put(folder: Path, *names: str) -> Path:

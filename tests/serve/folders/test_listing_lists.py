@@ -10,7 +10,7 @@ import pytest
 
 from srdeploy.errors import UserError
 from srdeploy.serve.folders.listing import find_photos
-from srdeploy.serve.folders.photo import Photo, Unusable
+from srdeploy.serve.folders.records import Photo, Unusable
 
 
 def listed(

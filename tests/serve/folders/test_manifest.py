@@ -17,13 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.local_store import LocalStore, open_store
 from srdeploy.serve.folders.manifest import Header, open_manifest
-from srdeploy.serve.folders.photo import Photo
-from srdeploy.serve.folders.record import OutputFile, Record
-from srdeploy.serve.folders.record_line import from_line, name_and_verdict, to_line
+from srdeploy.serve.folders.records import (
+    OutputFile,
+    Photo,
+    Record,
+    from_line,
+    name_and_verdict,
+    to_line,
+)
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.store import OutputError
+from srdeploy.serve.folders.stores import LocalStore, OutputError, open_store
 
 HEADER = Header(
     srdeploy="1.2.3",
@@ -36,7 +40,7 @@ HEADER = Header(
 ADDING = """
 import sys
 from tests.serve.folders.test_manifest import HEADER, record_of
-from srdeploy.serve.folders.local_store import open_store
+from srdeploy.serve.folders.stores import open_store
 from srdeploy.serve.folders.manifest import open_manifest
 with open_manifest(open_store(sys.argv[1]), HEADER, False) as manifest:
     number = manifest.continued
@@ -289,7 +293,7 @@ def test_a_folder_with_outputs_and_no_manifest_is_as_new(tmp_path: Path) -> None
 def test_leftovers_of_killed_writes_are_removed_and_nothing_else(tmp_path: Path) -> None:
     write_manifest(tmp_path, record_of("sub/a"))
     code = (
-        "import os, sys; from srdeploy.serve.folders.local_store import open_store\n"
+        "import os, sys; from srdeploy.serve.folders.stores import open_store\n"
         "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
         "open_store(sys.argv[1]).write('sub/b.png', b'half')"
     )

@@ -17,17 +17,15 @@ from PIL import Image
 
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, read_labels, read_photo
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.evaluate import predict_labels
 from srdeploy.serve.folders import worker as worker_module
-from srdeploy.serve.folders.engine import LocalEngine
-from srdeploy.serve.folders.predict import predict_photos
+from srdeploy.serve.folders.predict import LocalEngine, predict_photos
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.summary import MOST_WARNED
-from srdeploy.serve.folders.task import PhotoTask
-from srdeploy.serve.folders.text import printable
-from srdeploy.serve.folders.worker import FEW, WINDOW
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.scheduling.sessions import Source, open_sessions
+from srdeploy.serve.folders.walk import printable
+from srdeploy.serve.folders.worker import FEW, WINDOW, PhotoTask
+from srdeploy.serve.scheduling.planner import Source, open_sessions
 from srdeploy.spec import InputPolicy, Spec
 
 MakeGraph = Callable[..., Path]

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.serve.folders.ray_actor import BatchActor, Failure, Order
+from srdeploy.serve.folders.ray_cluster import BatchActor, Failure, Order
 from srdeploy.serve.folders.ray_engine import RayEngine
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.store import OutputError
-from srdeploy.serve.scheduling.sessions import Source
+from srdeploy.serve.folders.stores import OutputError
+from srdeploy.serve.scheduling.planner import Source
 
 MakeGraph = Callable[..., Path]
 
@@ -39,10 +39,10 @@ import psutil
 
 from srdeploy.errors import UserError
 from srdeploy.serve.folders import ray_engine
-from srdeploy.serve.folders.engine import LocalEngine
-from srdeploy.serve.folders.photo import Photo
+from srdeploy.serve.folders.predict import LocalEngine
+from srdeploy.serve.folders.records import Photo
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.scheduling.sessions import Source
+from srdeploy.serve.scheduling.planner import Source
 
 
 class Deadly(Photo):

@@ -14,12 +14,18 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from srdeploy.imaging import Pixels, encode_jpeg, encode_mask, overlay, restore, strongest
-from srdeploy.serve.folders.photo import Photo
-from srdeploy.serve.folders.probabilities import softmax, to_half
-from srdeploy.serve.folders.rendering import Rendered, needs_logits, needs_picture, render
-from srdeploy.serve.folders.segments import encode_segments
+from srdeploy.runtimes.base import Logits
+from srdeploy.serve.folders.records import Photo
+from srdeploy.serve.folders.rendering import (
+    Rendered,
+    encode_segments,
+    needs_logits,
+    needs_picture,
+    render,
+    softmax,
+    to_half,
+)
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.runtime import Logits
 from srdeploy.spec import Spec
 
 PHOTO = Photo("in/deep/a b.jpg", "deep/a b", 100, 5)

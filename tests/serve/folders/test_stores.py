@@ -17,12 +17,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders import reading, upload
-from srdeploy.serve.folders.local_store import LocalStore, open_store
+from srdeploy.serve.folders import stores, worker
 from srdeploy.serve.folders.manifest import open_manifest
-from srdeploy.serve.folders.reading import read_bytes
-from srdeploy.serve.folders.remote_store import RemoteStore
-from srdeploy.serve.folders.store import OutputError, Store
+from srdeploy.serve.folders.stores import LocalStore, OutputError, RemoteStore, Store, open_store
+from srdeploy.serve.folders.worker import read_bytes
 from tests.serve.folders.test_manifest import HEADER, file_size_limit, photo_of, record_of
 
 ROOT = Path(__file__).parents[3]
@@ -219,7 +217,7 @@ def test_folders_that_vanish_meanwhile_are_made_again(tmp_path: Path) -> None:
 
 def test_files_are_whole_after_kill_9(tmp_path: Path) -> None:
     code = (
-        "import sys; from srdeploy.serve.folders.local_store import open_store\n"
+        "import sys; from srdeploy.serve.folders.stores import open_store\n"
         "store = open_store(sys.argv[1])\n"
         "while True:\n"
         "    for number in range(10):\n"
@@ -331,8 +329,8 @@ def test_a_remote_manifest_goes_on_where_it_was(
 
 
 def test_a_remote_manifest_is_uploaded_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload, "EVERY_S", 0.01)
-    monkeypatch.setattr(upload, "SHARE", 0)
+    monkeypatch.setattr(stores, "EVERY_S", 0.01)
+    monkeypatch.setattr(stores, "SHARE", 0)
     renewed = threading.Event()
     store = open_store("memory://bucket/out")
     real = RemoteStore.write_file
@@ -430,7 +428,7 @@ def test_files_too_large_for_photos_are_not_read(
         file.truncate(10**13)  # takes no room on the disk
     with pytest.raises(UserError, match=r"hole\.jpg: 10000\.0 GB are too many for a photo"):
         read_bytes(str(tmp_path / "hole.jpg"))
-    monkeypatch.setattr(reading, "MAX_BYTES", 3)
+    monkeypatch.setattr(worker, "MAX_BYTES", 3)
     fsspec.filesystem("memory").pipe_file("/bucket/a.jpg", b"1234")
     with pytest.raises(UserError, match="are too many for a photo"):
         read_bytes("memory://bucket/a.jpg")

@@ -8,9 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srdeploy.serve.scheduling import planner
-from srdeploy.serve.scheduling.plan import Layout, Measured
-from srdeploy.serve.scheduling.planner import WORTH, WORTH_ALONE, Wishes, choose, make_plan
-from srdeploy.serve.scheduling.sessions import Source
+from srdeploy.serve.scheduling.planner import (
+    WORTH,
+    WORTH_ALONE,
+    Layout,
+    Measured,
+    Source,
+    Wishes,
+    choose,
+    make_plan,
+)
 
 WIDE = Layout(sessions=1, threads=2)
 NARROW = Layout(sessions=2, threads=1)

@@ -13,15 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srdeploy.artifacts.artifact import Artifact
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
-from srdeploy.serve.artifact import Artifact
-from srdeploy.serve.runtime import Logits, Runtime
-from srdeploy.serve.scheduling.job import DeadlineError, Job
-from srdeploy.serve.scheduling.model import LoadedModel
-from srdeploy.serve.scheduling.plan import Layout, Plan
+from srdeploy.runtimes.base import Logits, Runtime
+from srdeploy.serve.scheduling.jobs import DeadlineError, Job
+from srdeploy.serve.scheduling.lanes import LoadedModel
+from srdeploy.serve.scheduling.planner import Layout, Plan, Source
 from srdeploy.serve.scheduling.scheduler import Scheduler
-from srdeploy.serve.scheduling.sessions import Source
 from srdeploy.spec import InputPolicy, Spec
 
 SPEC = Spec(

@@ -12,8 +12,8 @@ import typer
 import yaml
 
 from srdeploy.cli.main import app
-from srdeploy.serve.server.guard import OPEN_PREFIXES
-from srdeploy.serve.server.limits import Limits
+from srdeploy.serve.server.admission import Limits
+from srdeploy.serve.server.middleware import OPEN_PREFIXES
 
 ROOT = Path(__file__).resolve().parents[3]
 

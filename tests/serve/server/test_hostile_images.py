@@ -4,9 +4,8 @@ import psutil
 import pytest
 
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.limits import Limits
+from srdeploy.serve.server.admission import BadRequest, Limits, Refusal, TooLarge
 from srdeploy.serve.server.photo_task import PhotoTask, Wanted
-from srdeploy.serve.server.refusals import BadRequest, Refusal, TooLarge
 from srdeploy.spec import InputPolicy, Spec
 from tests.serve.server.hostile import corpus
 

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from srdeploy import __version__
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.card import ModelCard
+from srdeploy.serve.server.admission import BadRequest, Limits, NotFound, Refusal, TooLarge
 from srdeploy.serve.server.kserve import (
     InferRequest,
     RequestedOutput,
@@ -26,9 +26,8 @@ from srdeploy.serve.server.kserve import (
     repository_index,
     server_metadata,
 )
-from srdeploy.serve.server.kserve_json import MAX_JSON_MIB
-from srdeploy.serve.server.limits import Limits
-from srdeploy.serve.server.refusals import BadRequest, NotFound, Refusal, TooLarge
+from srdeploy.serve.server.kserve_tensors import MAX_JSON_MIB
+from srdeploy.serve.server.registry import ModelCard
 from srdeploy.spec import InputPolicy, Spec
 
 triton = pytest.importorskip(

@@ -14,13 +14,13 @@ from PIL import Image
 
 from srdeploy import imaging
 from srdeploy.imaging import Pixels
+from srdeploy.regions import polygons
+from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.folders.predict import predict_photos
-from srdeploy.serve.regions import polygons
-from srdeploy.serve.runtime import open_runtime
-from srdeploy.serve.scheduling.sessions import Source
-from srdeploy.serve.scheduling.task import Task
+from srdeploy.serve.scheduling.jobs import Task
+from srdeploy.serve.scheduling.planner import Source
 from srdeploy.serve.server import photo_task
-from srdeploy.serve.server.limits import Limits
+from srdeploy.serve.server.admission import BadRequest, Limits, TooLarge
 from srdeploy.serve.server.photo_task import (
     PhotoAnswer,
     PhotoTask,
@@ -29,7 +29,6 @@ from srdeploy.serve.server.photo_task import (
     entry_names,
     pack,
 )
-from srdeploy.serve.server.refusals import BadRequest, TooLarge
 from srdeploy.spec import InputPolicy, Spec
 
 SPEC = Spec(

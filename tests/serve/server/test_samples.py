@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from srdeploy.errors import UserError
-from srdeploy.serve.server.samples import LONGEST_SIDE, MOST, Sample, load_samples
+from srdeploy.serve.server.page import LONGEST_SIDE, MOST, Sample, load_samples
 
 
 def decoded(sample: Sample) -> Image.Image:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from srdeploy.cli.serve_verb import serve
 from srdeploy.serve.scheduling.planner import MAX_WAIT_MS
-from srdeploy.serve.server.limits import Limits
+from srdeploy.serve.server.admission import Limits
 from srdeploy.spec import InputPolicy, Spec
 from tests.serve.server.live import LiveServer
 

@@ -13,7 +13,7 @@ from srdeploy.data.classes import colour_map
 from srdeploy.deployable import Normalise
 from srdeploy.errors import UserError
 from srdeploy.spec import Spec
-from srdeploy.train.weak.cam import (
+from srdeploy.train.weak.maps import (
     PhotoMaps,
     averaged_maps,
     of_tags,
@@ -21,7 +21,7 @@ from srdeploy.train.weak.cam import (
     to_highest,
     write_maps,
 )
-from srdeploy.train.weak.pseudo_config import PseudoConfig
+from srdeploy.train.weak.pseudo_run import PseudoConfig
 
 SPEC = Spec(classes=("background", "a", "b"), palette=colour_map(3), ignore_index=255)
 

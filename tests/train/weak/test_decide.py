@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srdeploy.train.weak.cam import PhotoMaps
 from srdeploy.train.weak.decide import best, certainty, decide, with_background
+from srdeploy.train.weak.maps import PhotoMaps
 
 IGNORE = 255
 few = settings(max_examples=50, deadline=None)

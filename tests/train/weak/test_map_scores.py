@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from srdeploy.data.classes import colour_map
 from srdeploy.metrics import Score
 from srdeploy.spec import Spec
-from srdeploy.train.weak.cam import PhotoMaps
-from srdeploy.train.weak.decide import best, with_background
-from srdeploy.train.weak.map_scores import (
+from srdeploy.train.weak.decide import (
     LEVELS,
     MapScores,
+    best,
     confusion,
     mean_iou,
     read_scores,
     score_photo,
+    with_background,
     write_scores,
 )
+from srdeploy.train.weak.maps import PhotoMaps
 
 SPEC = Spec(classes=("background", "a", "b"), palette=colour_map(3), ignore_index=255)
 few = settings(max_examples=30, deadline=None)

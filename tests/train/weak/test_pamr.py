@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srdeploy.train.weak import pamr
+from srdeploy.train.weak import maps as weak_maps
 
 Floats = NDArray[np.float64]
 few = settings(max_examples=10, deadline=None)
@@ -63,7 +63,7 @@ def test_refinement_equals_a_plain_loop_in_float64(
     size: tuple[int, int], dilations: tuple[int, ...], seed: int
 ) -> None:
     images, maps = made(size, seed)
-    found = pamr.refine(images, maps, dilations, steps=3)[0].numpy()
+    found = weak_maps.refine(images, maps, dilations, steps=3)[0].numpy()
     expected = by_loops(images[0].double().numpy(), maps[0].double().numpy(), dilations, steps=3)
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
@@ -74,16 +74,16 @@ def test_no_value_leaves_the_range_of_its_map(
     size: tuple[int, int], dilations: tuple[int, ...], seed: int, steps: int
 ) -> None:
     images, maps = made(size, seed)
-    found = pamr.refine(images, maps, dilations, steps)
+    found = weak_maps.refine(images, maps, dilations, steps)
     assert bool((found <= maps.amax((2, 3), keepdim=True) + 1e-5).all())
     assert bool((found >= maps.amin((2, 3), keepdim=True) - 1e-5).all())
 
 
 def test_photos_of_a_batch_do_not_touch_each_other() -> None:
     images, maps = made((6, 9), seed=1, batch=3)
-    together = pamr.refine(images, maps, (1, 2), steps=4)
+    together = weak_maps.refine(images, maps, (1, 2), steps=4)
     alone = torch.cat(
-        [pamr.refine(images[i : i + 1], maps[i : i + 1], (1, 2), 4) for i in range(3)]
+        [weak_maps.refine(images[i : i + 1], maps[i : i + 1], (1, 2), 4) for i in range(3)]
     )
     torch.testing.assert_close(together, alone)
 
@@ -95,12 +95,12 @@ def test_a_map_spreads_to_the_edge_of_its_region_and_not_beyond() -> None:
     images += 0.01 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     maps = torch.zeros(1, 1, 16, 16)
     maps[:, :, 6:10, 2:6] = 1
-    found = pamr.refine(images, maps, (1, 2, 4), steps=20)[0, 0]
+    found = weak_maps.refine(images, maps, (1, 2, 4), steps=20)[0, 0]
     left, right = float(found[:, :8].mean()), float(found[:, 8:].mean())
     assert left > 20 * right
 
 
 def test_a_brighter_photo_gives_the_same_weights() -> None:
     images, _ = made((8, 8), seed=2)
-    one, other = (pamr.neighbour_weights(k * images, (1, 2)) for k in (1.0, 255.0))
+    one, other = (weak_maps.neighbour_weights(k * images, (1, 2)) for k in (1.0, 255.0))
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)

@@ -18,8 +18,7 @@ from srdeploy.train.config import load_config
 from srdeploy.train.guard import Guard
 from srdeploy.train.loop import train
 from srdeploy.train.weak.pseudo import make_pseudo
-from srdeploy.train.weak.pseudo_config import PseudoConfig
-from srdeploy.train.weak.pseudo_run import PseudoRun, load_pseudo_run
+from srdeploy.train.weak.pseudo_run import PseudoConfig, PseudoRun, load_pseudo_run
 from tests.train.weak.scenes import write_scenes
 
 TINY = {

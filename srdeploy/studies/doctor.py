@@ -1,0 +1,247 @@
+"""What this machine has, and what each verb can do here. Nothing is concluded from a version or a
+list: every ability is tried, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from srdeploy.environment import describe_environment, versions
+from srdeploy.validation import Settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Offered = Mapping[str, frozenset[str]]
+"""Verb -> its options, as the command line has them."""
+
+PACKAGES = (
+    "torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "openvino", "tensorrt", "tensorrt-rtx", "cuda-python", "nvidia-ml-py", "pycuda",
+    "tritonclient", "fastapi", "uvicorn", "ray", "transformers",
+)  # fmt: skip
+SECONDS = 120
+"""After which a probe is given up."""
+RUNNERS = ("evaluate", "predict", "bench")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is told of one ability, and where its answer comes from."""
+
+    verb: str
+    options: str
+    probe: str
+    answers: tuple[str, ...]
+    """Names of the probe's answers: the first that is no success is the reason."""
+    note: str = ""
+    essential: bool = False
+    """Whether an environment without it is broken, rather than without an extra."""
+
+
+_CUDA = "--device cuda"
+TRIALS = (
+    _Trial("train", "--device cpu", "torch", ("train cpu",), essential=True),
+    _Trial("train", _CUDA, "torch", ("train cuda",)),
+    _Trial("export", "", "torch", ("export",), essential=True),
+    *(
+        _Trial("export", f"--precision {name}", "conversion", (name,))
+        for name in ("fp16", "bf16", "int8")
+    ),
+    _Trial("export", "--trt", "tensorrt", ("import", "build")),
+    _Trial("export", "--trt --builder rtx", "rtx", ("import", "build")),
+    _Trial("predict", "--runtime torch", "torch", ("run cpu",), essential=True),
+    _Trial("predict", f"--runtime torch {_CUDA}", "torch", ("run cuda",)),
+    _Trial("predict", "--runtime onnxruntime", "onnxruntime", ("run",)),
+    _Trial("predict", f"--runtime onnxruntime {_CUDA}", "onnxruntime-cuda", ("run",)),
+    _Trial("predict", f"--runtime onnxruntime-tensorrt {_CUDA}", "onnxruntime-tensorrt", ("run",)),
+    _Trial("predict", "--runtime openvino", "openvino", ("fp32",)),
+    _Trial("predict", "--runtime openvino --precision bf16", "openvino", ("bf16",)),
+    _Trial("predict", f"--runtime tensorrt {_CUDA}", "tensorrt", ("run",)),
+    _Trial("predict", f"--runtime tensorrt {_CUDA}", "rtx", ("run",), note="built for RTX"),
+    _Trial("serve", "", "server", ("import",)),
+    _Trial("predict", "--engine ray", "ray", ("import",)),
+)
+
+
+class Gpu(Settings):
+    """One GPU as the driver describes it."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: str
+
+
+class Ability(Settings):
+    """Something that a verb does, and whether it works here."""
+
+    verb: str
+    """Runs of artifacts stand under predict; evaluate and bench do as it does."""
+    options: str
+    note: str
+    ok: bool
+    reason: str | None
+    """What is missing, with the pip line where there is one; None where it works."""
+
+
+class Diagnosis(Settings):
+    """All that `srdeploy doctor` finds."""
+
+    environment: dict[str, str]
+    """srdeploy, Python, system, processor, cores."""
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    """Version of NVIDIA's driver."""
+    cuda: str | None
+    """Newest CUDA version that the driver runs."""
+    gpu_note: str | None
+    """Why the GPUs can't be asked for."""
+    packages: dict[str, str | None]
+    """Version by package; None where it is absent. torch's tells its CUDA build."""
+    providers: tuple[str, ...]
+    """Those that onnxruntime says it has: whether they start, the abilities tell."""
+    abilities: tuple[Ability, ...]
+    problems: tuple[str, ...]
+    """What is broken rather than absent; each makes the exit code 1."""
+
+    def tables(self) -> "tuple[Table, Table]":
+        """The machine, and what each verb can do on it."""
+        from rich.table import Table
+
+        machine = Table(title="this machine", show_header=False, title_justify="left")
+        for name, value in self.environment.items():
+            machine.add_row(name, value)
+        for gpu in self.gpus:
+            memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
+            machine.add_row(
+                "GPU", f"{gpu.name}, {memory}, compute capability {gpu.compute_capability}"
+            )
+        if not self.gpus:
+            machine.add_row("GPU", f"none ({self.gpu_note})" if self.gpu_note else "none")
+        machine.add_row("NVIDIA driver", self.driver or "none")
+        if self.cuda is not None:
+            machine.add_row("CUDA of the driver", self.cuda)
+        for name, version in self.packages.items():
+            machine.add_row(name, version or "-")
+        machine.add_row("onnxruntime lists", ", ".join(self.providers) or "-")
+        verbs = Table(title="what each verb can do here", title_justify="left")
+        for header in ("", "verb", "with", "what is missing"):
+            verbs.add_column(header)
+        for one in self.abilities:
+            verb = ", ".join(RUNNERS) if one.verb == "predict" and _is_run(one) else one.verb
+            what = f"{one.options} ({one.note})" if one.note else one.options
+            mark = "[green]✓[/green]" if one.ok else "[red]✗[/red]"
+            verbs.add_row(mark, verb, what, _plain(one.reason or ""))
+        return machine, verbs
+
+
+def diagnose(offered: Offered) -> Diagnosis:
+    """Tries everything that the command line offers. Takes seconds.
+
+    offered: what there is to try; of what this version has no verb or option for, nothing is told.
+    """
+    trials = [trial for trial in TRIALS if _is_offered(trial, offered)]
+    names = sorted({trial.probe for trial in trials} | {"gpu", "onnxruntime"}, key=_longest_first)
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        answers = dict(zip(names, pool.map(run_probe, names), strict=True))
+    abilities = [_ability(trial, answers[trial.probe]) for trial in trials]
+    found = versions(PACKAGES)
+    problems = [
+        f"{trial.verb} {trial.options}".strip() + f" does not work: {ability.reason}"
+        for trial, ability in zip(trials, abilities, strict=True)
+        if trial.essential and not ability.ok and "failure" not in answers[trial.probe]
+    ]
+    problems += [
+        f"trying {name} {one['failure']}" for name, one in answers.items() if "failure" in one
+    ]
+    if "onnxruntime" in found and "onnxruntime-gpu" in found:
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install the one that you want"
+        )
+    gpu = answers["gpu"]
+    return Diagnosis(
+        environment=describe_environment(()),
+        gpus=gpu.get("gpus", ()),
+        driver=gpu.get("driver"),
+        cuda=gpu.get("cuda"),
+        gpu_note=gpu.get("nvml", gpu.get("failure")),
+        packages={name: found.get(name) for name in PACKAGES},
+        providers=answers["onnxruntime"].get("offered", ()),
+        abilities=tuple(abilities),
+        problems=tuple(problems),
+    )
+
+
+def run_probe(name: str) -> dict[str, Any]:
+    """The answers of one probe; {"failure": reason} where its process did not live to answer."""
+    code = "from srdeploy.studies.doctor_probes import main; main()"
+    # The probe sees the modules that this process sees, and not those that happen to lie in the
+    # working folder.
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with TemporaryDirectory(prefix="srdeploy-") as folder:
+        file = Path(folder) / "answers.json"
+        command = [sys.executable, "-P", "-c", code, name, str(file)]
+        try:
+            done = subprocess.run(
+                command,
+                env={**os.environ, "PYTHONPATH": paths},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return {"failure": f"gave no answer within {SECONDS} s"}
+        if done.returncode == 0:
+            answers = json.loads(file.read_text())
+            assert isinstance(answers, dict)
+            return answers
+    return {"failure": _last_words(done)}
+
+
+def _ability(trial: _Trial, answers: Mapping[str, Any]) -> Ability:
+    reasons = (answers.get(name, answers.get("failure")) for name in trial.answers)
+    reason = next((one for one in reasons if one is not None), None)
+    if reason is not None:
+        reason = reason.removeprefix("device cuda was asked for, but ")
+    return Ability(
+        verb=trial.verb, options=trial.options, note=trial.note, ok=reason is None, reason=reason
+    )
+
+
+def _is_offered(trial: _Trial, offered: Offered) -> bool:
+    options = {word for word in trial.options.split() if word.startswith("--")}
+    return trial.verb in offered and options <= offered[trial.verb]
+
+
+def _is_run(ability: Ability) -> bool:
+    return ability.options.startswith("--runtime")
+
+
+def _longest_first(name: str) -> tuple[bool, str]:
+    """torch's probe takes as long as all others together."""
+    return name != "torch", name
+
+
+def _last_words(done: "subprocess.CompletedProcess[str]") -> str:
+    """Why a probe's process ended without an answer."""
+    if done.returncode < 0:
+        return f"crashed ({signal.Signals(-done.returncode).name})"
+    lines: Sequence[str] = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return (lines[-1] if lines else f"ended with exit code {done.returncode}")[:300]
+
+
+def _plain(text: str) -> str:
+    """`text` without rich's markup: pip's srdeploy[gpu] is no style."""
+    from rich.markup import escape
+
+    return escape(text)
