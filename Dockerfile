@@ -8,8 +8,6 @@
 
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim AS build
-# Where torch's CPU build comes from: the usual one brings gigabytes of CUDA packages.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m venv /opt/srdeploy
 WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE ./
@@ -17,8 +15,8 @@ COPY srdeploy srdeploy
 COPY train train
 COPY export export
 COPY serve serve
-RUN /opt/srdeploy/bin/pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" \
-    --constraint constraints.txt ".[cpu,serve]"
+# No torch: the server runs ONNX files.
+RUN /opt/srdeploy/bin/pip install --no-cache-dir --constraint constraints.txt ".[cpu,serve]"
 
 FROM python:${PYTHON}-slim
 COPY --from=build /opt/srdeploy /opt/srdeploy
@@ -28,8 +26,7 @@ USER 10001:10001
 ENV PATH=/opt/srdeploy/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    HOME=/tmp \
-    MPLCONFIGDIR=/tmp
+    HOME=/tmp
 WORKDIR /models
 EXPOSE 8000
 STOPSIGNAL SIGTERM

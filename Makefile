@@ -5,20 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint check-wheel bench clean
+.PHONY: help setup demo test lint check-wheel check-lean bench clean
 
 help:
 	@echo "make demo         train, export, certify, evaluate, bench and predict on made-up data"
 	@echo "make test         lint, types, import rules and the whole suite"
 	@echo "make lint         ruff, mypy and the import rules alone"
 	@echo "make check-wheel  build the wheel, install it in a clean environment, test it there"
+	@echo "make check-lean   install what a server needs, without torch, and run the deploy side there"
 	@echo "make bench        run the benchmarks behind the figures in README.md"
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,serve,dev,interop]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,all,dev,interop]'
 	-$(call bindings,10,10.16.1.11)
 	-$(call bindings,11,11.4.0.106)
 	touch $@
@@ -45,9 +46,19 @@ check-wheel: $(READY)
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --wheel --quiet
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[cpu,serve,dev]"
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[cpu,all,dev]"
 	.venv-wheel/bin/python -P -c "import srdeploy; assert 'site-packages' in srdeploy.__file__, srdeploy.__file__"
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 .venv-wheel/bin/pytest -o pythonpath= -m wheel -n auto --dist loadgroup
+
+# What a deployment machine installs. --no-compile: bytecode is written where a module is first used.
+check-lean: $(READY)
+	rm -rf dist-lean .venv-lean
+	$(BIN)/python -m build --wheel --quiet --outdir dist-lean
+	$(PYTHON) -m venv .venv-lean
+	.venv-lean/bin/python -m pip install --quiet --no-compile --constraint constraints.txt \
+		"$$(ls dist-lean/*.whl)[cpu,serve,bench]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" SRDEPLOY_LEAN="$(CURDIR)/.venv-lean/bin/srdeploy" OMP_NUM_THREADS=1 \
+		$(BIN)/pytest tests/test_lean.py
 
 # make bench CAMVID=folder MOBILENET=file.safetensors also repeats what needs data and weights.
 CAMVID ?=
@@ -78,4 +89,4 @@ else
 endif
 
 clean:
-	rm -rf $(VENV) .venv-wheel build dist *.egg-info
+	rm -rf $(VENV) .venv-wheel .venv-lean build dist dist-lean *.egg-info

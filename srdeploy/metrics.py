@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from srdeploy.errors import UserError
 from srdeploy.spec import Spec
@@ -53,8 +52,6 @@ pixels, and those that another foreground class took. Tallies of images add up."
 
 MEASURES = ("miou", "failure1", "failure2")
 """What `measures` makes of tallies, in this order."""
-
-_EIGHT_NEIGHBOURS = np.ones((3, 3), np.int8)
 
 
 class Scores(Settings):
@@ -214,7 +211,7 @@ class Score:
         area = mask.size
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        components, count = ndimage.label(mask[box], _EIGHT_NEIGHBOURS)
+        components, count = connected_components(mask[box])
         inside = components > 0
         numbers, guess = components[inside], predicted[box][inside]
         sizes = np.bincount(numbers, minlength=count + 1)
@@ -226,6 +223,39 @@ class Score:
             other = self._is_foreground[guess] & (guess != index)
             taken = np.bincount(numbers[other], minlength=count + 1)
             self._large[index] += large.sum(), sizes[large].sum(), taken[large].sum()
+
+
+def connected_components(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], int]:
+    """Numbers the 8-connected components of a mask bool [H, W].
+
+    Returns int32 [H, W], 0 outside and 1.. inside, numbered by their first pixels in reading
+    order, and how many there are. The same as scipy.ndimage.label with a full 3x3 structure, which
+    the suite compares it with: scipy would be a third of what evaluation installs.
+    """
+    height, width = mask.shape
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    # Runs of set pixels along the rows, [starts, ends), as positions with room between the rows.
+    positions = np.arange(height)[:, None] * (width + 2) + np.arange(width + 1)
+    starts, ends = positions[edges == 1], positions[edges == -1]
+    # A run touches those of the row above that end at or behind its start and begin at or before
+    # its end: the diagonal neighbours are the "at".
+    first = np.searchsorted(ends, starts - (width + 2), side="left").tolist()
+    last = np.searchsorted(starts, ends - (width + 2), side="right").tolist()
+    roots = list(range(len(starts)))
+
+    def root(run: int) -> int:
+        while roots[run] != run:
+            roots[run] = run = roots[roots[run]]
+        return run
+
+    for run, (begin, end) in enumerate(zip(first, last, strict=True)):
+        for above in range(begin, end):
+            one, other = root(run), root(above)
+            roots[max(one, other)] = min(one, other)
+    distinct, numbers = np.unique([root(run) for run in roots], return_inverse=True)
+    labels = np.zeros(mask.shape, np.int32)
+    labels[mask] = np.repeat(numbers + 1, ends - starts)
+    return labels, len(distinct)
 
 
 def measures(tallies: npt.NDArray[Any], spec: Spec) -> npt.NDArray[np.float64]:

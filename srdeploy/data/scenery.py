@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 Floats = npt.NDArray[np.float32]
 Colour = tuple[float, float, float]
@@ -39,7 +38,7 @@ class Canvas:
         if rows.start >= rows.stop or columns.start >= columns.stop:
             return
         inside = coverage >= 0.5
-        ring = (ndimage.binary_dilation(inside, np.ones((3, 3), np.bool_)) & ~inside)[rows, columns]
+        ring = (_dilated(inside) & ~inside)[rows, columns]
         inside, share = inside[rows, columns], coverage[rows, columns, None]
         there = (
             slice(top + rows.start, top + rows.stop),
@@ -73,6 +72,13 @@ class Stage:
     """What distant things fade to."""
     light: float
     """Overall brightness, about 1."""
+
+
+def _dilated(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """A mask bool [h, w], grown by one pixel to all eight sides."""
+    padded = np.pad(mask, 1)
+    tall = padded[:-2] | padded[1:-1] | padded[2:]
+    return tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:]
 
 
 def coverage_of(drawing: Image.Image) -> Floats:

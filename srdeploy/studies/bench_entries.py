@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from srdeploy import console
@@ -70,7 +71,7 @@ def entries_for(
             )
         regulated = _regulated([run or one.path for run, one in zip(runs, opened, strict=True)])
         graphs = any(_resolved(opened[0], one.runtime, runs[0]) not in NO_GRAPH for one in settings)
-        if exits_left_in and regulated is not None and graphs:
+        if exits_left_in and regulated is not None and graphs and _has_torch():
             entries.append(_with_exits(regulated, settings, workshop))
         yield entries
 
@@ -181,6 +182,14 @@ def _regulated(paths: Sequence[Path]) -> Path | None:
     from srdeploy.runs import is_run, open_run
 
     return next((one for one in paths if is_run(one) and open_run(one).exits is not None), None)
+
+
+def _has_torch() -> bool:
+    """Whether a graph with its exits can be exported here; says so where it can't."""
+    found = find_spec("torch") is not None
+    if not found:
+        console.say("no row for the graph with its exits left in: exporting it needs torch")
+    return found
 
 
 def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> Entry:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
 from srdeploy import metrics
 from srdeploy.errors import UserError
@@ -204,3 +205,21 @@ def test_the_table_shows_percent_with_two_decimals_and_a_dash_for_nothing() -> N
     assert "66.67" in out.getvalue()
     assert metrics.percent(2 / 3) == "66.67"
     assert metrics.percent(None) == "-"
+
+
+@given(hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12)))
+def test_components_are_numbered_as_scipy_numbers_them(mask: np.ndarray) -> None:
+    expected, count = ndimage.label(mask, np.ones((3, 3), np.int8))
+    found, found_count = metrics.connected_components(mask)
+    assert found_count == count
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_components_of_noise_are_numbered_as_scipy_numbers_them() -> None:
+    """Larger than hypothesis draws: many runs that join late."""
+    for share in (0.1, 0.4, 0.6):
+        mask = np.random.default_rng(0).random((120, 90)) < share
+        expected, count = ndimage.label(mask, np.ones((3, 3), np.int8))
+        found, found_count = metrics.connected_components(mask)
+        assert found_count == count
+        np.testing.assert_array_equal(found, expected)
