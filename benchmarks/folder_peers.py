@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from plain_runtime import MaskWriter, Run, decode, open_sessions, spec_of
 
-from srdeploy.cores import usable_cores
+from srdeploy.environment import usable_cores
 from srdeploy.imaging import Pixels, fit, restore
 
 CORES = usable_cores()

@@ -38,8 +38,7 @@ from server_process import harmless
 
 from srdeploy import console
 from srdeploy.artifacts.artifact import open_artifact
-from srdeploy.cores import usable_cores
-from srdeploy.environment import PACKAGES, describe_environment
+from srdeploy.environment import PACKAGES, describe_environment, usable_cores
 from srdeploy.files import sha256_of, write_json
 
 OURS = "srdeploy"

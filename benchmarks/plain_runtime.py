@@ -22,7 +22,7 @@ import typer
 from PIL import Image
 
 from srdeploy.artifacts.artifact import open_artifact
-from srdeploy.cores import usable_cores
+from srdeploy.environment import usable_cores
 from srdeploy.imaging import Pixels, colour_table, fit
 from srdeploy.spec import Spec
 

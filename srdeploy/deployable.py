@@ -68,8 +68,8 @@ class Deployable(nn.Module):
 
     images: uint8 [N, H, W, 3] RGB, or float32 [N, 3, H, W] already normalised (input="float32").
     Returns labels uint8 [N, H, W]; or logits float32 [N, K, H, W]; or both as a tuple (labels,
-    logits). Any H, W from spec.input.smallest: where the network takes multiples of
-    spec.input.multiple alone, the image is padded and the result cut in here.
+    logits). Any H, W from spec.input.smallest: where the network takes only
+    multiples of spec.input.multiple, the image is padded and the result cropped in here.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def whole_file(path: Path, sync: bool = True) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        # mkstemp makes files for the owner alone; published files get the usual mode.
+        # mkstemp makes files that only the owner reads; published files get the usual mode.
         os.chmod(temporary, 0o666 & ~_umask())
         if sync:
             with temporary.open("rb+") as written:

@@ -1,4 +1,8 @@
-"""What Pillow says of broken and of large files, and what of that people are told."""
+"""Photos in, masks out: the one place where images are decoded, fitted, restored, coloured and
+encoded.
+
+Arrays are uint8: photos RGB [H, W, 3], masks and labels [H, W].
+"""
 
 import ctypes
 import logging
@@ -18,8 +22,12 @@ import simplejpeg
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from srdeploy.errors import UserError
-from srdeploy.photo_header import check_header, format_of, opener, webp_size
+from srdeploy.image_header import check_header, format_of, opener, webp_size
 from srdeploy.spec import Spec
+
+Pixels = npt.NDArray[np.uint8]
+
+PHOTO_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"])
 
 _SPOKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning)
 """Errors whose text is meant for people."""
@@ -27,53 +35,6 @@ _INTERNAL = (LookupError, struct.error)
 """Errors of Pillow's own code, which it passes on in others."""
 _LONGEST = 160
 """Characters of a reason."""
-
-
-def reason_of(error: Exception) -> str:
-    """Why an image could not be decoded: a short line without addresses of objects."""
-    if isinstance(error, UnidentifiedImageError):
-        return "unknown format"
-    if isinstance(error, MemoryError):
-        return "more memory than there is"
-    unspoken = not isinstance(error, _SPOKEN) or isinstance(error.__cause__, _INTERNAL)
-    if unspoken or not str(error).strip():
-        return "damaged data"
-    line = "".join(c if c.isprintable() else "?" for c in str(error).strip().splitlines()[0])
-    return re.sub(r"<[^<>]* at 0x[^<>]*>", "the image", line)[:_LONGEST]
-
-
-def raise_pillows_limit(pixels: int) -> None:
-    """Pillow's own limit of pixels is the whole process's: it is raised to ours and never lowered,
-    so that threads need not take turns, as they would to silence its warning for one image."""
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = pixels
-
-
-def ignore_remarks() -> None:
-    """Silences what Pillow says of damaged files, for the whole process: strangers would write its
-    log, and grow its list of warnings given. Call it once, before threads decode."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    _silence_libtiff()
-
-
-def _silence_libtiff() -> None:
-    """libtiff writes to the process's stderr by itself, and Pillow leaves it so. Nothing is done
-    where Pillow has none, or hides it."""
-    library = ctypes.CDLL(_imaging.__file__)  # finds also what it is linked with
-    silence = getattr(library, "TIFFSetErrorHandler", None)
-    if silence is not None:
-        silence.argtypes = [ctypes.c_void_p]
-        silence.restype = ctypes.c_void_p
-        silence(None)
-
-
-# Photos in, masks out. The one place where images are decoded, fitted, restored, coloured and
-# encoded.
-
-Pixels = npt.NDArray[np.uint8]
-
-PHOTO_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"])
 
 
 class UnreadableImageError(UserError):
@@ -98,8 +59,8 @@ def read_photo(path: Path) -> Pixels:
 def decode_photo(content: bytes, name: str, pixels: int | None = None) -> Pixels:
     """An image in memory, decoded as `read_photo` does a file, RGB uint8 [H, W, 3].
 
-    For images of strangers: the formats of PHOTO_SUFFIXES alone are opened, told by their first
-    bytes, and headers that ask for undue work are refused. name: what messages call the image.
+    For untrusted images: only the formats of PHOTO_SUFFIXES are opened, recognised by their first
+    bytes, and headers that ask for excessive work are refused. name: what messages call the image.
     pixels: the most that are decoded, whatever Pillow's own limit is; None: any number. Threads may
     decode at once. Raises UnreadableImageError, or OversizedImageError before any pixel is decoded.
     """
@@ -109,7 +70,7 @@ def decode_photo(content: bytes, name: str, pixels: int | None = None) -> Pixels
             raise ValueError("unknown format: give JPEG, PNG, WebP, BMP or TIFF")
         check_header(content, format)
         if pixels is not None:
-            raise_pillows_limit(pixels)
+            increase_pixel_limit(pixels)
             # libwebp takes the memory of the whole canvas when it is given the file.
             declared = webp_size(content) if format == "WEBP" else None
             if declared is not None:
@@ -125,7 +86,7 @@ def decode_photo(content: bytes, name: str, pixels: int | None = None) -> Pixels
 
 
 def photo_size(path: Path) -> tuple[int, int]:
-    """(height, width) as of `read_photo`, from the header alone. Raises UnreadableImageError."""
+    """(height, width) as of `read_photo`, read from the header only. Raises UnreadableImageError."""
     with _opened(path, "image") as file:
         width, height = file.size
         if isinstance(file, TiffImagePlugin.TiffImageFile):
@@ -234,7 +195,7 @@ def _upright(file: Image.Image) -> Pixels:
 
 def _quick_jpeg(content: bytes) -> Pixels | None:
     """What Pillow gives, in less time: it decodes into the array itself. None where the file is
-    damaged in any way, so that Pillow alone says what is and what is not an image."""
+    damaged in any way, so that only Pillow says what is and what is not an image."""
     try:
         return cast(Pixels, simplejpeg.decode_jpeg(content, "RGB"))
     except (ValueError, MemoryError):
@@ -378,7 +339,7 @@ def encode_jpeg(image: Pixels, quality: int = 90) -> bytes:
     if max(height, width) > _LONGEST_JPEG_SIDE:
         raise UserError(
             f"a picture of {width}x{height} is too large for JPEG, which has up to "
-            f"{_LONGEST_JPEG_SIDE} pixels a side: ask for the mask alone"
+            f"{_LONGEST_JPEG_SIDE} pixels a side: ask for only the mask"
         )
     buffer = BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
@@ -403,9 +364,6 @@ def strongest(logits: npt.NDArray[np.float32]) -> Pixels:
     return labels
 
 
-# A few photos of a folder, for checks and reports.
-
-
 def first_photos(folder: Path, count: int) -> list[Pixels]:
     """The first `count` photos of `folder` by name, decoded. Raises UserError where there are
     none."""
@@ -415,3 +373,47 @@ def first_photos(folder: Path, count: int) -> list[Pixels]:
     if not files:
         raise UserError(f"{folder} has no photos: give a folder with .jpg or .png files")
     return [read_photo(file) for file in files[:count]]
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image could not be decoded: a short line without addresses of objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown format"
+    if isinstance(error, MemoryError):
+        return "more memory than there is"
+    unspoken = not isinstance(error, _SPOKEN) or isinstance(error.__cause__, _INTERNAL)
+    if unspoken or not str(error).strip():
+        return "damaged data"
+    line = "".join(c if c.isprintable() else "?" for c in str(error).strip().splitlines()[0])
+    return re.sub(r"<[^<>]* at 0x[^<>]*>", "the image", line)[:_LONGEST]
+
+
+def increase_pixel_limit(pixels: int) -> None:
+    """Raises Pillow's limit of pixels, which holds for the whole process, to at least `pixels`.
+
+    It is never lowered: threads would otherwise have to take turns.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def ignore_pillow_warnings() -> None:
+    """Silences Pillow's warnings about damaged files, for the whole process.
+
+    Untrusted files would otherwise fill the log and grow Python's list of warnings already given.
+    Call it once, before threads decode.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    _silence_libtiff()
+
+
+def _silence_libtiff() -> None:
+    """Stops libtiff from writing to the process's stderr, which Pillow does not do. Does nothing
+    where Pillow was built without libtiff or hides it."""
+    library = ctypes.CDLL(_imaging.__file__)  # finds also what it is linked with
+    silence = getattr(library, "TIFFSetErrorHandler", None)
+    if silence is not None:
+        silence.argtypes = [ctypes.c_void_p]
+        silence.restype = ctypes.c_void_p
+        silence(None)

@@ -11,7 +11,7 @@ from srdeploy import console
 class StopRequest:
     """While it is open, the first SIGINT or SIGTERM sets `requested`; a second one acts as usual.
 
-    Signals can be caught in the main thread alone: in any other one this does nothing.
+    Only the main thread can catch signals: in any other one this does nothing.
     """
 
     def __init__(self, message: str) -> None:

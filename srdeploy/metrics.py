@@ -270,7 +270,7 @@ def measures(tallies: npt.NDArray[Any], spec: Spec) -> npt.NDArray[np.float64]:
     iou = _shares(correct, true + predicted - correct)
     there = ~np.isnan(iou)
     miou = _shares(np.where(there, iou, 0).sum(axis=-1), there.sum(axis=-1))
-    # Components are counted for foreground classes alone.
+    # Components are counted only for foreground classes.
     _, _, _, small, missed, _, pixels, taken = np.moveaxis(counts.sum(axis=-2), -1, 0)
     return np.stack([miou, _shares(missed, small), _shares(taken, pixels)], axis=-1)
 

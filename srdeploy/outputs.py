@@ -17,7 +17,7 @@ _KEYS = ("out", "logits")
 def main_logits(output: Any) -> Tensor:
     """The main logits float [N, K, h, w] of a network's output, whatever its form.
 
-    A tensor; a dict or an object with "out" or "logits", or with one map [N, K, h, w] alone; a
+    A tensor; a dict or an object with "out" or "logits", or with just one map [N, K, h, w]; a
     tuple or list whose first part is any of these. Raises UserError naming what came instead.
     """
     if isinstance(output, Tensor):
@@ -64,7 +64,7 @@ def _described(value: Any) -> str:
 def _refused(came: str) -> UserError:
     return UserError(
         f"the network returned {came}: logits [N, K, H, W] are needed (a tensor, a dict or an "
-        "object with 'out' or 'logits' or one such map alone, or a tuple that starts with them)"
+        "object with 'out' or 'logits' or just one such map, or a tuple that starts with them)"
     )
 
 

@@ -2,7 +2,7 @@
 
 runs/NAME/  network.safetensors   the plain network, best on val          (export, serve, bench)
             exits.safetensors     the exits that trained it; absent for a baseline
-            state.pt              everything needed to go on: weights, optimizer, step (train alone)
+            state.pt              everything needed to go on: weights, optimizer, step (only for train)
             config.yaml           the whole configuration; `network` is read here
             spec.json             pre- and post-processing
             metrics.jsonl         one record per logged step and per validation
@@ -196,8 +196,8 @@ def require_usable(network: "nn.Module", config: NetworkConfig, spec: Spec) -> N
 
 
 def _odd_size(policy: InputPolicy) -> tuple[int, int]:
-    """(H, W) that nothing divides, where the policy allows one: a network that takes multiples
-    alone fails on it."""
+    """(H, W) that nothing divides, where the policy allows one: a network that takes only
+    multiples fails on it."""
     height, width = policy.clamped((65, 97))
     if policy.fixed:
         return height, width
@@ -213,8 +213,8 @@ def _remedy(size: tuple[int, int], policy: InputPolicy) -> str:
             "export: a spec.json with input.smallest as --classes)"
         )
     return (
-        "if it takes multiples of a size alone, say so (train: --set multiple=32; export: "
-        "--multiple 32); if one size alone (train: --crop HxW --set fixed_size=true; export: "
+        "if it takes only multiples of a size, say so (train: --set multiple=32; export: "
+        "--multiple 32); if only one size (train: --crop HxW --set fixed_size=true; export: "
         "--size HxW --fixed-size)"
     )
 

@@ -69,8 +69,8 @@ class InputPolicy(Settings):
     largest: Size = (2048, 2048)
     """Largest size promised to work: parity checks and TensorRT's `max` profile use it."""
     multiple: int = Field(default=1, ge=1, le=1024)
-    """The network takes heights and widths divisible by this alone: the deployed graph pads the
-    image at its bottom and right, and cuts the result."""
+    """The network takes only heights and widths divisible by this: the deployed graph pads the image
+    at its bottom and right, and crops the result."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -92,7 +92,7 @@ class InputPolicy(Settings):
 
     @property
     def fixed(self) -> bool:
-        """Whether the network takes images of one size alone."""
+        """Whether the network takes images of only one size."""
         return self.smallest == self.largest
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:

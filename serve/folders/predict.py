@@ -6,7 +6,7 @@ from typing import BinaryIO, Protocol
 
 from srdeploy import __version__
 from srdeploy.files import sha256_of
-from srdeploy.imaging import ignore_remarks
+from srdeploy.imaging import ignore_pillow_warnings
 from srdeploy.interrupt import StopRequest
 from srdeploy.serve.folders.listing import Listing, find_photos
 from srdeploy.serve.folders.manifest import Header, Manifest, open_manifest
@@ -66,7 +66,7 @@ class LocalEngine:
         settings: PredictSettings,
     ) -> Generator[Record]:
         """See Engine. Silences Pillow's remarks on damaged files, for the whole process."""
-        ignore_remarks()
+        ignore_pillow_warnings()
         plan = folder_plan(source, expected, *self._wishes)
         self.sessions, self.batch = plan.shared.sessions, plan.batch
         self.threads = plan.shared.threads

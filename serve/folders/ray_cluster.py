@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from srdeploy.cores import usable_cores
+from srdeploy.environment import usable_cores
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.imaging import ignore_remarks
+from srdeploy.imaging import ignore_pillow_warnings
 from srdeploy.runtimes.base import parse_device
 from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
@@ -259,7 +259,7 @@ class BatchActor:
         order = self._order
         with self._lock:
             if self._worker is None:
-                ignore_remarks()
+                ignore_pillow_warnings()
                 try:
                     os.chdir(order.folder)
                 except OSError:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy.typing as npt
 
-from srdeploy.cores import usable_cores
+from srdeploy.environment import usable_cores
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, decode_photo, fit
 from srdeploy.runtimes.base import ImageShapeError, Runtime, parse_device

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from uvicorn.supervisors.multiprocess import Multiprocess
 
 from srdeploy.errors import UserError
-from srdeploy.imaging import ignore_remarks
+from srdeploy.imaging import ignore_pillow_warnings
 from srdeploy.serve.scheduling.planner import Plan, make_plan
 from srdeploy.serve.server.app import make_app, make_desk
 from srdeploy.serve.server.config import ServerConfig
@@ -28,7 +28,7 @@ def make_worker() -> ASGIApp:
     """The application of one worker, as its parent configured it."""
     config = ServerConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     start_log(config.log, config.quiet)
-    ignore_remarks()
+    ignore_pillow_warnings()
     return make_app(config, make_desk(config))
 
 
@@ -75,7 +75,7 @@ def run_server(config: ServerConfig) -> None:
     Raises UserError where the address can't be used or a model can't be run.
     """
     start_log(config.log, config.quiet)
-    ignore_remarks()
+    ignore_pillow_warnings()
     for source in config.sources:
         source.runtime_of(None)  # refuses what can't work, before an address is taken
     with _listen(config) as listener:

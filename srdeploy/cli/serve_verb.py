@@ -127,7 +127,7 @@ def serve(
     from srdeploy.errors import MissingPackageError
 
     try:
-        from srdeploy.cores import usable_cores
+        from srdeploy.environment import usable_cores
         from srdeploy.serve.scheduling.planner import Source, Wishes
         from srdeploy.serve.server.admission import Limits
         from srdeploy.serve.server.config import (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from srdeploy import imaging
-from srdeploy.imaging import UnreadableImageError, ignore_remarks, reason_of
+from srdeploy.imaging import UnreadableImageError, ignore_pillow_warnings, reason_of
 
 
 @pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO"])
@@ -151,7 +151,7 @@ def test_remarks_on_damaged_files_can_be_silenced_for_the_whole_process() -> Non
     with warnings.catch_warnings():
         with pytest.raises(UnreadableImageError, match="Metadata Warning"):
             imaging.decode_photo(content, "it")  # warnings are errors here
-        ignore_remarks()
+        ignore_pillow_warnings()
         try:
             assert imaging.decode_photo(content, "it").shape == (8, 8, 3)
         finally:

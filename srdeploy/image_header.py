@@ -1,4 +1,4 @@
-"""What an image file of a stranger asks for, read before Pillow is let at it.
+"""Checks the header of an untrusted image before Pillow decodes it.
 
 Pillow bounds the pixels, but some small files ask for hours or gigabytes with few of them: a JPEG
 of a million scans, a TIFF of a million strips. Numbers here are far above those of real photos.
@@ -21,15 +21,17 @@ from PIL.ImageFile import ImageFile
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
 
 MOST_SCANS = 100
-"""Of a progressive JPEG, each a pass over all its pixels. Cameras and optimisers write 3 to 20."""
+"""Scans of a progressive JPEG, each a pass over all its pixels. Cameras and optimisers write 3 to
+20."""
 MOST_SEGMENTS = 10_000
-"""Of a JPEG's header, each 4 bytes at least and many more in memory."""
+"""Segments of a JPEG's header, each 4 bytes at least and many more in memory."""
 MOST_CHUNKS = 100_000
-"""Of a PNG. Encoders put 8 KiB or more into each."""
+"""Chunks of a PNG. Encoders put 8 KiB or more into each."""
 MOST_STRIPS = 200_000
-"""Of a TIFF, or tiles, each an object of Pillow's. 50 megapixels in tiles of 16x16 are 195,313."""
+"""Strips or tiles of a TIFF, each an object in Pillow. 50 megapixels in tiles of 16x16 are
+195,313."""
 MOST_TAGS = 1_000
-"""Of a TIFF."""
+"""Tags of a TIFF."""
 MOST_RUN_LENGTH = 1_000_000
 """Pixels, and bytes, of a run-length coded BMP: Pillow decodes that in Python, which took 10 s for
 50 megapixels. Such files are drawings, not photos."""
