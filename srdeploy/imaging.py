@@ -86,7 +86,7 @@ def decode_photo(content: bytes, name: str, pixels: int | None = None) -> Pixels
 
 
 def photo_size(path: Path) -> tuple[int, int]:
-    """(height, width) as of `read_photo`, read from the header only. Raises UnreadableImageError."""
+    """(height, width) as of `read_photo`, from the header. Raises UnreadableImageError."""
     with _opened(path, "image") as file:
         width, height = file.size
         if isinstance(file, TiffImagePlugin.TiffImageFile):

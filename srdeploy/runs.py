@@ -2,7 +2,7 @@
 
 runs/NAME/  network.safetensors   the plain network, best on val          (export, serve, bench)
             exits.safetensors     the exits that trained it; absent for a baseline
-            state.pt              everything needed to go on: weights, optimizer, step (only for train)
+            state.pt              what `train --resume` needs: weights, optimizer, step
             config.yaml           the whole configuration; `network` is read here
             spec.json             pre- and post-processing
             metrics.jsonl         one record per logged step and per validation

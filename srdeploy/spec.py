@@ -69,8 +69,8 @@ class InputPolicy(Settings):
     largest: Size = (2048, 2048)
     """Largest size promised to work: parity checks and TensorRT's `max` profile use it."""
     multiple: int = Field(default=1, ge=1, le=1024)
-    """The network takes only heights and widths divisible by this: the deployed graph pads the image
-    at its bottom and right, and crops the result."""
+    """The network takes only heights and widths divisible by this: the deployed graph pads the
+    image at its bottom and right, and crops the result."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
