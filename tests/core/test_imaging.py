@@ -309,5 +309,5 @@ def test_png_round_trips_and_jpeg_comes_close() -> None:
 
 def test_a_picture_too_wide_for_jpeg_is_refused_with_what_to_ask_for() -> None:
     assert imaging.encode_jpeg(np.zeros((1, 65500, 3), np.uint8))
-    with pytest.raises(UserError, match=r"65501x1 is too large for JPEG.*: ask for the mask"):
+    with pytest.raises(UserError, match=r"65501x1 is too large for JPEG.*: ask for only the mask"):
         imaging.encode_jpeg(np.zeros((1, 65501, 3), np.uint8))
