@@ -1,6 +1,7 @@
 """Damaged and hostile images, the same for the same seed: for decoders that strangers feed."""
 
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -26,6 +27,7 @@ PHOTO_FORMATS: dict[str, dict[str, Any]] = {
     "bigtiff": {"format": "TIFF", "big_tiff": True},
     "mpo": {"format": "MPO", "save_all": True},
 }
+EPOCH = time.gmtime(0)
 OTHER_FORMATS = ("GIF", "ICO", "TGA", "PPM", "PDF", "EPS", "JPEG2000", "SGI", "PCX", "IM", "DDS")
 
 
@@ -122,7 +124,9 @@ def _whole(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
             yield f"{format} {width}x{height}", _saved(Image.new("L", (width, height)), format)
     yield "clear palette", _saved(photo.convert("P"), format="PNG", transparency=bytes(range(256)))
     for format in OTHER_FORMATS:
-        yield format, _saved(photo, format=format)
+        # A PDF carries the second of its making unless told another.
+        dates = {"creationDate": EPOCH, "modDate": EPOCH} if format == "PDF" else {}
+        yield format, _saved(photo, format=format, **dates)
 
 
 def _in_mode(photo: Image.Image, mode: str) -> Image.Image:
