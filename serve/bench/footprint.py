@@ -158,7 +158,7 @@ def _import_library(runtime: str, builder: Builder | None) -> None:
 
         import_openvino()
     elif runtime == "tensorrt":
-        from srdeploy.runtimes.trt.cuda import import_cuda_runtime
+        from srdeploy.runtimes.trt.cuda_api import import_cuda_runtime
         from srdeploy.runtimes.trt.engine import import_tensorrt
 
         assert builder is not None

@@ -1,4 +1,8 @@
-"""Verbs of two words, beside the verb of their first word alone."""
+"""The `srdeploy` command: all verbs, and the one place where errors become lines and exit codes.
+
+Exit codes: 0 all well; 1 a verdict failed or part of the input was skipped; 2 input that can't
+be used.
+"""
 
 import errno
 import sys
@@ -26,7 +30,7 @@ from srdeploy.cli.options import Force, Json, Quiet
 from srdeploy.errors import UserError
 
 
-class TwoWords(TyperGroup):
+class SubcommandGroup(TyperGroup):
     """A group whose commands may have names of two words: `bench train` beside `bench`.
 
     The longer name wins. Not a group within the group: `bench` takes arguments of its own.
@@ -40,7 +44,34 @@ class TwoWords(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-# `srdeploy demo`: the whole job on made-up data, and one page that shows it.
+app = typer.Typer(
+    name="srdeploy",
+    cls=SubcommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Train semantic segmentation with self-regulation, deploy the plain network, and prove "
+        "that it is the plain one.\n\n"
+        "First steps: srdeploy demo (minutes, no GPU), then srdeploy train DATA, "
+        "srdeploy export RUN, srdeploy predict DEPLOY PHOTOS --out MASKS."
+    ),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"srdeploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
 
 
 def demo(
@@ -70,14 +101,6 @@ def demo(
         console.print_json(outcome.summary)
     if not outcome.passed:
         raise typer.Exit(1)
-
-
-def register_demo(app: typer.Typer) -> None:
-    """Adds `demo` to the command line."""
-    app.command("demo")(demo)
-
-
-# `srdeploy doctor`: what this machine has, and what each verb can do here.
 
 
 def doctor(context: typer.Context, as_json: Json = False) -> None:
@@ -112,59 +135,19 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def register_doctor(app: typer.Typer) -> None:
-    """Adds the verb to the command line."""
-    app.command("doctor")(doctor)
-
-
-# The `srdeploy` command: all verbs, and the one place where errors become lines and exit codes.
-
-app = typer.Typer(
-    name="srdeploy",
-    cls=TwoWords,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help=(
-        "Train semantic segmentation with self-regulation, deploy the plain network, and prove "
-        "that it is the plain one.\n\n"
-        "First steps: srdeploy demo (minutes, no GPU), then srdeploy train DATA, "
-        "srdeploy export RUN, srdeploy predict DEPLOY PHOTOS --out MASKS."
-    ),
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"srdeploy {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
-    ] = False,
-) -> None:
-    pass
-
-
 train_verbs.register(app)
-train_verbs.register_recipes(app)
 pseudo_verb.register(app)
 export_verbs.register(app)
 certify_verbs.register(app)
-certify_verbs.register_strip(app)
 evaluate_verb.register(app)
 predict_verb.register(app)
 serve_verb.register(app)
 bench_verb.register(app)
 bench_train_verb.register(app)
 network_verbs.register(app)
-network_verbs.register_models(app)
-register_demo(app)
+app.command("demo")(demo)
 data_verbs.register(app)
-register_doctor(app)
+app.command("doctor")(doctor)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`srdeploy models`: which networks there are, and what they cost."""
+"""`srdeploy models` and `srdeploy inspect`: what networks there are, and how one is read."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +7,9 @@ import typer
 
 from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet
 from srdeploy.validation import parse_options
+
+if TYPE_CHECKING:
+    from srdeploy.studies.inspection import PhotoView
 
 
 def models(
@@ -58,17 +61,6 @@ def models(
         console.print_json({"classes": classes, "size": list(wanted), "networks": networks})
     else:
         console.print_table(networks_table(costs))
-
-
-def register_models(app: typer.Typer) -> None:
-    """Adds `models` to the command line."""
-    app.command("models")(models)
-
-
-# `srdeploy inspect`: how a network was read, and what each exit sees in a photo.
-
-if TYPE_CHECKING:
-    from srdeploy.studies.inspection import PhotoView
 
 
 def inspect(
@@ -261,5 +253,6 @@ def _refuse_options(given: "dict[str, Any]", reason: str) -> None:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `inspect` to the command line."""
+    """Adds `models` and `inspect` to the command line."""
+    app.command("models")(models)
     app.command("inspect")(inspect)

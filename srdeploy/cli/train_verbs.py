@@ -1,4 +1,4 @@
-"""`srdeploy train --supervision image`: from flags to training on tags."""
+"""`srdeploy train` and `srdeploy recipes`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,110 +21,6 @@ from srdeploy.cli.options import (
 )
 from srdeploy.errors import UserError
 from srdeploy.validation import closest, parse_options, validated
-
-
-def refuse_without_tags(supervision: str, labels_from_masks: bool, rounds: int) -> None:
-    """Raises UserError for flags that mean nothing where masks are trained on."""
-    if supervision != "masks":
-        raise UserError(f"--supervision {supervision}: {closest(supervision, ['masks', 'image'])}")
-    if labels_from_masks or rounds != 1:
-        flag = "--labels-from-masks" if labels_from_masks else "--rounds"
-        raise UserError(f"{flag} belongs to --supervision image: give that too, or leave it away")
-
-
-def train_on_tags(
-    out: Path,
-    recipe: str | None,
-    file: Path | None,
-    flags: dict[str, Any],
-    settings: list[str],
-    labels_from_masks: bool,
-    rounds: int,
-    resume: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Runs it, prints its result, and exits with 1 where it was stopped."""
-    from srdeploy.train.config import load_config
-    from srdeploy.train.distributed import found_world
-    from srdeploy.train.weak.from_tags import WeakSettings, split_settings, train_from_tags
-    from srdeploy.train.weak.pseudo_run import PseudoConfig
-
-    if found_world().size > 1:
-        raise UserError(
-            "--supervision image runs in one process: make the masks with srdeploy pseudo first, "
-            "then start torchrun on them"
-        )
-    if resume and force:
-        raise UserError(
-            "--resume and --force exclude each other: go on with the run, or replace it"
-        )
-    content, others, classifier, pseudo = split_settings(file, settings)
-    if "data" not in flags and "data" not in content:
-        raise UserError("no data set given: srdeploy train DATA --supervision image --out RUN")
-    config = load_config(None, file, flags, others, recipe, content)
-    weak = WeakSettings(
-        classifier=classifier,
-        pseudo=validated(PseudoConfig, pseudo, "the settings of pseudo"),
-        labels_from_masks=labels_from_masks,
-        rounds=rounds,
-    )
-    result = train_from_tags(config, weak, out, resume, force)
-    if as_json and result is not None:
-        console.print_json(result.summary())
-    if result is None or not result.finished:
-        raise typer.Exit(1)
-
-
-# `srdeploy recipes`: the configurations that come with the package.
-
-
-def recipes(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="One recipe, NETWORK/DATA: print its YAML.", show_default=False),
-    ] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """List the recipes for `srdeploy train --recipe`, or print one.
-
-    A recipe is any network below with any data set. What is printed of one can be saved, changed,
-    and given to train as --config.
-
-    Example: srdeploy recipes
-
-    Example: srdeploy recipes segnet/camvid > mine.yaml
-    """
-    from srdeploy import console
-    from srdeploy.train.config import DATA, NETWORKS, open_recipe, recipe_parts
-
-    console.set_quiet(quiet or as_json)
-    if name is None:
-        parts = {kind: recipe_parts(kind) for kind in (NETWORKS, DATA)}
-        if as_json:
-            console.print_json(parts)
-            return
-        for kind, about in parts.items():
-            typer.echo(f"{kind}:")
-            width = max(map(len, about))
-            for part, line in about.items():
-                typer.echo(f"  {part:{width}}  {line}")
-        typer.echo("a recipe is NETWORK/DATA: srdeploy train DATA --recipe NETWORK/DATA --out RUN")
-        return
-    recipe = open_recipe(name)
-    if as_json:
-        console.print_json({"name": recipe.name, "values": recipe.values})
-    else:
-        typer.echo(recipe.text, nl=False)
-
-
-def register_recipes(app: typer.Typer) -> None:
-    """Adds `recipes` to the command line."""
-    app.command("recipes")(recipes)
-
-
-# `srdeploy train`: a run from a data set.
 
 if TYPE_CHECKING:
     from srdeploy.train.config import TrainConfig
@@ -237,7 +133,7 @@ def train(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     if supervision == "image":
-        train_on_tags(
+        _train_on_tags(
             out,
             recipe,
             config,
@@ -250,7 +146,7 @@ def train(
             as_json,
         )
         return
-    refuse_without_tags(supervision, labels_from_masks, rounds)
+    _refuse_without_tags(supervision, labels_from_masks, rounds)
     with joined() as world:
         configured = _configure(out, resume, recipe, config, given, settings or [])
         result = run_training(configured, out, resume, force, world)
@@ -284,6 +180,100 @@ def _configure(
     return load_config(base, file, flags, settings, recipe)
 
 
+def _refuse_without_tags(supervision: str, labels_from_masks: bool, rounds: int) -> None:
+    """Raises UserError for flags that mean nothing where masks are trained on."""
+    if supervision != "masks":
+        raise UserError(f"--supervision {supervision}: {closest(supervision, ['masks', 'image'])}")
+    if labels_from_masks or rounds != 1:
+        flag = "--labels-from-masks" if labels_from_masks else "--rounds"
+        raise UserError(f"{flag} belongs to --supervision image: give that too, or leave it away")
+
+
+def _train_on_tags(
+    out: Path,
+    recipe: str | None,
+    file: Path | None,
+    flags: dict[str, Any],
+    settings: list[str],
+    labels_from_masks: bool,
+    rounds: int,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Runs it, prints its result, and exits with 1 where it was stopped."""
+    from srdeploy.train.config import load_config
+    from srdeploy.train.distributed import found_world
+    from srdeploy.train.weak.from_tags import WeakSettings, split_settings, train_from_tags
+    from srdeploy.train.weak.pseudo_run import PseudoConfig
+
+    if found_world().size > 1:
+        raise UserError(
+            "--supervision image runs in one process: make the masks with srdeploy pseudo first, "
+            "then start torchrun on them"
+        )
+    if resume and force:
+        raise UserError(
+            "--resume and --force exclude each other: go on with the run, or replace it"
+        )
+    content, others, classifier, pseudo = split_settings(file, settings)
+    if "data" not in flags and "data" not in content:
+        raise UserError("no data set given: srdeploy train DATA --supervision image --out RUN")
+    config = load_config(None, file, flags, others, recipe, content)
+    weak = WeakSettings(
+        classifier=classifier,
+        pseudo=validated(PseudoConfig, pseudo, "the settings of pseudo"),
+        labels_from_masks=labels_from_masks,
+        rounds=rounds,
+    )
+    result = train_from_tags(config, weak, out, resume, force)
+    if as_json and result is not None:
+        console.print_json(result.summary())
+    if result is None or not result.finished:
+        raise typer.Exit(1)
+
+
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One recipe, NETWORK/DATA: print its YAML.", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """List the recipes for `srdeploy train --recipe`, or print one.
+
+    A recipe is any network below with any data set. What is printed of one can be saved, changed,
+    and given to train as --config.
+
+    Example: srdeploy recipes
+
+    Example: srdeploy recipes segnet/camvid > mine.yaml
+    """
+    from srdeploy import console
+    from srdeploy.train.config import DATA, NETWORKS, open_recipe, recipe_parts
+
+    console.set_quiet(quiet or as_json)
+    if name is None:
+        parts = {kind: recipe_parts(kind) for kind in (NETWORKS, DATA)}
+        if as_json:
+            console.print_json(parts)
+            return
+        for kind, about in parts.items():
+            typer.echo(f"{kind}:")
+            width = max(map(len, about))
+            for part, line in about.items():
+                typer.echo(f"  {part:{width}}  {line}")
+        typer.echo("a recipe is NETWORK/DATA: srdeploy train DATA --recipe NETWORK/DATA --out RUN")
+        return
+    recipe = open_recipe(name)
+    if as_json:
+        console.print_json({"name": recipe.name, "values": recipe.values})
+    else:
+        typer.echo(recipe.text, nl=False)
+
+
 def register(app: typer.Typer) -> None:
-    """Adds `train` to the command line."""
+    """Adds `train` and `recipes` to the command line."""
     app.command("train")(train)
+    app.command("recipes")(recipes)

@@ -12,12 +12,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from PIL import Image
 from torch import Tensor, nn
 
-from srdeploy.cli.certify_verbs import likely_main, output_shares
 from srdeploy.errors import UserError
 from srdeploy.export import strip
 from srdeploy.export.certificate import Certificate, Line, certify_files, read_model
 from srdeploy.export.output_parity import same_outputs
 from srdeploy.export.strip import strip_file
+from srdeploy.graph.outputs import likely_main, output_shares
 from srdeploy.graph.signature import read_signature
 from srdeploy.imaging import Pixels
 

@@ -15,7 +15,7 @@ from srdeploy.runtimes.base import ImageShapeError, parse_device
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
 from srdeploy.runtimes.trt.arrays import DeviceArray, read_interface, stream_handle
 from srdeploy.runtimes.trt.compatibility import check_fits, machine
-from srdeploy.runtimes.trt.cuda import Cuda, CudaMemoryError, DeviceClock, import_cuda_runtime
+from srdeploy.runtimes.trt.cuda_api import Cuda, CudaMemoryError, DeviceClock, import_cuda_runtime
 from srdeploy.runtimes.trt.engine import import_tensorrt, load_engine
 from srdeploy.runtimes.trt.session import PHASES, Session
 from srdeploy.spec import Spec

@@ -9,7 +9,7 @@ from srdeploy.artifacts.artifact import Builder, EngineSidecar, Profile, write_s
 from srdeploy.files import sha256_of
 from srdeploy.graph.signature import read_signature
 from srdeploy.precision import Precision
-from srdeploy.runtimes.trt.cuda import Cuda
+from srdeploy.runtimes.trt.cuda_api import Cuda
 from tests.serve.engines.fake_cuda import FakeCuda
 from tests.serve.engines.fake_machine import COMMAND, PROFILE, Bench, MakeEngine
 from tests.serve.engines.fake_tensorrt import write_plan

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
 from srdeploy.runtimes.trt.arrays import DeviceArray, Stream, read_interface, stream_handle
-from srdeploy.runtimes.trt.cuda import Cuda
+from srdeploy.runtimes.trt.cuda_api import Cuda
 from tests.serve.engines.fake_cuda import FREED, GARBAGE, FakeCuda
 
 

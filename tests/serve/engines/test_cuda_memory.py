@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.runtimes.trt.cuda import (
+from srdeploy.runtimes.trt.cuda_api import (
     Cuda,
     CudaMemoryError,
     DeviceBuffer,

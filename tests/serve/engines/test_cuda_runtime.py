@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from srdeploy.errors import UserError
-from srdeploy.runtimes.trt.cuda import Cuda, import_cuda_runtime
+from srdeploy.runtimes.trt.cuda_api import Cuda, import_cuda_runtime
 from tests.serve.engines.fake_cuda import FakeCuda, cudaError_t
 
 SOURCES = sorted(Path(__file__).parents[3].glob("serve/cuda_*.py"))

@@ -12,7 +12,7 @@ from srdeploy.export.engines.build import RTX_CAPABILITIES, BuildOptions, build_
 from srdeploy.runtimes.gpus import find_gpu
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.runtimes.trt.arrays import DeviceArray, Stream
-from srdeploy.runtimes.trt.cuda import Cuda, import_cuda_runtime
+from srdeploy.runtimes.trt.cuda_api import Cuda, import_cuda_runtime
 from srdeploy.runtimes.trt.runtime import TensorRTRuntime
 from tests.serve.engines.fake_machine import COMMAND, PROFILE, photos
 

@@ -10,7 +10,7 @@ from srdeploy.errors import MissingPackageError, UserError
 from srdeploy.runtimes.base import ImageShapeError
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.runtimes.trt.arrays import DeviceArray, Stream
-from srdeploy.runtimes.trt.cuda import Cuda
+from srdeploy.runtimes.trt.cuda_api import Cuda
 from srdeploy.runtimes.trt.engine import _TYPES
 from srdeploy.runtimes.trt.runtime import Libraries, TensorRTRuntime
 from tests.serve.engines.fake_cuda import cudaError_t

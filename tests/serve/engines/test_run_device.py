@@ -8,7 +8,7 @@ import pytest
 from srdeploy.errors import UserError
 from srdeploy.runtimes.base import ImageShapeError
 from srdeploy.runtimes.trt.arrays import read_interface
-from srdeploy.runtimes.trt.cuda import Cuda
+from srdeploy.runtimes.trt.cuda_api import Cuda
 from tests.serve.engines.fake_cuda import ALIGNMENT
 from tests.serve.engines.fake_machine import Bench, MakeEngine, by_onnxruntime, photos
 
