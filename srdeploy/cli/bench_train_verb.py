@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet
-from srdeploy.validation import parse_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,7 +72,7 @@ def bench_train(
     from srdeploy import console
     from srdeploy.files import write_json
     from srdeploy.train.step_cost import step_cost, training_of
-    from srdeploy.validation import parse_size
+    from srdeploy.validation import parse_options, parse_size
 
     console.set_quiet(quiet or as_json)
     config = training_of(

@@ -32,7 +32,6 @@ from srdeploy.cli.options import (
     TrtOption,
     WorkspaceOption,
 )
-from srdeploy.validation import parse_options
 
 
 class Input(StrEnum):
@@ -143,7 +142,7 @@ def export(
     from srdeploy.export.source import open_source
     from srdeploy.export.triton import write_repository
     from srdeploy.precision import require_fitting
-    from srdeploy.validation import parse_size, validated
+    from srdeploy.validation import parse_options, parse_size, validated
 
     console.set_quiet(quiet or as_json)
     types = validated(

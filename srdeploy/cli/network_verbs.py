@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet
-from srdeploy.validation import parse_options
 
 if TYPE_CHECKING:
     from srdeploy.studies.inspection import PhotoView
@@ -41,7 +40,7 @@ def models(
     from srdeploy.errors import UserError
     from srdeploy.models import NETWORKS
     from srdeploy.studies.model_table import network_cost, network_table, networks_table
-    from srdeploy.validation import parse_size
+    from srdeploy.validation import parse_options, parse_size
 
     console.set_quiet(quiet or as_json)
     wanted = parse_size(size, "--size")

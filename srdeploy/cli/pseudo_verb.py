@@ -18,7 +18,6 @@ from srdeploy.cli.options import (
     TrainingDevice,
     Workers,
 )
-from srdeploy.validation import parse_options
 
 
 def pseudo(
@@ -112,7 +111,7 @@ def pseudo(
     from srdeploy.errors import UserError
     from srdeploy.train.weak.pseudo import STEPS, make_pseudo
     from srdeploy.train.weak.pseudo_run import load_pseudo_run, saved_pseudo_run
-    from srdeploy.validation import closest
+    from srdeploy.validation import closest, parse_options
 
     console.set_quiet(quiet or as_json)
     flags: dict[str, Any] = {

@@ -20,7 +20,6 @@ from srdeploy.cli.options import (
     Workers,
 )
 from srdeploy.errors import UserError
-from srdeploy.validation import closest, parse_options, validated
 
 if TYPE_CHECKING:
     from srdeploy.train.config import TrainConfig
@@ -115,6 +114,7 @@ def train(
     from srdeploy import console
     from srdeploy.train.distributed import joined, leave
     from srdeploy.train.loop import train as run_training
+    from srdeploy.validation import parse_options
 
     console.set_quiet(quiet or as_json)
     flags = {
@@ -182,6 +182,8 @@ def _configure(
 
 def _refuse_without_tags(supervision: str, labels_from_masks: bool, rounds: int) -> None:
     """Raises UserError for flags that mean nothing where masks are trained on."""
+    from srdeploy.validation import closest
+
     if supervision != "masks":
         raise UserError(f"--supervision {supervision}: {closest(supervision, ['masks', 'image'])}")
     if labels_from_masks or rounds != 1:
@@ -206,6 +208,7 @@ def _train_on_tags(
     from srdeploy.train.distributed import found_world
     from srdeploy.train.weak.from_tags import WeakSettings, split_settings, train_from_tags
     from srdeploy.train.weak.pseudo_run import PseudoConfig
+    from srdeploy.validation import validated
 
     if found_world().size > 1:
         raise UserError(
