@@ -10,7 +10,7 @@ Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 graph's types are those of fp32."""
 Target = Literal["tensorrt", "cpu"]
 """For whom int8 is written: symmetric without quantised biases (TensorRT), or u8s8 (onnxruntime and
-OpenVINO on CPUs)."""
+runtimes of CPUs)."""
 HalfPrecision = Literal["fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

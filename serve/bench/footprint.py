@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from srdeploy.artifacts.artifact import Builder, open_artifact
+from srdeploy.artifacts.artifact import Builder, open_artifact, read_sidecar
 from srdeploy.errors import UserError
 from srdeploy.runtimes.base import parse_device
-from srdeploy.runtimes.registry import choose_runtime, open_runtime
+from srdeploy.runtimes.registry import choose_runtime, import_library, open_runtime, pick_artifact
 from srdeploy.serve.bench.results import Footprint
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
@@ -60,11 +60,9 @@ def measure_footprint(
     artifact = open_artifact(path)
     name = choose_runtime(artifact, runtime)
     builder: Builder | None = None
-    if name == "tensorrt":
-        from srdeploy.artifacts.artifact import read_sidecar
-        from srdeploy.runtimes.trt.compatibility import engine_for
-
-        builder = read_sidecar(engine_for(artifact, parse_device(device)[1]).file).builder
+    picked = pick_artifact(artifact, name, device)
+    if picked.kind == "engine":
+        builder = read_sidecar(picked.file).builder
     request = Request(
         path=str(path),
         batch=batch,
@@ -114,7 +112,7 @@ def main() -> None:
 
 def _measure(request: Request) -> Footprint:
     start = time.perf_counter()
-    _import_library(request.runtime, request.builder)
+    import_library(request.runtime, request.builder)
     import_s = time.perf_counter() - start
     _import_own(request.runtime)
     noise = np.random.default_rng(0)
@@ -146,28 +144,6 @@ def _measure(request: Request) -> Footprint:
         peak_mib=peak / MIB,
         device_mib=device_mib,
     )
-
-
-def _import_library(runtime: str, builder: Builder | None) -> None:
-    """What other people wrote."""
-    if runtime == "torch":
-        # It brings torch along, which may be imported there alone.
-        from srdeploy.runtimes import torch_runtime  # noqa: F401
-    elif runtime == "openvino":
-        from srdeploy.runtimes.openvino_runtime import import_openvino
-
-        import_openvino()
-    elif runtime == "tensorrt":
-        from srdeploy.runtimes.trt.cuda_api import import_cuda_runtime
-        from srdeploy.runtimes.trt.engine import import_tensorrt
-
-        assert builder is not None
-        import_tensorrt(builder)
-        import_cuda_runtime(builder)
-    else:
-        from srdeploy.runtimes.onnx_runtime import import_onnxruntime
-
-        import_onnxruntime()
 
 
 def _import_own(runtime: str) -> None:

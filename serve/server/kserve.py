@@ -14,6 +14,7 @@ import numpy as np
 
 from srdeploy import __version__
 from srdeploy.imaging import Pixels
+from srdeploy.runtimes.registry import BACKENDS
 from srdeploy.serve.server.admission import BadRequest, Limits, NotFound
 from srdeploy.serve.server.kserve_tensors import (
     DATATYPE,
@@ -32,15 +33,6 @@ from srdeploy.spec import ONNX_KEY
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
 """Of Triton's, those that this server has."""
-
-_PLATFORMS = {
-    "torch": "pytorch_safetensors",
-    "onnxruntime": "onnxruntime_onnx",
-    "onnxruntime-tensorrt": "onnxruntime_onnx",
-    "openvino": "openvino_onnx",
-    "tensorrt": "tensorrt_plan",
-}
-"""PROJECT_FORMAT, as the protocol has it, by backend."""
 
 _INT64_MAX = 2**63 - 1
 
@@ -81,7 +73,7 @@ def model_metadata(card: ModelCard) -> dict[str, Any]:
     return {
         "name": card.name,
         "versions": [card.version],
-        "platform": _PLATFORMS.get(card.backend, card.backend),
+        "platform": BACKENDS[card.backend].kserve_platform,
         "inputs": [{"name": INPUT, "datatype": DATATYPE, "shape": shape}],
         "outputs": [{"name": OUTPUT, "datatype": DATATYPE, "shape": shape[:3]}],
         "parameters": {

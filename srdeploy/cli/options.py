@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from srdeploy.runtimes.registry import AUTO, choosing_precision, runtime_names
+
 Artifact = Annotated[
     Path,
     typer.Argument(
@@ -27,16 +29,16 @@ RuntimeName = Annotated[
     str,
     typer.Option(
         "--runtime",
-        help="auto, torch, onnxruntime, onnxruntime-tensorrt, openvino or tensorrt; auto goes by "
-        "the artifact: torch for a run, onnxruntime for a graph, tensorrt for an engine.",
+        help=f"{', '.join(runtime_names())}. auto goes by the artifact: {AUTO['run']} for a run, "
+        f"{AUTO['onnx']} for a graph, {AUTO['engine']} for an engine.",
     ),
 ]
 Arithmetic = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="Arithmetic of OpenVINO: fp32 (default), bf16 or fp16; other runtimes compute what "
-        "the artifact's types say.",
+        help=f"Arithmetic of {' and '.join(choosing_precision())}: fp32 (default), bf16 or fp16. "
+        "Other runtimes compute what the artifact's types say.",
     ),
 ]
 Threads = Annotated[
@@ -103,7 +105,7 @@ TargetOption = Annotated[
     TargetName | None,
     typer.Option(
         "--target",
-        help="int8 for tensorrt (symmetric) or cpu (u8s8, fast in onnxruntime and OpenVINO); "
+        help="int8 for tensorrt (symmetric) or cpu (u8s8, fast on CPUs); "
         "by default tensorrt with --trt, else cpu.",
         show_default=False,
         rich_help_panel=TYPES,

@@ -24,6 +24,7 @@ from srdeploy.errors import MissingPackageError, UserError
 from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import ImageShapeError, parse_device
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
+from srdeploy.runtimes.registry import choosing_precision
 from srdeploy.spec import Spec
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -212,26 +213,26 @@ _NODE_FAILED = re.compile(
 
 
 class OnnxRuntime(GraphRuntime):
-    """An ONNX graph in onnxruntime.
+    """An ONNX graph in onnxruntime, on the CPU or through its CUDA provider.
 
     onnxruntime computes the whole graph whichever outputs are asked for: what is left in the graph
-    costs its time. tensorrt: through its TensorRT provider, which builds its engine at the first
-    run of each image size.
+    costs its time.
     """
+
+    backend = "onnxruntime"
+    gpu_provider: Provider = "cuda"
+    """Which provider runs it on a GPU."""
 
     def __init__(
         self,
         artifact: Artifact,
         spec: Spec,
         device: str,
-        threads: int | None,
-        tensorrt: bool = False,
+        threads: int | None = None,
     ) -> None:
         super().__init__(artifact, spec, device)
-        self.backend = "onnxruntime-tensorrt" if tensorrt else "onnxruntime"
-        self._provider: Provider = "cpu"
-        if parse_device(device)[0] == "cuda":
-            self._provider = "tensorrt" if tensorrt else "cuda"
+        on_gpu = parse_device(device)[0] == "cuda"
+        self._provider: Provider = self.gpu_provider if on_gpu else "cpu"
         self._threads = threads
         self._session: Any = None
         self._timing = local()
@@ -295,7 +296,7 @@ class OnnxRuntime(GraphRuntime):
             if self._provider == "cpu" and "bfloat16" in self.signature.precision:
                 raise UserError(
                     f"{file}: onnxruntime has no bfloat16 layers for CPUs ({first_line(error)}): "
-                    "use --runtime openvino, or export with --precision fp16"
+                    f"use --runtime {choosing_precision()[0]}, or export with --precision fp16"
                 ) from error
             raise UserError(f"{file}: onnxruntime can't load it ({first_line(error)})") from error
         except RuntimeError as error:
@@ -327,6 +328,19 @@ class OnnxRuntime(GraphRuntime):
                 f"({first_line(error)})"
             ) from error
         return cast(Sequence[npt.NDArray[Any]], result)
+
+
+class OnnxTensorRTRuntime(OnnxRuntime):
+    """The same through onnxruntime's TensorRT provider, which builds its engine at the first run of
+    each image size."""
+
+    backend = "onnxruntime-tensorrt"
+    gpu_provider: Provider = "tensorrt"
+
+
+def import_library(builder: str | None = None) -> None:
+    """Imports onnxruntime. Raises MissingPackageError."""
+    import_onnxruntime()
 
 
 def import_onnxruntime() -> Any:

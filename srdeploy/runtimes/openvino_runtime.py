@@ -37,7 +37,7 @@ class OpenVINORuntime(GraphRuntime):
         artifact: Artifact,
         spec: Spec,
         device: str,
-        threads: int | None,
+        threads: int | None = None,
         precision: str | None = None,
     ) -> None:
         super().__init__(artifact, spec, device)
@@ -133,6 +133,11 @@ def _layer_types(compiled: Any) -> set[str]:
             kind = told["runtimePrecision"].astype(str)
             found.add(_NAMES.get(kind, kind))
     return found
+
+
+def import_library(builder: str | None = None) -> None:
+    """Imports OpenVINO. Raises MissingPackageError."""
+    import_openvino()
 
 
 def import_openvino() -> Any:

@@ -18,7 +18,9 @@ class TorchRuntime(Runtime):
     backend = "torch"
     precision = "float32"
 
-    def __init__(self, artifact: Artifact, spec: Spec, device: str, threads: int | None) -> None:
+    def __init__(
+        self, artifact: Artifact, spec: Spec, device: str, threads: int | None = None
+    ) -> None:
         height, width = spec.input.largest if spec.input.fixed else (None, None)
         super().__init__(artifact, spec, device, (None, height, width, 3))
         self._threads = threads
@@ -95,3 +97,7 @@ class TorchRuntime(Runtime):
                 f"{torch.cuda.device_count()} CUDA devices: check the driver and the torch build, "
                 "or use --device cpu"
             )
+
+
+def import_library(builder: str | None = None) -> None:
+    """Does nothing: importing this module has imported torch, which only it may."""

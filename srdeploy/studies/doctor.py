@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from srdeploy.environment import describe_environment, versions
+from srdeploy.runtimes.registry import BACKENDS, runtime_packages
 from srdeploy.validation import Settings
 
 if TYPE_CHECKING:
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 Offered = Mapping[str, frozenset[str]]
 """Verb -> its options, as the command line has them."""
 
-PACKAGES = (
-    "torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "tensorrt", "tensorrt-rtx", "cuda-python", "nvidia-ml-py", "pycuda",
-    "tritonclient", "fastapi", "uvicorn", "ray", "transformers",
-)  # fmt: skip
+PACKAGES = tuple(
+    dict.fromkeys(
+        (
+            *("torch", "torchvision", "numpy", "onnx", "onnxscript"),
+            *runtime_packages(),
+            *("nvidia-ml-py", "pycuda"),
+            *("tritonclient", "fastapi", "uvicorn", "ray", "transformers"),
+        )
+    )
+)
 SECONDS = 120
 """After which a probe is given up."""
 RUNNERS = ("evaluate", "predict", "bench")
@@ -47,6 +53,24 @@ class _Trial:
 
 
 _CUDA = "--device cuda"
+
+
+def _runtime_trials() -> Iterator[_Trial]:
+    """Each backend on each of its devices, and in each arithmetic that it has a choice of."""
+    for name, backend in BACKENDS.items():
+        for device in backend.runs_on:
+            options = f"--runtime {name}" + ("" if device == "cpu" else f" {_CUDA}")
+            if name == "torch":  # one probe for all that torch does
+                answer, essential = f"run {device}", device == "cpu"
+                yield _Trial("predict", options, name, (answer,), essential=essential)
+                continue
+            for precision in backend.precisions or ("run",):
+                # The default arithmetic needs no flag.
+                flag = f" --precision {precision}" if precision in backend.precisions[1:] else ""
+                probe = backend.probe_name(name, device)
+                yield _Trial("predict", options + flag, probe, (precision,))
+
+
 TRIALS = (
     _Trial("train", "--device cpu", "torch", ("train cpu",), essential=True),
     _Trial("train", _CUDA, "torch", ("train cuda",)),
@@ -57,14 +81,7 @@ TRIALS = (
     ),
     _Trial("export", "--trt", "tensorrt", ("import", "build")),
     _Trial("export", "--trt --builder rtx", "rtx", ("import", "build")),
-    _Trial("predict", "--runtime torch", "torch", ("run cpu",), essential=True),
-    _Trial("predict", f"--runtime torch {_CUDA}", "torch", ("run cuda",)),
-    _Trial("predict", "--runtime onnxruntime", "onnxruntime", ("run",)),
-    _Trial("predict", f"--runtime onnxruntime {_CUDA}", "onnxruntime-cuda", ("run",)),
-    _Trial("predict", f"--runtime onnxruntime-tensorrt {_CUDA}", "onnxruntime-tensorrt", ("run",)),
-    _Trial("predict", "--runtime openvino", "openvino", ("fp32",)),
-    _Trial("predict", "--runtime openvino --precision bf16", "openvino", ("bf16",)),
-    _Trial("predict", f"--runtime tensorrt {_CUDA}", "tensorrt", ("run",)),
+    *_runtime_trials(),
     _Trial("predict", f"--runtime tensorrt {_CUDA}", "rtx", ("run",), note="built for RTX"),
     _Trial("serve", "", "server", ("import",)),
     _Trial("predict", "--engine ray", "ray", ("import",)),

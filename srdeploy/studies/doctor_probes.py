@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from srdeploy.errors import MissingPackageError, UserError
+from srdeploy.runtimes.registry import BACKENDS
 
 if TYPE_CHECKING:
     from srdeploy.spec import Spec
@@ -106,27 +107,17 @@ def conversion_probe() -> Answers:
     }
 
 
+def graph_probe(runtime: str, device: str) -> Answers:
+    """A backend that runs graphs, on one device and in each arithmetic that it has a choice of."""
+    return {
+        precision or "run": attempt(partial(_run_graph, device, runtime, precision=precision))
+        for precision in BACKENDS[runtime].precisions or (None,)
+    }
+
+
 def onnxruntime_probe() -> Answers:
     """onnxruntime on the CPU, and the providers that it says it has."""
-    return {"run": attempt(_run_graph), "offered": _offered_providers()}
-
-
-def onnxruntime_cuda_probe() -> Answers:
-    """onnxruntime's CUDA provider."""
-    return {"run": attempt(partial(_run_graph, device="cuda"))}
-
-
-def onnxruntime_tensorrt_probe() -> Answers:
-    """onnxruntime's TensorRT provider."""
-    return {"run": attempt(partial(_run_graph, device="cuda", runtime="onnxruntime-tensorrt"))}
-
-
-def openvino_probe() -> Answers:
-    """OpenVINO in each arithmetic."""
-    return {
-        name: attempt(partial(_run_graph, runtime="openvino", precision=name))
-        for name in ("fp32", "bf16")
-    }
+    return {**graph_probe("onnxruntime", "cpu"), "offered": _offered_providers()}
 
 
 def tensorrt_probe() -> Answers:
@@ -162,18 +153,22 @@ def ray_probe() -> Answers:
 
 
 PROBES: dict[str, Callable[[], Answers]] = {
+    **{
+        backend.probe_name(name, device): partial(graph_probe, name, device)
+        for name, backend in BACKENDS.items()
+        if backend.converts
+        for device in backend.runs_on
+    },
     "torch": torch_probe,
     "conversion": conversion_probe,
     "onnxruntime": onnxruntime_probe,
-    "onnxruntime-cuda": onnxruntime_cuda_probe,
-    "onnxruntime-tensorrt": onnxruntime_tensorrt_probe,
-    "openvino": openvino_probe,
     "tensorrt": tensorrt_probe,
     "rtx": rtx_probe,
     "gpu": gpu_probe,
     "server": server_probe,
     "ray": ray_probe,
 }
+"""Probes by name. A backend that runs graphs needs none of its own."""
 
 
 def attempt(action: Callable[[], None]) -> str | None:

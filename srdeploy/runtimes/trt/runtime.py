@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import local
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +168,13 @@ class TensorRTRuntime(GraphRuntime):
         n, height, width = (shape[0], *shape[2:]) if planes else shape[:3]
         # The contract's own check reads type and shape alone: this array has no memory.
         self._check(np.broadcast_to(np.uint8(0), (n, height, width, 3)))
+
+
+def import_library(builder: str | None) -> None:
+    """Imports TensorRT, as `builder` names it, and CUDA's bindings. Raises MissingPackageError."""
+    assert builder is not None
+    import_tensorrt(cast(Builder, builder))
+    import_cuda_runtime(cast(Builder, builder))
 
 
 def _arithmetic(sidecar: EngineSidecar) -> str:
