@@ -14,7 +14,8 @@ import numpy as np
 
 from srdeploy import __version__
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.admission import BadRequest, Limits, NotFound
+from srdeploy.serve.server.admission import BadRequest, NotFound
+from srdeploy.serve.server.config import ServerLimits
 from srdeploy.serve.server.kserve_tensors import (
     DATATYPE,
     HEADER_LENGTH,
@@ -27,7 +28,7 @@ from srdeploy.serve.server.kserve_tensors import (
     refuse_shared_memory,
     shown,
 )
-from srdeploy.serve.server.registry import ModelCard
+from srdeploy.serve.server.registry import ModelMetadata
 from srdeploy.spec import ONNX_KEY
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
@@ -75,37 +76,37 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "srdeploy", "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def model_metadata(card: ModelCard) -> dict[str, Any]:
+def model_metadata(model: ModelMetadata) -> dict[str, Any]:
     """The answer to GET /v2/models/NAME; -1 stands for axes of any size."""
-    shape = [-1 if size is None else size for size in card.input_shape]
+    shape = [-1 if size is None else size for size in model.input_shape]
     return {
-        "name": card.name,
-        "versions": [card.version],
-        "platform": _PLATFORMS.get(card.backend, card.backend),
+        "name": model.name,
+        "versions": [model.version],
+        "platform": _PLATFORMS.get(model.backend, model.backend),
         "inputs": [{"name": INPUT, "datatype": DATATYPE, "shape": shape}],
         "outputs": [{"name": OUTPUT, "datatype": DATATYPE, "shape": shape[:3]}],
         "parameters": {
-            ONNX_KEY: card.spec.to_json(),
-            "precision": card.precision,
-            "device": card.device,
-            "backend": card.backend,
+            ONNX_KEY: model.spec.to_json(),
+            "precision": model.precision,
+            "device": model.device,
+            "backend": model.backend,
         },
     }
 
 
-def repository_index(cards: Iterable[ModelCard]) -> list[dict[str, str]]:
+def repository_index(models: Iterable[ModelMetadata]) -> list[dict[str, str]]:
     """The answer to POST /v2/repository/index, for models that are loaded."""
     return [
-        {"name": card.name, "version": card.version, "state": "READY", "reason": ""}
-        for card in cards
+        {"name": model.name, "version": model.version, "state": "READY", "reason": ""}
+        for model in models
     ]
 
 
-def check_version(card: ModelCard, version: str) -> None:
+def check_version(model: ModelMetadata, version: str) -> None:
     """Raises NotFound where `version` is not the one that is loaded."""
-    if version != card.version:
+    if version != model.version:
         raise NotFound(
-            f"model {card.name} has no version {shown(version)}: {card.version} is loaded"
+            f"model {model.name} has no version {shown(version)}: {model.version} is loaded"
         )
 
 
@@ -122,8 +123,8 @@ def read_header_length(text: str | None) -> int | None:
 def parse_infer(
     body: bytes | bytearray | memoryview,
     header_length: int | None,
-    card: ModelCard,
-    limits: Limits,
+    model: ModelMetadata,
+    limits: ServerLimits,
 ) -> InferRequest:
     """Reads the body of POST /v2/models/NAME/infer.
 
@@ -144,7 +145,7 @@ def parse_infer(
     request = decode_object(text)
     version = request.optional("model_version", str)
     if version:
-        check_version(card, version)
+        check_version(model, version)
     parameters = request.child("parameters")
     _refuse_sequences(parameters)
     binary = parameters.optional("binary_data_output", bool) or False
@@ -154,7 +155,7 @@ def parse_infer(
         raise BadRequest(f'inputs has {len(inputs)} tensors, one is needed: "{INPUT}"')
     (tensor,) = request.children("inputs")
     return InferRequest(
-        images=read_images(tensor, payload, card, limits),
+        images=read_images(tensor, payload, model, limits),
         outputs=outputs,
         id=request.optional("id", str),
         timeout_s=_read_timeout(parameters),
@@ -163,7 +164,7 @@ def parse_infer(
 
 
 def format_infer(
-    request: InferRequest, card: ModelCard, labels: Pixels
+    request: InferRequest, model: ModelMetadata, labels: Pixels
 ) -> tuple[bytes, dict[str, str]]:
     """The answer's body and headers, for labels uint8 [N, H, W], in the form that was asked for."""
     (wanted,) = request.outputs
@@ -174,7 +175,7 @@ def format_infer(
     }
     if wanted.binary:
         output["parameters"] = {"binary_data_size": labels.size}
-    answer: dict[str, Any] = {"model_name": card.name, "model_version": card.version}
+    answer: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
     if request.id is not None:
         answer["id"] = request.id
     answer["outputs"] = [output]

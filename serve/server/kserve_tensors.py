@@ -11,8 +11,9 @@ from typing import NoReturn, TypeVar
 import numpy as np
 
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.admission import BadRequest, Limits, TooLarge
-from srdeploy.serve.server.registry import ModelCard
+from srdeploy.serve.server.admission import BadRequest, TooLarge
+from srdeploy.serve.server.config import ServerLimits
+from srdeploy.serve.server.registry import ModelMetadata
 
 MAX_JSON_MIB = 16
 """Of a request's JSON: a tensor of about 1280 x 720 as json.dumps writes it. Decoded, JSON takes up
@@ -144,7 +145,7 @@ ImagesShape = tuple[int, int, int, int]
 
 
 def read_images(
-    tensor: JsonObject, payload: memoryview | None, card: ModelCard, limits: Limits
+    tensor: JsonObject, payload: memoryview | None, model: ModelMetadata, limits: ServerLimits
 ) -> Pixels:
     """uint8 [N, H, W, 3] of a request's input; read-only, and where they are binary the memory of
     `payload` itself.
@@ -160,7 +161,7 @@ def read_images(
             f'{tensor.path("datatype")}: {shown(datatype)} was sent, "{DATATYPE}" is needed: RGB '
             "pixels as they are, since the model normalises them itself"
         )
-    shape = _read_shape(tensor, card, limits)
+    shape = _read_shape(tensor, model, limits)
     parameters = tensor.child("parameters")
     refuse_shared_memory(parameters)
     size = parameters.optional("binary_data_size", int)
@@ -201,7 +202,7 @@ def labels_as_json(labels: Pixels) -> bytes:
     return b"[" + text[:-1] + b"]"
 
 
-def _read_shape(tensor: JsonObject, card: ModelCard, limits: Limits) -> ImagesShape:
+def _read_shape(tensor: JsonObject, model: ModelMetadata, limits: ServerLimits) -> ImagesShape:
     """N, H, W, 3: as the model takes them and within the limits."""
     where = tensor.path("shape")
     sizes = tensor.required("shape", list)
@@ -212,9 +213,9 @@ def _read_shape(tensor: JsonObject, card: ModelCard, limits: Limits) -> ImagesSh
             raise BadRequest(
                 f"{where}[{axis}]: {name} is {shown(size)}, a whole number from 1 on is needed"
             )
-        fixed = card.input_shape[axis]
+        fixed = model.input_shape[axis]
         if fixed is not None and size != fixed:
-            channels = ": RGB pixels, channels last" if name == "C" else f" by model {card.name}"
+            channels = ": RGB pixels, channels last" if name == "C" else f" by model {model.name}"
             raise BadRequest(
                 f"{where}[{axis}]: {name} is {shown(size)}, {fixed} is needed{channels}"
             )
@@ -223,16 +224,16 @@ def _read_shape(tensor: JsonObject, card: ModelCard, limits: Limits) -> ImagesSh
         raise TooLarge(
             f"{where}[0]: {shown(images)} images in one request, at most {limits.images} are taken"
         )
-    most = limits.network_pixels(card.spec)
+    most = limits.network_pixels(model.spec)
     if height * width > most:
         raise TooLarge(
             f"{where}: {shown(height)} x {shown(width)} (height x width) are more than "
-            f"{most / 1e6:.3g} million pixels, the most that model {card.name} takes here"
+            f"{most / 1e6:.3g} million pixels, the most that model {model.name} takes here"
         )
-    least = card.spec.input.smallest
+    least = model.spec.input.smallest
     if height < least[0] or width < least[1]:
         raise BadRequest(
-            f"{where}: {height} x {width} (height x width) are too small, model {card.name} needs "
+            f"{where}: {height} x {width} (height x width) are too small, model {model.name} needs "
             f"at least {least[0]} x {least[1]}"
         )
     return images, height, width, channels

@@ -36,7 +36,7 @@ MADE_UP_SIZE = (480, 640)
 """(height, width) of the made-up scenes."""
 
 
-class Sample(Protocol):
+class PageSample(Protocol):
     """One photo on offer."""
 
     @property
@@ -57,7 +57,7 @@ class PhotoSample:
 
 
 @dataclass(frozen=True)
-class MadeUpSample:
+class SyntheticSample:
     """A scene of `srdeploy data synth`, painted (in 0.1 s) when first asked for."""
 
     name: str
@@ -72,7 +72,7 @@ class MadeUpSample:
         return encode_jpeg(photo)
 
 
-def load_samples(folder: Path | None) -> list[Sample]:
+def load_samples(folder: Path | None) -> list[PageSample]:
     """The first photos of `folder` by name, without those of its sub-folders; for None, made-up
     scenes.
 
@@ -80,8 +80,8 @@ def load_samples(folder: Path | None) -> list[Sample]:
     listed or holds no photo that can be read.
     """
     if folder is None:
-        return [MadeUpSample(f"{name}.jpg", number) for name, number in MADE_UP]
-    samples: list[Sample] = []
+        return [SyntheticSample(f"{name}.jpg", number) for name, number in MADE_UP]
+    samples: list[PageSample] = []
     for path in _photos_in(folder):
         try:
             samples.append(PhotoSample(path.name, encode_jpeg(_shrunk(read_photo(path)))))

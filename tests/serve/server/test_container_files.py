@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from srdeploy.cli.main import app
-from srdeploy.serve.server.admission import Limits
+from srdeploy.serve.server.config import ServerLimits
 from srdeploy.serve.server.middleware import OPEN_PREFIXES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,7 +79,7 @@ def test_the_composed_service_can_change_nothing_and_is_given_time_to_stop() -> 
     assert all(volume["read_only"] for volume in service["volumes"])
     assert service["cap_drop"] == ["ALL"]
     assert any(one.startswith("/tmp:") for one in service["tmpfs"])
-    limits = Limits()
+    limits = ServerLimits()
     assert int(service["stop_grace_period"].rstrip("s")) > limits.drain_s + limits.timeout_s + 5
 
 

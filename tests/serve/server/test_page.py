@@ -13,24 +13,24 @@ import pytest
 from PIL import Image
 
 from srdeploy.serve.server.page import render_page
-from tests.serve.server.live import LiveServer
-from tests.serve.server.page_stand_in import (
+from tests.serve.server.fake_server import (
     HEIGHT,
     HOSTILE,
     MODELS,
     WIDTH,
-    StandIn,
+    FakeServer,
     labels_of,
     names_at,
     photo_bytes,
 )
+from tests.serve.server.live import LiveServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # playwright's own pipes
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -68,7 +68,7 @@ Open = Callable[..., Any]
 @pytest.fixture
 def open_page(address: str) -> Iterator[Open]:
     """Loads the page afresh; at the end of the test nothing may have gone wrong or elsewhere."""
-    StandIn.reset()
+    FakeServer.reset()
     faults: list[str] = []
     asked: list[str] = []
     opened = []
@@ -96,7 +96,7 @@ def open_page(address: str) -> Iterator[Open]:
         return page
 
     yield open_page
-    StandIn.gate.set()
+    FakeServer.gate.set()
     for page in opened:
         page.evaluate("sessionStorage.clear()")
         for event, listener in listeners.items():
@@ -140,7 +140,7 @@ def legend(page: Any) -> list[list[str]]:
 
 
 def test_an_upload_gives_a_legend_of_areas_largest_first(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     upload(page)
     shares = {
@@ -156,7 +156,7 @@ def test_an_upload_gives_a_legend_of_areas_largest_first(open_page: Open, desk: 
 
 
 def test_the_class_under_the_pointer_is_named_with_its_colour(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     upload(page)
     # One pixel on each side of the border between sky and road, and of the ignored rows.
@@ -173,7 +173,7 @@ def test_the_class_under_the_pointer_is_named_with_its_colour(open_page: Open, d
 
 
 def test_views_and_opacity_change_what_is_drawn(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     upload(page)
     sky = (40, 90, 220)
@@ -193,7 +193,7 @@ def test_views_and_opacity_change_what_is_drawn(open_page: Open, desk: Any) -> N
 def test_a_class_pressed_in_the_legend_or_the_picture_stands_alone(
     open_page: Open, desk: Any
 ) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     upload(page)
     before = pixel(page, 0.7, 0.5)
@@ -212,7 +212,7 @@ def test_a_class_pressed_in_the_legend_or_the_picture_stands_alone(
 def test_two_models_share_one_picture_and_a_border_that_moves(open_page: Open, desk: Any) -> None:
     page = open_page(desk)
     upload(page)
-    assert [line.split("model=")[1] for line in StandIn.asked] == ["plain", "small+%3Cb%3E"]
+    assert [line.split("model=")[1] for line in FakeServer.asked] == ["plain", "small+%3Cb%3E"]
     left, right = (names_at(name, labels_of(name, HEIGHT, WIDTH)) for name in MODELS)
     assert page.inner_text("#differ") == f"{100 * (left != right).mean():.1f} %"
     assert legend(page)[0] == ["sky", "45.0 %", "57.0 %"]
@@ -244,13 +244,13 @@ def test_the_models_on_both_sides_can_be_chosen(open_page: Open, desk: Any) -> N
     page.select_option("#left", "small <b>")
     page.wait_for_selector("#work[aria-busy=true]", state="detached")
     assert legend(page)[0] == ["sky", "57.0 %"]
-    assert len(StandIn.asked) == 2  # what was computed is not asked for again
+    assert len(FakeServer.asked) == 2  # what was computed is not asked for again
     page.select_option("#right", "plain")
     assert legend(page)[0] == ["sky", "57.0 %", "45.0 %"]
 
 
 def test_times_and_facts_of_a_model_are_shown(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     upload(page)
     spans = page.locator(".split li").all_inner_texts()
@@ -278,7 +278,7 @@ def test_the_mask_is_saved_as_the_server_wrote_it(open_page: Open, desk: Any) ->
 
 
 def test_a_photo_on_its_side_stands_upright_beneath_its_labels(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     page.click("#samples button")  # the sample is 64x48 and turned by its EXIF orientation
     page.wait_for_selector("#legend button")
@@ -292,19 +292,19 @@ def test_a_photo_on_its_side_stands_upright_beneath_its_labels(open_page: Open, 
 def test_a_photo_larger_than_the_models_take_is_sent_smaller(open_page: Open, desk: Any) -> None:
     page = open_page(desk)
     upload(page, photo_bytes(2000, 1500))
-    width, height = StandIn.sizes[0]
-    assert StandIn.sizes == [(width, height)] * 2
+    width, height = FakeServer.sizes[0]
+    assert FakeServer.sizes == [(width, height)] * 2
     assert 0.99 * 720 * 960 < width * height <= 720 * 960
     assert width / height == pytest.approx(2000 / 1500, abs=0.01)
     told = f"street.png, 2000×1500, sent as {width}×{height}: the models take no more"
     assert page.inner_text("#size") == told
     upload(page, photo_bytes(960, 720))
-    assert StandIn.sizes[2:] == [(960, 720)] * 2
+    assert FakeServer.sizes[2:] == [(960, 720)] * 2
     assert page.inner_text("#size") == "street.png, 960×720"
 
 
 def test_dropped_and_pasted_photos_are_taken(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     script = """async ([kind, bytes]) => {
         const files = new DataTransfer();
@@ -322,7 +322,7 @@ def test_dropped_and_pasted_photos_are_taken(open_page: Open, desk: Any) -> None
 def test_a_photo_that_the_browser_cannot_show_still_gets_its_mask(
     open_page: Open, desk: Any
 ) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     buffer = io.BytesIO()
     Image.new("RGB", (WIDTH, HEIGHT)).save(buffer, "TIFF")
@@ -332,16 +332,16 @@ def test_a_photo_that_the_browser_cannot_show_still_gets_its_mask(
 
 
 def test_the_line_of_an_error_is_announced_and_goes_away(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
-    StandIn.failure = (503, "64 requests are waiting: <b>try again</b> in 1 s")
+    FakeServer.failure = (503, "64 requests are waiting: <b>try again</b> in 1 s")
     file = {"name": "a.png", "mimeType": "image/png", "buffer": photo_bytes()}
     page.set_input_files("#file", file)
     alert = page.get_by_role("alert")
     alert.wait_for()
-    assert alert.inner_text() == StandIn.failure[1]
+    assert alert.inner_text() == FakeServer.failure[1]
     assert page.get_attribute("#work", "aria-busy") == "false"
-    StandIn.failure = None
+    FakeServer.failure = None
     upload(page)
     assert page.locator("#error").inner_text() == ""
 
@@ -352,11 +352,11 @@ def test_a_file_over_the_limit_is_not_sent(open_page: Open, desk: Any) -> None:
     page.set_input_files("#file", file)
     told = page.get_by_role("alert").inner_text()
     assert told == "large.png has 1.5 MiB, the server takes 1 at most: save it smaller."
-    assert StandIn.asked == []
+    assert FakeServer.asked == []
 
 
 def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desk: Any) -> None:
-    StandIn.key = "a key of ours"
+    FakeServer.key = "a key of ours"
     page = open_page(desk)
     page.wait_for_selector("#key-form")
     assert page.inner_text("#error") == ""  # nothing went wrong yet
@@ -364,7 +364,7 @@ def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desk:
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()
     assert page.inner_text("#error") == "this server asks for its API key"
-    page.get_by_label("API key").fill(StandIn.key)
+    page.get_by_label("API key").fill(FakeServer.key)
     page.click("text=Use this key")
     page.wait_for_selector("#samples img")  # samples come with the key too
     upload(page)
@@ -374,20 +374,20 @@ def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desk:
 
 
 def test_work_is_shown_without_moving_anything(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
+    FakeServer.models = ["plain"]
     page = open_page(desk)
     upload(page)
     places = (
         "['stage', 'views', 'legend', 'cards'].map(id => document.getElementById(id).offsetTop)"
     )
     before = page.evaluate(places)
-    StandIn.gate.clear()
+    FakeServer.gate.clear()
     file = {"name": "b.png", "mimeType": "image/png", "buffer": photo_bytes()}
     page.set_input_files("#file", file)
     page.wait_for_selector("#work[aria-busy=true]")
     assert page.locator(".progress").is_visible()
     during = page.evaluate(places)
-    StandIn.gate.set()
+    FakeServer.gate.set()
     page.wait_for_selector("#work[aria-busy=false]")
     assert before == during == page.evaluate(places)
     assert page.locator(".progress").is_hidden()

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from srdeploy.errors import UserError
-from srdeploy.serve.server.page import LONGEST_SIDE, MOST, Sample, load_samples
+from srdeploy.serve.server.page import LONGEST_SIDE, MOST, PageSample, load_samples
 
 
-def decoded(sample: Sample) -> Image.Image:
+def decoded(sample: PageSample) -> Image.Image:
     return Image.open(io.BytesIO(sample.jpeg), formats=["JPEG"])
 
 

@@ -21,7 +21,8 @@ from srdeploy.imaging import (
     restore,
 )
 from srdeploy.regions import border_length, class_areas, label_runs, polygons
-from srdeploy.serve.server.admission import BadRequest, Limits, TooLarge
+from srdeploy.serve.server.admission import BadRequest, TooLarge
+from srdeploy.serve.server.config import ServerLimits
 from srdeploy.spec import Spec
 
 Output = Literal["mask", "overlay", "json"]
@@ -41,7 +42,7 @@ ZIP = "application/zip"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SegmentOptions:
     """How a request wants its photos answered."""
 
     output: Output = "mask"
@@ -64,16 +65,16 @@ class PhotoAnswer:
     """name, width and height; for JSON also classes and ignored_pixels."""
 
 
-class PhotoTask:
-    """One photo of a request; see `srdeploy.serve.scheduling.jobs.Task`."""
+class SegmentTask:
+    """One photo of a request; see `srdeploy.serve.scheduling.scheduler.Task`."""
 
     def __init__(
         self,
         content: bytes,
         name: str | None,
         spec: Spec,
-        limits: Limits,
-        wanted: Wanted,
+        limits: ServerLimits,
+        wanted: SegmentOptions,
         number: int | None = None,
     ) -> None:
         """content: the encoded image. name: the upload's file name. number: the photo's place among
@@ -177,7 +178,7 @@ class PhotoTask:
             )
 
 
-def pack(answers: Sequence[PhotoAnswer], wanted: Wanted) -> tuple[bytes, str]:
+def pack(answers: Sequence[PhotoAnswer], wanted: SegmentOptions) -> tuple[bytes, str]:
     """(content, media type) of a request's masks or overlays: one as it is, several in a zip."""
     if len(answers) == 1 and not wanted.zipped:
         (answer,) = answers

@@ -68,7 +68,7 @@ def photo_bytes(width: int = WIDTH, height: int = HEIGHT, orientation: int = 1) 
     return buffer.getvalue()
 
 
-class StandIn(BaseHTTPRequestHandler):
+class FakeServer(BaseHTTPRequestHandler):
     """Answers as the server does; what it should do is set on the class."""
 
     models: ClassVar[list[str]] = [*MODELS]
