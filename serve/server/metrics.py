@@ -89,9 +89,6 @@ class ModelStats:
         }
 
 
-# What operators see: Prometheus's metrics, of one process or of all workers together.
-
-
 class ServerMetrics:
     """The Prometheus metrics of one process, or of all worker processes together."""
 

@@ -26,6 +26,7 @@ from srdeploy.serve.server.admission import (
     Refusal,
     TooLarge,
     Unauthorized,
+    UnsupportedMedia,
 )
 from srdeploy.serve.server.config import LOOPBACK
 from srdeploy.serve.server.server_log import log, log_exception
@@ -70,6 +71,7 @@ class RequestMiddleware:
             if is_inference:
                 self._state.admission.enter()
                 admitted = True
+                _check_encoding(headers)
                 length = headers.get("content-length", "0")
                 self._state.admission.check_length(int(length) if length.isdecimal() else 0)
                 body = _BodyReceiver(receive, context, self._state.admission)
@@ -194,6 +196,15 @@ def _is_inference(scope: Mapping[str, Any]) -> bool:
     """Whether the request asks for inference: only those are subject to admission control."""
     path: str = scope["path"]
     return scope["method"] == "POST" and (path == "/v1/segment" or path.endswith("/infer"))
+
+
+def _check_encoding(headers: Headers) -> None:
+    """Raises UnsupportedMedia for a compressed body, whose unpacked size is unknown."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        raise UnsupportedMedia(
+            f"Content-Encoding {encoding[:40]}: send the body as it is; images are small already"
+        )
 
 
 def _host_name(host: str) -> str | None:

@@ -139,7 +139,6 @@ def _read_options(
 
 async def _read_uploads(request: Request, limits: ServerLimits) -> list[UploadedFile]:
     """The photos in the body. Raises BadRequest, TooLarge and UnsupportedMedia."""
-    check_encoding(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _read_form(request, limits)
@@ -182,15 +181,6 @@ async def _read_form(request: Request, limits: ServerLimits) -> list[UploadedFil
         return [(file.filename or None, await file.read()) for file in files]
     finally:
         await form.close()
-
-
-def check_encoding(request: Request) -> None:
-    """Raises UnsupportedMedia for a compressed body, whose unpacked size is unknown."""
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", ""):
-        raise UnsupportedMedia(
-            f"Content-Encoding {encoding[:40]}: send the body as it is; images are small already"
-        )
 
 
 def _describe_answers(

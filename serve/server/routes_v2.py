@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from srdeploy.imaging import Pixels
 from srdeploy.serve.server.admission import BadRequest, Unavailable
 from srdeploy.serve.server.kserve import (
+    HEADER_LENGTH,
     InferRequest,
     check_version,
     format_infer,
@@ -19,10 +20,8 @@ from srdeploy.serve.server.kserve import (
     repository_index,
     server_metadata,
 )
-from srdeploy.serve.server.kserve_tensors import HEADER_LENGTH
 from srdeploy.serve.server.openapi import ERRORS, INFER
 from srdeploy.serve.server.registry import ModelMetadata
-from srdeploy.serve.server.routes_v1 import check_encoding
 from srdeploy.serve.server.server_log import log
 from srdeploy.serve.server.state import app_state, request_context
 
@@ -89,7 +88,6 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     state = app_state(request)
     metadata = _find_model(request, name, version)
     request_context(request).model = metadata.name
-    check_encoding(request)
     header_length = read_header_length(request.headers.get(HEADER_LENGTH))
     body = await request.body()
     arguments = (body, header_length, metadata, state.limits)

@@ -27,8 +27,8 @@ from srdeploy.serve.server.kserve import (
     repository_index,
     server_metadata,
 )
-from srdeploy.serve.server.kserve_tensors import MAX_JSON_MIB
 from srdeploy.serve.server.registry import ModelMetadata
+from srdeploy.serve.server.strict_json import MAX_JSON_MIB
 from srdeploy.spec import InputPolicy, Spec
 
 triton = pytest.importorskip(

@@ -182,11 +182,11 @@ def test_an_image_beyond_the_networks_largest_size_is_too_large_unless_it_is_sca
 def test_regions_that_would_fill_the_memory_are_refused_with_what_to_ask_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(segment_task, "MOST_BORDER", 100)
+    monkeypatch.setattr(segment_task, "MAX_BORDER", 100)
     with pytest.raises(TooLarge, match=r"borders of \d+ pixels, 100 are .*: ask for output=mask"):
         answered(SegmentOptions(output="json", regions="rle"))
     assert answered(SegmentOptions(output="json"))[0].entry["classes"]
-    monkeypatch.setattr(segment_task, "MOST_POLYGON_PIXELS", 1000)
+    monkeypatch.setattr(segment_task, "MAX_POLYGON_PIXELS", 1000)
     with pytest.raises(TooLarge, match=r"polygons are drawn for up to .*: ask for regions=rle"):
         answered(SegmentOptions(output="json", regions="polygons"))
 

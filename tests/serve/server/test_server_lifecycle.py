@@ -151,7 +151,7 @@ def test_sigterm_drains_in_flight_requests(
 ) -> None:
     policy = InputPolicy(smallest=(32, 32), usual=(64, 64), largest=(512, 512))
     spec = tiny_spec.model_copy(update={"input": policy})
-    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 0.5)
+    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 2)
     crowd = Crowd(server, 6, 512, polite=True)
     while len(crowd.answers) < 6:
         time.sleep(0.02)
