@@ -24,7 +24,7 @@ from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import Store, open_store
 from srdeploy.serve.folders.worker import Worker, folder_plan
-from srdeploy.serve.scheduling.planner import Source
+from srdeploy.serve.scheduling.planner import ModelSource
 
 
 class LatestStore:
@@ -66,7 +66,7 @@ class KeptEngine:
 
     def records(
         self,
-        source: Source,
+        source: ModelSource,
         photos: Iterator[Photo],
         expected: int,
         out: str,
@@ -92,7 +92,7 @@ def main(
     """Do all photos into each FOLDER that stdin names, until it ends."""
     console.set_quiet(True)
     chosen = precision if runtime == "openvino" else None
-    source = Source("predict", graph, runtime=runtime, precision=chosen)
+    source = ModelSource("predict", graph, runtime=runtime, precision=chosen)
     with ExitStack() as stack:
         engine: Engine = LocalEngine() if anew else KeptEngine(stack)
         print("ready", flush=True)

@@ -16,7 +16,7 @@ from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import OutputError, open_store
 from srdeploy.serve.folders.summary import Meter, Summary, Tally, check_areas, write_areas
 from srdeploy.serve.folders.worker import Worker, folder_plan
-from srdeploy.serve.scheduling.planner import Source
+from srdeploy.serve.scheduling.planner import ModelSource
 
 
 class Engine(Protocol):
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     def records(
         self,
-        source: Source,
+        source: ModelSource,
         photos: Iterator[Photo],
         expected: int,
         out: str,
@@ -59,7 +59,7 @@ class LocalEngine:
 
     def records(
         self,
-        source: Source,
+        source: ModelSource,
         photos: Iterator[Photo],
         expected: int,
         out: str,
@@ -79,7 +79,7 @@ class LocalEngine:
 
 
 def predict_photos(
-    source: Source,
+    source: ModelSource,
     photos: Sequence[str],
     out: str,
     settings: PredictSettings | None = None,
@@ -103,7 +103,7 @@ def predict_photos(
     check_areas(settings.areas)
     with find_photos(photos, out, list_file, stdin) as listing, ExitStack() as stack:
         store = open_store(out)
-        probe = source.runtime_of(None)
+        probe = source.make_runtime(None)
         with_views(probe, settings, 1)  # what can be refused is refused before anything is written
         header = Header(
             srdeploy=__version__,

@@ -20,7 +20,7 @@ from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import OutputError, open_store
 from srdeploy.serve.folders.worker import Worker, folder_plan
-from srdeploy.serve.scheduling.planner import Plan, Source
+from srdeploy.serve.scheduling.planner import ModelSource, SessionPlan
 
 OBJECT_STORE_BYTES = 100 << 20
 """Photos and masks do not go through it, only their names and records."""
@@ -193,7 +193,7 @@ class Answer:
     number: int
     records: Sequence[Record]
     failure: Failure | None
-    plan: Plan | None
+    plan: SessionPlan | None
     """None where the network could not be loaded."""
 
 
@@ -201,7 +201,7 @@ class Answer:
 class Order:
     """What all processes of a job do."""
 
-    source: Source
+    source: ModelSource
     """With an absolute path."""
     out: str
     """An absolute path or a URL."""

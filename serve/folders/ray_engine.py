@@ -25,7 +25,7 @@ from srdeploy.serve.folders.ray_cluster import Answer, BatchActor, Order, Share,
 from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import OutputError
-from srdeploy.serve.scheduling.planner import Source
+from srdeploy.serve.scheduling.planner import ModelSource
 
 
 class Feed(Datasource):
@@ -97,7 +97,7 @@ class RayEngine:
 
     def records(
         self,
-        source: Source,
+        source: ModelSource,
         photos: Iterator[Photo],
         expected: int,
         out: str,
@@ -149,7 +149,7 @@ class RayEngine:
 
     def _order(
         self,
-        source: Source,
+        source: ModelSource,
         expected: int,
         out: str,
         settings: PredictSettings,

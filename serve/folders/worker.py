@@ -29,10 +29,16 @@ from srdeploy.serve.folders.stores import (
     is_url,
     local_path,
 )
-from srdeploy.serve.scheduling.jobs import Job
-from srdeploy.serve.scheduling.lanes import Lanes
-from srdeploy.serve.scheduling.planner import Layout, Plan, Source, Wishes, make_plan, open_sessions
-from srdeploy.serve.scheduling.scheduler import Scheduler
+from srdeploy.serve.scheduling.planner import (
+    ModelSource,
+    PlanConstraints,
+    SessionLayout,
+    SessionPlan,
+    make_plan,
+    open_sessions,
+)
+from srdeploy.serve.scheduling.scheduler import Scheduler, WorkItem
+from srdeploy.serve.scheduling.workers import ModelWorkers
 from srdeploy.spec import Spec
 
 MAX_BYTES = 2 * 1024**3
@@ -167,24 +173,30 @@ MAX_WAIT_MS = 20.0
 
 
 def folder_plan(
-    source: Source, photos: int, threads: int | None, batch: int | None, cores: int | None = None
-) -> Plan:
+    source: ModelSource,
+    photos: int,
+    threads: int | None,
+    batch: int | None,
+    cores: int | None = None,
+) -> SessionPlan:
     """How `photos` photos are run. threads: of each session; batch: photos in a run; None: what
     does most in a second. cores: of the CPU; None: all. Raises UserError as open_runtime.
 
     On a GPU this is measured. On a CPU photos are run one by one, in one session of one thread for
     each core: batches and threads do less in a second there.
     """
-    runtime = source.runtime_of(threads)
+    runtime = source.make_runtime(threads)
     cores = cores or usable_cores()
     if parse_device(runtime.device)[0] == "cuda":
-        wishes = Wishes(threads=threads, max_batch=batch or MAX_BATCH, max_wait_ms=MAX_WAIT_MS)
+        wishes = PlanConstraints(
+            threads=threads, max_batch=batch or MAX_BATCH, max_wait_ms=MAX_WAIT_MS
+        )
         return make_plan(source, cores, wishes)
-    layout = Layout(sessions=1, threads=threads)
+    layout = SessionLayout(sessions=1, threads=threads)
     if runtime.backend != "torch" and photos >= FEW * cores:
         each = threads or 1
-        layout = Layout(sessions=max(1, cores // each), threads=each)
-    return Plan(lone=None, shared=layout, batch=batch or 1, max_wait_ms=MAX_WAIT_MS)
+        layout = SessionLayout(sessions=max(1, cores // each), threads=each)
+    return SessionPlan(shared=layout, batch=batch or 1, max_wait_ms=MAX_WAIT_MS)
 
 
 class Worker:
@@ -192,8 +204,8 @@ class Worker:
 
     def __init__(
         self,
-        source: Source,
-        plan: Plan,
+        source: ModelSource,
+        plan: SessionPlan,
         settings: PredictSettings,
         store: Store,
         cores: int | None = None,
@@ -217,7 +229,7 @@ class Worker:
             stack.callback(self._scheduler.stop)
             ahead = BUCKETS * plan.shared.sessions * plan.batch if plan.batch > 1 else None
             run = Runtime.logits if needs_logits(self._settings) else Runtime.run
-            lanes = Lanes(self._scheduler, sessions, plan, run=run, ahead=ahead)
+            lanes = ModelWorkers(self._scheduler, sessions, plan, run=run, ahead=ahead)
             self._queue = lanes.queue
             stack.callback(lanes.close)  # what is under way is finished, whatever happens
             self._stack = stack.pop_all()
@@ -238,8 +250,8 @@ class Worker:
         What ends the job is raised after the records of all that was under way: OutputError, a
         UserError of the network's output, or a fault of ours.
         """
-        done: SimpleQueue[Job] = SimpleQueue()
-        under_way: set[Job] = set()
+        done: SimpleQueue[WorkItem] = SimpleQueue()
+        under_way: set[WorkItem] = set()
         fatal: BaseException | None = None
         more = iter(photos)
         try:
@@ -269,7 +281,7 @@ class Worker:
         return with_views(runtime, self._settings, self.plan.batch)
 
 
-def _record(job: Job) -> Record | BaseException:
+def _record(job: WorkItem) -> Record | BaseException:
     """The photo's record, or what ends the job: what concerns more than this photo."""
     task = job.task
     assert isinstance(task, PhotoTask)

@@ -1,5 +1,5 @@
-"""How many images are run at once, by whom and in what order: for the server and for folders.
+"""Runs tasks on models: for the server and for folders.
 
-A task (one image, one tensor) is decoded and encoded by codec threads, and run by a model's lanes,
-whose sessions are laid out by measuring.
+A task (one image or one tensor) is decoded and encoded by codec threads and run by a model's worker
+threads. Each worker has its own session; how many sessions a model gets is measured.
 """

@@ -1,4 +1,7 @@
-"""How a model's sessions are laid out, and what each layout gave when it was tried."""
+"""Plans a model's sessions: how many, with how many threads, and how many images in one run.
+
+Session layouts are tried on the model and device at hand, and the fastest is chosen.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,64 +20,24 @@ from srdeploy.runtimes.registry import open_runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
-
-class Layout(Settings):
-    """Sessions side by side, and the CPU threads of each."""
-
-    sessions: int = Field(ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    """None: the runtime's own choice."""
-
-
-class Measured(Settings):
-    """One layout tried on images of the model's usual size."""
-
-    layout: Layout
-    batch: int
-    images_per_s: float
-    """With all sessions busy."""
-    alone_ms: float | None
-    """Of a run while the other sessions rest; None for batches of several images."""
-
-
-class Plan(Settings):
-    """What serves a model."""
-
-    lone: Layout | None
-    """One session for requests that are alone in the process; None: the shared ones do that."""
-    shared: Layout
-    """For requests that have company."""
-    batch: int = Field(ge=1)
-    """Images in one run, at most."""
-    max_wait_ms: float = Field(ge=0)
-    """How long a run waits for images that are being decoded, where it could hold more."""
-    measured: tuple[Measured, ...] = ()
-    """Empty where the layout was given."""
-
-    def __str__(self) -> str:
-        text = _sessions(self.shared)
-        if self.batch > 1:
-            text += f", up to {self.batch} images a run"
-        if self.lone is not None:
-            text += f"; {_sessions(self.lone)} for a lone request"
-        return text
-
-
-def _sessions(layout: Layout) -> str:
-    many = "" if layout.sessions == 1 else "s"
-    if layout.threads is None:
-        return f"{layout.sessions} session{many}"
-    return f"{layout.sessions} session{many} of {layout.threads} thread" + "s" * (
-        layout.threads > 1
-    )
-
-
-# A model's source, and the open sessions of a layout.
+TRIAL_S = 0.3
+"""How long each layout is tried, and for at least MIN_RUNS in each session."""
+MIN_RUNS = 2
+PASSES = 3
+"""Passes over all layouts, back and forth: the machine's speed drifts. Each layout's best pass
+counts, since other load only ever slows a pass down."""
+MIN_SPEEDUP = 1.03
+"""How much faster more sessions or a larger batch must be to be chosen: less is noise."""
+MIN_LATENCY_SPEEDUP = 1.15
+"""How much faster than a shared session a latency session must be: it holds the weights again."""
+MAX_BATCH = 8
+"""Most images in one run, unless the user sets another limit."""
+MAX_WAIT_MS = 2.0
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a served model comes from; it is opened again at each reload."""
+class ModelSource:
+    """Where a model comes from. It is opened for each session, and again at each reload."""
 
     name: str
     path: Path
@@ -84,49 +47,63 @@ class Source:
     """For ONNX files that carry none."""
     precision: str | None = None
 
-    def runtime_of(self, threads: int | None) -> Runtime:
-        """A runtime that is not open yet. Raises UserError as open_runtime."""
+    def make_runtime(self, threads: int | None) -> Runtime:
+        """A runtime that is not open yet. Raises UserError like open_runtime."""
         return open_runtime(
             self.path, self.device, self.runtime, self.spec, threads, self.precision
         )
 
 
-@contextmanager
-def open_sessions(
-    source: Source, layout: Layout, wrap: Callable[[Runtime], Runtime] | None = None
-) -> Iterator[list[Runtime]]:
-    """The layout's runtimes, open. wrap: puts each into another. Raises UserError as open_runtime.
+class SessionLayout(Settings):
+    """Parallel sessions, and the CPU threads of each."""
 
-    Each has the weights in its own memory: threads that run one session of onnxruntime at once keep
-    taking each other's buffers out of the caches, which cost 4 % where it was measured.
-    """
-    with ExitStack() as stack:
-        runtimes = [source.runtime_of(layout.threads) for _ in range(layout.sessions)]
-        if wrap is not None:
-            runtimes = [wrap(runtime) for runtime in runtimes]
-        yield [stack.enter_context(runtime) for runtime in runtimes]
+    sessions: int = Field(ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    """None: the runtime's own choice."""
+
+    def __str__(self) -> str:
+        text = f"{self.sessions} session{'s' * (self.sessions > 1)}"
+        if self.threads is None:
+            return text
+        return f"{text} of {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-# Tries layouts of sessions on the model and device at hand, and chooses.
+class LayoutTrial(Settings):
+    """The measured speed of one layout, on images of the model's usual size."""
 
-TRY_S = 0.3
-"""How long each layout is tried, and at least `LEAST_RUNS` in each session."""
-LEAST_RUNS = 2
-PASSES = 3
-"""Over all layouts, forth and back: the machine's speed drifts. The best of each layout counts, for
-what else ran meanwhile only ever made it slower."""
-WORTH = 1.03
-"""Another layout or a larger batch must be so many times as fast: less is noise."""
-WORTH_ALONE = 1.15
-"""A session for lone requests must be so many times as fast as one of the shared: it holds the
-weights once more."""
-MAX_BATCH = 8
-"""Images in one run, at most, unless a flag says otherwise."""
-MAX_WAIT_MS = 2.0
+    layout: SessionLayout
+    batch: int
+    images_per_s: float
+    """Throughput with all sessions busy."""
+    latency_ms: float | None = Field(serialization_alias="alone_ms")
+    """Duration of a run while the other sessions are idle; None for batches of several images."""
+
+
+class SessionPlan(Settings):
+    """The sessions of one model, and how they batch."""
+
+    latency: SessionLayout | None = Field(default=None, serialization_alias="lone")
+    """One session for a request that is alone in the process; None: the shared ones serve it."""
+    shared: SessionLayout
+    """The sessions for concurrent requests."""
+    batch: int = Field(ge=1)
+    """Most images in one run."""
+    max_wait_ms: float = Field(ge=0)
+    """How long a run that could hold more images waits for those that are being decoded."""
+    measured: tuple[LayoutTrial, ...] = ()
+    """Empty if the layout was given."""
+
+    def __str__(self) -> str:
+        text = str(self.shared)
+        if self.batch > 1:
+            text += f", up to {self.batch} images a run"
+        if self.latency is not None:
+            text += f"; {self.latency} for low latency"
+        return text
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanConstraints:
     """What the user fixed; None is measured."""
 
     sessions: int | None = None
@@ -135,50 +112,26 @@ class Wishes:
     max_wait_ms: float = MAX_WAIT_MS
 
 
-def make_plan(source: Source, cores: int, wishes: Wishes) -> Plan:
-    """Measures what the wishes leave open. Raises UserError where the model can't be run."""
-    probe = source.runtime_of(None)
-    batches = _batches(probe, wishes)
-    layouts = _layouts(probe, cores, wishes)
-    if len(layouts) == 1 and len(batches) == 1:
-        return Plan(lone=None, shared=layouts[0], batch=batches[0], max_wait_ms=wishes.max_wait_ms)
-    tried: dict[tuple[Layout, int], list[Measured]] = {}
-    for number in range(PASSES):
-        for layout in reversed(layouts) if number % 2 else layouts:
-            with open_sessions(source, layout) as runtimes:
-                for measured in _try_layout(runtimes, layout, batches):
-                    tried.setdefault((layout, measured.batch), []).append(measured)
-    return choose([_best(passes) for passes in tried.values()], wishes.max_wait_ms)
+@contextmanager
+def open_sessions(
+    source: ModelSource,
+    layout: SessionLayout,
+    wrap: Callable[[Runtime], Runtime] | None = None,
+) -> Iterator[list[Runtime]]:
+    """The layout's runtimes, open. wrap: applied to each before it is opened. Raises UserError like
+    open_runtime.
 
-
-def choose(measured: Sequence[Measured], max_wait_ms: float) -> Plan:
-    """The plan of the highest throughput, with a session for lone requests where that pays.
-
-    Where the throughput is equal: the smaller batch; on a CPU the more sessions, since decoding and
-    encoding go on beside a run of one thread, and on a GPU the fewer.
+    Each session holds the weights in its own memory. Threads that share one onnxruntime session
+    evict each other's buffers from the caches, which cost 4 % when measured.
     """
-    ordered = sorted(measured, key=_simplest_first)
-    best = ordered[0]
-    for one in ordered[1:]:
-        if one.images_per_s > WORTH * best.images_per_s:
-            best = one
-    alone = {one.layout: one.alone_ms for one in measured if one.alone_ms is not None}
-    lone = None
-    if alone:
-        quickest = min(alone, key=lambda layout: alone[layout])
-        usual = alone.get(best.layout)
-        if usual is not None and usual > WORTH_ALONE * alone[quickest]:
-            lone = quickest.model_copy(update={"sessions": 1})
-    return Plan(
-        lone=lone,
-        shared=best.layout,
-        batch=best.batch,
-        max_wait_ms=max_wait_ms,
-        measured=tuple(measured),
-    )
+    with ExitStack() as stack:
+        runtimes = [source.make_runtime(layout.threads) for _ in range(layout.sessions)]
+        if wrap is not None:
+            runtimes = [wrap(runtime) for runtime in runtimes]
+        yield [stack.enter_context(runtime) for runtime in runtimes]
 
 
-def usual_images(runtime: Runtime, batch: int) -> Pixels:
+def synthetic_images(runtime: Runtime, batch: int) -> Pixels:
     """Noise of the model's usual size, uint8 [N, H, W, 3], for trials and warm-up."""
     count, height, width, _ = runtime.input_shape
     usual = runtime.spec.input.usual
@@ -186,95 +139,144 @@ def usual_images(runtime: Runtime, batch: int) -> Pixels:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def _batches(runtime: Runtime, wishes: Wishes) -> list[int]:
-    """Batch sizes to try: powers of two."""
+def make_plan(source: ModelSource, cores: int, constraints: PlanConstraints) -> SessionPlan:
+    """Measures what the constraints leave open. Raises UserError if the model can't be run."""
+    probe = source.make_runtime(None)
+    batches = _candidate_batches(probe, constraints)
+    layouts = _candidate_layouts(probe, cores, constraints)
+    if len(layouts) == 1 and len(batches) == 1:
+        return SessionPlan(shared=layouts[0], batch=batches[0], max_wait_ms=constraints.max_wait_ms)
+    trials: dict[tuple[SessionLayout, int], list[LayoutTrial]] = {}
+    for number in range(PASSES):
+        for layout in reversed(layouts) if number % 2 else layouts:
+            with open_sessions(source, layout) as runtimes:
+                for trial in _try_layout(runtimes, layout, batches):
+                    trials.setdefault((layout, trial.batch), []).append(trial)
+    return choose_plan([_best_pass(passes) for passes in trials.values()], constraints.max_wait_ms)
+
+
+def choose_plan(trials: Sequence[LayoutTrial], max_wait_ms: float) -> SessionPlan:
+    """The plan with the highest throughput, with a latency session if that pays.
+
+    At equal throughput it takes the smaller batch; on a CPU more sessions, since decoding and
+    encoding then run next to single-threaded runs, and on a GPU fewer.
+    """
+    ordered = sorted(trials, key=_preference)
+    best = ordered[0]
+    for trial in ordered[1:]:
+        if trial.images_per_s > MIN_SPEEDUP * best.images_per_s:
+            best = trial
+    latencies = {trial.layout: trial.latency_ms for trial in trials if trial.latency_ms is not None}
+    latency = None
+    if latencies:
+        quickest = min(latencies, key=lambda layout: latencies[layout])
+        shared_ms = latencies.get(best.layout)
+        if shared_ms is not None and shared_ms > MIN_LATENCY_SPEEDUP * latencies[quickest]:
+            latency = quickest.model_copy(update={"sessions": 1})
+    return SessionPlan(
+        latency=latency,
+        shared=best.layout,
+        batch=best.batch,
+        max_wait_ms=max_wait_ms,
+        measured=tuple(trials),
+    )
+
+
+def _candidate_batches(runtime: Runtime, constraints: PlanConstraints) -> list[int]:
+    """Powers of two."""
     if runtime.input_shape[0] is not None:
         return [1]  # the graph fixes N: every request brings its own N images
-    most = wishes.max_batch or MAX_BATCH
+    most = constraints.max_batch or MAX_BATCH
     sizes = [1]
     while sizes[-1] * 2 <= most:
         sizes.append(sizes[-1] * 2)
-    # On CPUs the largest tells as much as all of them.
+    # On CPUs the largest size tells as much as all of them.
     return sizes if parse_device(runtime.device)[0] == "cuda" else sorted({1, sizes[-1]})
 
 
-def _layouts(runtime: Runtime, cores: int, wishes: Wishes) -> list[Layout]:
-    if wishes.sessions is not None:
-        threads = wishes.threads
-        if threads is None and parse_device(runtime.device)[0] == "cpu":
-            threads = max(1, cores // wishes.sessions)
-        return [Layout(sessions=wishes.sessions, threads=threads)]
-    if parse_device(runtime.device)[0] == "cuda":
-        return [Layout(sessions=count, threads=wishes.threads) for count in (1, 2)]
-    if runtime.backend == "torch":  # its threads are the process's, not a session's
-        return [Layout(sessions=1, threads=wishes.threads or cores)]
-    if wishes.threads is not None:
-        return [Layout(sessions=max(1, cores // wishes.threads), threads=wishes.threads)]
+def _candidate_layouts(
+    runtime: Runtime, cores: int, constraints: PlanConstraints
+) -> list[SessionLayout]:
+    sessions, threads = constraints.sessions, constraints.threads
+    device = parse_device(runtime.device)[0]
+    if sessions is not None:
+        if threads is None and device == "cpu":
+            threads = max(1, cores // sessions)
+        return [SessionLayout(sessions=sessions, threads=threads)]
+    if device == "cuda":
+        return [SessionLayout(sessions=count, threads=threads) for count in (1, 2)]
+    if runtime.backend == "torch":  # its threads belong to the process, not to a session
+        return [SessionLayout(sessions=1, threads=threads or cores)]
+    if threads is not None:
+        return [SessionLayout(sessions=max(1, cores // threads), threads=threads)]
     counts = sorted({1, 2, max(1, cores // 2), cores} & set(range(1, cores + 1)))
-    return [Layout(sessions=count, threads=max(1, cores // count)) for count in counts]
+    return [SessionLayout(sessions=count, threads=max(1, cores // count)) for count in counts]
 
 
-def _simplest_first(one: Measured) -> tuple[int, int]:
-    sessions = one.layout.sessions
-    return one.batch, sessions if one.layout.threads is None else -sessions
+def _preference(trial: LayoutTrial) -> tuple[int, int]:
+    """Sort key, the preferred trial first."""
+    sessions = trial.layout.sessions
+    return trial.batch, sessions if trial.layout.threads is None else -sessions
 
 
 def _try_layout(
-    runtimes: Sequence[Runtime], layout: Layout, batches: Sequence[int]
-) -> list[Measured]:
-    """One figure for each batch size that the model takes."""
-    found = []
+    runtimes: Sequence[Runtime], layout: SessionLayout, batches: Sequence[int]
+) -> list[LayoutTrial]:
+    """One trial for each batch size that the model takes."""
+    trials = []
     for batch in batches:
-        images = usual_images(runtimes[0], batch)
+        images = synthetic_images(runtimes[0], batch)
         try:
             runtimes[0].run(images)
         except ImageShapeError:
             if batch == batches[0]:
                 raise
-            break  # out of memory, or beyond the engine's profiles: larger ones would be, too
-        alone = _run_for(runtimes[:1], images)[1] if batch == 1 else None
+            break  # out of memory, or beyond the engine's profiles: larger batches would be, too
+        latency_ms = _run_for(runtimes[:1], images)[1] if batch == 1 else None
         rate = _run_for(runtimes, images)[0]
-        found.append(Measured(layout=layout, batch=batch, images_per_s=rate, alone_ms=alone))
-    return found
+        trials.append(
+            LayoutTrial(layout=layout, batch=batch, images_per_s=rate, latency_ms=latency_ms)
+        )
+    return trials
 
 
 def _run_for(runtimes: Sequence[Runtime], images: Pixels) -> tuple[float, float]:
-    """(images per second of all sessions together, milliseconds of the quickest run)."""
+    """(images per second of all sessions together, milliseconds of the fastest run)."""
     times: list[list[float]] = [[] for _ in runtimes]
-    faults: list[BaseException] = []
+    errors: list[BaseException] = []
     threads = [
-        Thread(target=_run_one, args=(runtime, images, own, faults))
+        Thread(target=_run_session, args=(runtime, images, own, errors))
         for runtime, own in zip(runtimes, times, strict=True)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if faults:
-        raise faults[0]
+    if errors:
+        raise errors[0]
     rate = sum(len(own) * len(images) / sum(own) for own in times)
-    return rate, 1000 * min(one for own in times for one in own)
+    return rate, 1000 * min(seconds for own in times for seconds in own)
 
 
-def _run_one(
-    runtime: Runtime, images: Pixels, times: list[float], faults: list[BaseException]
+def _run_session(
+    runtime: Runtime, images: Pixels, times: list[float], errors: list[BaseException]
 ) -> None:
     try:
-        runtime.run(images)  # threads do not start at once
+        runtime.run(images)  # threads do not start at the same moment
         began = time.perf_counter()
-        while len(times) < LEAST_RUNS or time.perf_counter() - began < TRY_S:
+        while len(times) < MIN_RUNS or time.perf_counter() - began < TRIAL_S:
             before = time.perf_counter()
             runtime.run(images)
             times.append(time.perf_counter() - before)
     except UserError as error:
-        faults.append(error)
+        errors.append(error)
 
 
-def _best(passes: Sequence[Measured]) -> Measured:
-    alone = [one.alone_ms for one in passes if one.alone_ms is not None]
+def _best_pass(passes: Sequence[LayoutTrial]) -> LayoutTrial:
+    latencies = [trial.latency_ms for trial in passes if trial.latency_ms is not None]
     return passes[0].model_copy(
         update={
-            "images_per_s": max(one.images_per_s for one in passes),
-            "alone_ms": min(alone) if alone else None,
+            "images_per_s": max(trial.images_per_s for trial in passes),
+            "latency_ms": min(latencies) if latencies else None,
         }
     )

@@ -1,33 +1,182 @@
-"""Who works on what: codec threads decode and encode for all models, lanes run the networks.
+"""The queues and codec threads of one process.
 
-Every job passes three queues: arrived (to be decoded), ready (to be run, one queue for each model)
-and computed (to be encoded). Little is decoded ahead, so memory is bounded by what has arrived, as
-bodies, and by a few decoded images for each lane.
+Codec threads decode and encode for all models; each model's worker threads run its network. Every
+item passes three queues: arrived (to be decoded), ready (to be run, one queue for each model) and
+computed (to be encoded). Few items are decoded ahead, so memory is bounded by the encoded bodies of
+what has arrived and by a few decoded images for each worker.
 
-A lone request is best run by one session with all cores, many requests by one-threaded sessions
-side by side: the lanes' plan says what was measured, and who else is there decides at each run.
+One request runs fastest on one session with all cores, many concurrent requests on single-threaded
+sessions in parallel. The session plan says what was measured; how many requests there are decides
+at each run.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from threading import Condition, Lock, Thread
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from srdeploy.serve.scheduling.jobs import DeadlineError, Job, ReadyQueue, Task
+import numpy.typing as npt
+
+from srdeploy.errors import UserError
+from srdeploy.imaging import Pixels
+
+Answer_co = TypeVar("Answer_co", covariant=True)
+
+STEPS = ("decode", "wait", "compute", "encode")
+"""The steps of an item, as the fields of TaskTiming name them."""
+
+
+class Task(Protocol, Generic[Answer_co]):
+    """The work of one image or tensor, before and after the network runs.
+
+    `prepare` and `finish` run on a codec thread. Either may raise a UserError, which fails only
+    this task.
+    """
+
+    def prepare(self) -> Pixels:
+        """The images as the network takes them, uint8 [N, H, W, 3]."""
+
+    def finish(self, result: npt.NDArray[Any], /) -> Answer_co:
+        """The answer, from the network's result for the prepared images: labels uint8 [N, H, W] or
+        logits float32 [N, K, H, W]."""
+
+
+class DeadlineError(UserError):
+    """The item's deadline passed before it was done."""
+
+
+@dataclass
+class TaskTiming:
+    """Milliseconds of each step of one item, and the number of images in its run."""
+
+    decode: float = 0.0
+    wait: float = 0.0
+    """Time spent waiting for a codec thread and for a worker."""
+    compute: float = 0.0
+    """Duration of the whole run, which other items may have shared."""
+    encode: float = 0.0
+    batch: int = 0
+
+
+@dataclass(eq=False)
+class WorkItem:
+    """A submitted task. It is handed from thread to thread; one thread has it at a time."""
+
+    task: Task[Any]
+    deadline: float
+    """A time on time.monotonic's clock."""
+    done: Callable[["WorkItem"], None]
+    """Called once, on some thread, when `answer` or `error` is set; never after cancellation."""
+    timing: TaskTiming = field(default_factory=TaskTiming)
+    images: Pixels | None = None
+    result: npt.NDArray[Any] | None = None
+    answer: Any = None
+    error: BaseException | None = None
+    cancelled: bool = False
+    since: float = field(default_factory=time.monotonic)
+    """When its current wait began."""
+
+    @property
+    def size(self) -> int:
+        """Number of decoded images."""
+        assert self.images is not None
+        return len(self.images)
+
+    def begin_wait(self) -> None:
+        """Starts the clock of a wait for a thread."""
+        self.since = time.monotonic()
+
+    def end_wait(self) -> float:
+        """Adds the wait to the timing; returns the current time, where the next step begins."""
+        now = time.monotonic()
+        self.timing.wait += 1000 * (now - self.since)
+        return now
+
+    def check_dropped(self) -> bool:
+        """Whether it needs no more work: it was cancelled, it failed, or it is past its deadline,
+        which is an error too."""
+        if self.error is None and time.monotonic() > self.deadline:
+            self.error = DeadlineError("the deadline passed before the answer was there")
+        return self.cancelled or self.error is not None
+
+
+class ModelQueue:
+    """Items of one model that wait for its workers. Whoever touches it holds the scheduler's
+    lock."""
+
+    def __init__(self, lock: Lock, ahead: int, has_latency_worker: bool) -> None:
+        """ahead: how many items may be decoded before their turn."""
+        self.ready: deque[WorkItem] = deque()
+        """Decoded items."""
+        self.arrived = 0
+        """Number of items that no codec thread has taken yet."""
+        self.decoding = 0
+        """Number of items that are being decoded."""
+        self.closed = False
+        self.has_latency_worker = has_latency_worker
+        self.latency = Condition(lock)
+        """What the latency worker waits on."""
+        self.shared = Condition(lock)
+        """What the other workers wait on."""
+        self._ahead = ahead
+
+    @property
+    def waiting(self) -> int:
+        """Number of items that no worker has taken yet."""
+        return self.arrived + self.decoding + len(self.ready)
+
+    @property
+    def room(self) -> int:
+        """How many more items may be decoded: decoded images are large, encoded bodies small."""
+        return self._ahead - self.decoding - len(self.ready)
+
+    @property
+    def drained(self) -> bool:
+        """Whether it is closed and empty."""
+        return self.closed and not self.waiting
+
+    def expects_more(self, most: int) -> bool:
+        """Whether a run of up to `most` images would be fuller if it waited."""
+        if not (self.decoding or (self.arrived and self.room > 0)):
+            return False
+        return sum(item.size for item in self._next_batch(most)) < most
+
+    def pop(self, most: int) -> list[WorkItem]:
+        """The first item and others of its height and width, in their order: up to `most` images,
+        or the first item's own if they are more."""
+        batch = self._next_batch(most)
+        for item in batch:
+            self.ready.remove(item)
+        return batch
+
+    def _next_batch(self, most: int) -> list[WorkItem]:
+        first = self.ready[0]
+        assert first.images is not None
+        batch, images = [first], first.size
+        for item in islice(self.ready, 1, None):
+            assert item.images is not None
+            if images + item.size > most:
+                break
+            if item.images.shape[1:] == first.images.shape[1:]:
+                batch.append(item)
+                images += item.size
+        return batch
 
 
 class Scheduler:
-    """The threads and queues of one process. Lanes take their work with `take`."""
+    """The codec threads and queues of one process. Workers get their items from `take`."""
 
     def __init__(self, codec_threads: int) -> None:
         self._lock = Lock()
         self._for_codec = Condition(self._lock)
-        self._queues: list[ReadyQueue] = []
-        self._arrived: deque[tuple[Job, ReadyQueue]] = deque()
-        self._computed: deque[Job] = deque()
+        self._queues: list[ModelQueue] = []
+        self._arrived: deque[tuple[WorkItem, ModelQueue]] = deque()
+        self._computed: deque[WorkItem] = deque()
         self._uncomputed = 0
-        """Jobs of all models whose result is not there yet."""
+        """Number of items of all models that have no result yet."""
         self._stopping = False
         self._codecs = [
             Thread(target=self._codec_loop, name=f"codec-{index}", daemon=True)
@@ -36,78 +185,78 @@ class Scheduler:
         for thread in self._codecs:
             thread.start()
 
-    def open_queue(self, ahead: int) -> ReadyQueue:
-        """The queue of one model's lanes, of which `ahead` jobs may be decoded before their
-        turn."""
-        queue = ReadyQueue(self._lock, ahead)
+    def open_queue(self, ahead: int, has_latency_worker: bool = False) -> ModelQueue:
+        """A new model's queue, of which `ahead` items may be decoded before their turn."""
+        queue = ModelQueue(self._lock, ahead, has_latency_worker)
         with self._lock:
             self._queues.append(queue)
         return queue
 
     def submit(
-        self, queue: ReadyQueue, task: Task[Any], deadline: float, done: Callable[[Job], None]
-    ) -> Job:
-        """Puts the task behind those that came before. `done` is called on another thread."""
-        job = Job(task, deadline, done)
+        self, queue: ModelQueue, task: Task[Any], deadline: float, done: Callable[[WorkItem], None]
+    ) -> WorkItem:
+        """Queues the task. `done` is called on another thread."""
+        item = WorkItem(task, deadline, done)
         with self._lock:
             assert not queue.closed
             self._uncomputed += 1
             queue.arrived += 1
-            self._arrived.append((job, queue))
-            self._wake()
-        return job
+            self._arrived.append((item, queue))
+            self._notify()
+        return item
 
-    def cancel(self, job: Job) -> None:
-        """Nobody waits for it any longer: it is dropped where it is not under way, and `done` is
-        not called."""
+    def cancel(self, item: WorkItem) -> None:
+        """Drops the item unless it is being processed; `done` is not called either way."""
         with self._lock:
-            job.cancelled = True
+            item.cancelled = True
             for entry in self._arrived:
-                if entry[0] is job:
+                if entry[0] is item:
                     self._arrived.remove(entry)
                     entry[1].arrived -= 1
                     self._uncomputed -= 1
-                    self._wake()
+                    self._notify()
                     return
 
-    def take(self, queue: ReadyQueue, most: int, patience_s: float, lone: bool) -> list[Job]:
-        """Jobs of one image size for a lane, `most` images at most; [] once the queue is drained.
+    def take(
+        self, queue: ModelQueue, most: int, max_wait_s: float, latency: bool
+    ) -> list[WorkItem]:
+        """Items of one image size for a worker, up to `most` images; [] once the queue is drained.
 
-        patience_s: how long the first of them may wait for others that are about to be ready.
-        lone: for the lane that runs lone requests, where the queue has one.
+        max_wait_s: how long the first item may wait for others that are about to be ready.
+        latency: whether the caller is the queue's latency worker.
         """
         with self._lock:
             while True:
-                self._drop_from(queue)
-                patience = None
-                if queue.jobs and lone == self._wants_lone(queue):
-                    patience = queue.jobs[0].since + patience_s - time.monotonic()
-                    if patience <= 0 or not queue.expects(most):
-                        jobs = queue.pop(most)
-                        self._wake()
-                        return jobs
+                self._remove_dropped(queue)
+                timeout = None
+                if queue.ready and latency == self._is_for_latency(queue):
+                    timeout = queue.ready[0].since + max_wait_s - time.monotonic()
+                    if timeout <= 0 or not queue.expects_more(most):
+                        items = queue.pop(most)
+                        self._notify()
+                        return items
                 elif queue.drained:
                     return []
-                (queue.lone if lone else queue.shared).wait(patience)
+                (queue.latency if latency else queue.shared).wait(timeout)
 
-    def computed(self, jobs: Sequence[Job]) -> None:
-        """A lane is done with what it took: results or errors are set."""
+    def computed(self, items: Sequence[WorkItem]) -> None:
+        """Hands back items that a worker took; their results or errors are set."""
         with self._lock:
-            self._pass_on(jobs)
+            self._pass_to_codec(items)
 
-    def close_queue(self, queue: ReadyQueue) -> None:
-        """Nothing more will be submitted to it; what is in it will be run."""
+    def close_queue(self, queue: ModelQueue) -> None:
+        """Ends submission to the queue; the items in it are still run."""
         with self._lock:
             queue.closed = True
-            self._wake()
+            self._notify()
 
-    def remove_queue(self, queue: ReadyQueue) -> None:
-        """After its lanes have left it."""
+    def remove_queue(self, queue: ModelQueue) -> None:
+        """Forgets a closed queue, after its workers have ended."""
         with self._lock:
             self._queues.remove(queue)
 
     def stop(self) -> None:
-        """Ends the codec threads once there is nothing left for them."""
+        """Ends the codec threads once nothing is left for them to do."""
         with self._lock:
             self._stopping = True
             self._for_codec.notify_all()
@@ -120,23 +269,23 @@ class Scheduler:
                 found = self._next_for_codec()
             if found is None:
                 return
-            job, queue = found
+            item, queue = found
             if queue is None:
-                _finish(job)
+                _finish(item)
                 continue
-            _prepare(job)
+            _prepare(item)
             with self._lock:
-                queue.coming -= 1
-                if job.images is None:
-                    self._pass_on([job])
+                queue.decoding -= 1
+                if item.images is None:
+                    self._pass_to_codec([item])
                 else:
-                    queue.jobs.append(job)
-                    self._wake()
+                    queue.ready.append(item)
+                    self._notify()
 
-    def _next_for_codec(self) -> tuple[Job, ReadyQueue | None] | None:
-        """The next job, and the queue that it is to be decoded for; None where it is to be encoded.
+    def _next_for_codec(self) -> tuple[WorkItem, ModelQueue | None] | None:
+        """The next item, and the queue that it is to be decoded for; None if it is to be encoded.
 
-        What is computed goes first: it frees the most, and its client has waited longest.
+        Computed items go first: that frees the most memory, and their clients waited longest.
         """
         while True:
             if self._computed:
@@ -145,70 +294,62 @@ class Scheduler:
                 if entry[1].room:
                     self._arrived.remove(entry)
                     entry[1].arrived -= 1
-                    entry[1].coming += 1
+                    entry[1].decoding += 1
                     return entry
             if self._stopping:
                 return None
             self._for_codec.wait()
 
-    def _pass_on(self, jobs: Sequence[Job]) -> None:
-        """To the codec threads, which tell errors as they tell answers."""
-        self._uncomputed -= len(jobs)
-        for job in jobs:
-            job.begin_wait()
-            self._computed.append(job)
-        self._wake()
+    def _pass_to_codec(self, items: Sequence[WorkItem]) -> None:
+        """Queues items to be encoded. Codec threads deliver errors as they deliver answers."""
+        self._uncomputed -= len(items)
+        for item in items:
+            item.begin_wait()
+            self._computed.append(item)
+        self._notify()
 
-    def _drop_from(self, queue: ReadyQueue) -> None:
-        """Takes out what nobody waits for any longer."""
-        if dropped := [job for job in queue.jobs if _dropped(job)]:
-            for job in dropped:
-                queue.jobs.remove(job)
-            self._pass_on(dropped)
+    def _remove_dropped(self, queue: ModelQueue) -> None:
+        if dropped := [item for item in queue.ready if item.check_dropped()]:
+            for item in dropped:
+                queue.ready.remove(item)
+            self._pass_to_codec(dropped)
 
-    def _wants_lone(self, queue: ReadyQueue) -> bool:
-        """Whether the next run is the lone lane's."""
-        return queue.has_lone and self._uncomputed == 1
+    def _is_for_latency(self, queue: ModelQueue) -> bool:
+        """Whether the latency worker does the next run: nothing else needs the cores."""
+        return queue.has_latency_worker and self._uncomputed == 1
 
-    def _wake(self) -> None:
-        """After every change: wakes whom it concerns. Whoever wakes looks for itself."""
+    def _notify(self) -> None:
+        """Notifies waiters after a change; each re-checks its predicate."""
         decodable = sum(min(queue.arrived, queue.room) for queue in self._queues)
         self._for_codec.notify(len(self._computed) + decodable)
         for queue in self._queues:
             if queue.drained:
-                queue.lone.notify_all()
+                queue.latency.notify_all()
                 queue.shared.notify_all()
-            elif queue.jobs:
-                (queue.lone if self._wants_lone(queue) else queue.shared).notify()
+            elif queue.ready:
+                (queue.latency if self._is_for_latency(queue) else queue.shared).notify()
 
 
-def _prepare(job: Job) -> None:
-    began = job.end_wait()
-    if not _dropped(job):
+def _prepare(item: WorkItem) -> None:
+    began = item.end_wait()
+    if not item.check_dropped():
         try:
-            job.images = job.task.prepare()
-        except BaseException as error:  # told to the one who asked; the thread lives on
-            job.error = error
-    job.timing.decode = 1000 * (time.monotonic() - began)
-    job.begin_wait()
+            item.images = item.task.prepare()
+        except BaseException as error:  # goes to the submitter; the thread lives on
+            item.error = error
+    item.timing.decode = 1000 * (time.monotonic() - began)
+    item.begin_wait()
 
 
-def _finish(job: Job) -> None:
-    began = job.end_wait()
-    if not _dropped(job):
+def _finish(item: WorkItem) -> None:
+    began = item.end_wait()
+    if not item.check_dropped():
         try:
-            assert job.result is not None
-            job.answer = job.task.finish(job.result)
+            assert item.result is not None
+            item.answer = item.task.finish(item.result)
         except BaseException as error:
-            job.error = error
-    job.images = job.result = None
-    job.timing.encode = 1000 * (time.monotonic() - began)
-    if not job.cancelled:
-        job.done(job)
-
-
-def _dropped(job: Job) -> bool:
-    """Whether nobody waits for its answer any longer, or there will be none."""
-    if job.error is None and job.late:
-        job.error = DeadlineError("the deadline passed before the answer was there")
-    return job.cancelled or job.error is not None
+            item.error = error
+    item.images = item.result = None
+    item.timing.encode = 1000 * (time.monotonic() - began)
+    if not item.cancelled:
+        item.done(item)

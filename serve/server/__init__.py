@@ -1,5 +1,5 @@
 """`srdeploy serve`: one process that answers segmentation requests over HTTP.
 
-A request's way: guard (who asks, how much) -> routes (KServe v2, or plain images) -> hub (which
-model) -> scheduler (decode, wait, compute, encode, each on threads of its own) -> answer.
+A request passes: middleware (access, admission) -> routes (plain images, or KServe v2) -> model
+registry -> scheduler (decode, wait, compute, encode, off the event loop) -> answer.
 """

@@ -1,4 +1,4 @@
-"""The application of one server process: routes, page, errors, start and stop."""
+"""The application of one server process: its routes, error handlers, startup and shutdown."""
 
 import asyncio
 import multiprocessing
@@ -20,37 +20,39 @@ from starlette.types import ASGIApp
 
 from srdeploy import __version__
 from srdeploy.errors import UserError
-from srdeploy.serve.scheduling.planner import Plan
+from srdeploy.serve.scheduling.planner import SessionPlan
 from srdeploy.serve.server import routes_v1, routes_v2
-from srdeploy.serve.server.admission import BadRequest, Gate, Refusal
+from srdeploy.serve.server.admission import AdmissionControl, BadRequest, Refusal
 from srdeploy.serve.server.config import ServerConfig
-from srdeploy.serve.server.desk import Desk, desk_of
-from srdeploy.serve.server.journal import LOG, log
-from srdeploy.serve.server.metrics import Watch
-from srdeploy.serve.server.middleware import CLIENT_GONE, Guard, answer_refusal
+from srdeploy.serve.server.metrics import ServerMetrics
+from srdeploy.serve.server.middleware import CLIENT_GONE, RequestMiddleware, refusal_response
 from srdeploy.serve.server.openapi import describe
 from srdeploy.serve.server.page import load_samples, render_page
-from srdeploy.serve.server.registry import ClientGone, Hub, ModelCard
+from srdeploy.serve.server.registry import ClientGone, ModelMetadata, ModelRegistry
+from srdeploy.serve.server.server_log import LOG, log
+from srdeploy.serve.server.state import AppState, app_state
 
 _DESCRIPTION = """Segmentation over HTTP: plain images on `/v1/segment`, tensors by KServe's v2
 protocol on `/v2`. Errors are `{"error": "one line"}`."""
+_TASKS: set["asyncio.Task[None]"] = set()
+"""Running tasks: the event loop itself holds them only weakly."""
 
 
-def make_desk(config: ServerConfig) -> Desk:
-    """The server's state; nothing is loaded yet. Raises UserError where samples can't be read."""
-    return Desk(
-        hub=Hub(config.sources, config.cores, config.wishes, config.plans),
+def make_state(config: ServerConfig) -> AppState:
+    """The state of a server that has loaded no model. Raises UserError for unreadable samples."""
+    return AppState(
+        models=ModelRegistry(config.sources, config.cores, config.constraints, config.plans),
         limits=config.limits,
-        gate=Gate(config.limits),
-        watch=Watch(),
+        admission=AdmissionControl(config.limits),
+        metrics=ServerMetrics(),
         samples=load_samples(config.samples),
         key_needed=config.api_key is not None,
         reloads_here=config.workers == 1,
     )
 
 
-def make_app(config: ServerConfig, desk: Desk) -> ASGIApp:
-    """The application. Models are loaded while it runs, and `desk.hub.ready` says when they are."""
+def make_app(config: ServerConfig, state: AppState) -> ASGIApp:
+    """The application. It loads its models while it runs; `state.models.ready` turns true then."""
     app = FastAPIOffline(
         redoc_url=None,
         static_url="/static",
@@ -59,7 +61,7 @@ def make_app(config: ServerConfig, desk: Desk) -> ASGIApp:
         description=_DESCRIPTION,
         lifespan=_lifespan,
     )
-    app.state.desk = desk
+    app.state.server = state
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.include_router(routes_v1.router)
     app.include_router(routes_v2.router)
@@ -70,85 +72,82 @@ def make_app(config: ServerConfig, desk: Desk) -> ASGIApp:
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    return Guard(app, desk, config.api_key, config.loopback)
+    return RequestMiddleware(app, state, config.api_key, config.loopback)
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Loads the models beside the event loop, so that `live` is answered from the start."""
-    desk: Desk = app.state.desk
+    """Loads the models off the event loop, so that `live` is answered from the start."""
+    state: AppState = app.state.server
     loop = asyncio.get_running_loop()
-    loading = loop.run_in_executor(None, _load, desk)
-    if not desk.reloads_here:
-        await loading  # a worker takes requests once it can answer them
-        if desk.fault is not None:
-            raise desk.fault
+    loading = loop.run_in_executor(None, _load, state)
+    if not state.reloads_here:
+        await loading  # a worker process accepts requests once it can answer them
+        if state.startup_error is not None:
+            raise state.startup_error
         loop.add_signal_handler(
-            signal.SIGTERM, _drain_worker, desk, signal.getsignal(signal.SIGTERM)
+            signal.SIGTERM, _drain_worker, state, signal.getsignal(signal.SIGTERM)
         )
-        _TASKS.add(asyncio.ensure_future(_leave_with(multiprocessing.parent_process())))
+        _TASKS.add(asyncio.ensure_future(_exit_with(multiprocessing.parent_process())))
     elif threading.current_thread() is threading.main_thread():
-        loop.add_signal_handler(signal.SIGHUP, partial(_reload_all, desk))
+        loop.add_signal_handler(signal.SIGHUP, partial(_reload_all, state))
     yield
-    desk.hub.stopping = True
+    state.models.stopping = True
     await loading
-    await asyncio.to_thread(desk.hub.close)
-    desk.watch.leave()
+    await asyncio.to_thread(state.models.close)
+    state.metrics.mark_ended()
     log("stopped")
 
 
-def _drain_worker(desk: Desk, stop: Any) -> None:
-    """On a worker's SIGTERM: it goes on for a while, telling clients to ask elsewhere, and then
-    does what uvicorn does. (Without workers, `run.Server` does the same.)"""
-    if not desk.hub.stopping:
-        desk.hub.stopping = True
+def _drain_worker(state: AppState, stop: Any) -> None:
+    """Handles a worker process's SIGTERM: it asks clients to go elsewhere, still accepts requests
+    for a while, and then stops as uvicorn does. (`run.DrainingServer` does this for one process.)
+    """
+    if not state.models.stopping:
+        state.models.stopping = True
         loop = asyncio.get_running_loop()
-        loop.call_later(desk.limits.drain_s, stop, signal.SIGTERM, None)
+        loop.call_later(state.limits.drain_s, stop, signal.SIGTERM, None)
 
 
-async def _leave_with(parent: multiprocessing.process.BaseProcess | None) -> None:
-    """Ends a worker whose parent was killed: nobody would reload, restart or stop it."""
+async def _exit_with(parent: multiprocessing.process.BaseProcess | None) -> None:
+    """Ends a worker process whose parent was killed: nothing could reload or stop it."""
     assert parent is not None
     while os.getppid() == parent.pid:
         await asyncio.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _load(desk: Desk) -> None:
+def _load(state: AppState) -> None:
     try:
-        desk.hub.load(_tell)
+        state.models.load(_log_loaded)
     except BaseException as error:
-        desk.fault = error
-        desk.stop()
+        state.startup_error = error
+        state.stop()
         return
-    desk.refresh_gauges()
-    log("ready", models=",".join(desk.hub.names))
+    state.refresh_gauges()
+    log("ready", models=",".join(state.models.names))
 
 
-def _tell(card: ModelCard, plan: Plan) -> None:
-    runs = f"{card.backend}, {card.device}, {card.precision}"
-    log("loaded", model=card.name, runs=runs, plan=str(plan))
+def _log_loaded(metadata: ModelMetadata, plan: SessionPlan) -> None:
+    runs = f"{metadata.backend}, {metadata.device}, {metadata.precision}"
+    log("loaded", model=metadata.name, runs=runs, plan=str(plan))
 
 
-def _reload_all(desk: Desk) -> None:
-    """On SIGHUP."""
-    for name in desk.hub.names:
-        task = asyncio.ensure_future(_reload(desk, name))
+def _reload_all(state: AppState) -> None:
+    """Handles SIGHUP."""
+    for name in state.models.names:
+        task = asyncio.ensure_future(_reload(state, name))
         _TASKS.add(task)
         task.add_done_callback(_TASKS.discard)
 
 
-async def _reload(desk: Desk, name: str) -> None:
+async def _reload(state: AppState, name: str) -> None:
     try:
-        card = await desk.hub.reload(name)
+        metadata = await state.models.reload(name)
     except UserError as error:
         LOG.error(f"not reloaded: {error}", extra={"fields": {"model": name}})
     else:
-        log("reloaded", model=name, version=card.version)
-
-
-_TASKS: set["asyncio.Task[None]"] = set()
-"""The event loop itself holds tasks weakly."""
+        log("reloaded", model=name, version=metadata.version)
 
 
 async def _page() -> HTMLResponse:
@@ -160,18 +159,18 @@ async def _page() -> HTMLResponse:
 
 async def _metrics(request: Request) -> PlainTextResponse:
     """Prometheus's metrics."""
-    desk = desk_of(request)
-    desk.refresh_gauges()
-    return PlainTextResponse(desk.watch.text(), media_type=desk.watch.content_type)
+    state = app_state(request)
+    state.refresh_gauges()
+    return PlainTextResponse(state.metrics.text(), media_type=state.metrics.content_type)
 
 
 def _on_refusal(_: Request, error: Any) -> Response:
-    return answer_refusal(error)
+    return refusal_response(error)
 
 
 def _on_user_error(_: Request, error: Any) -> Response:
-    """Images that the runtime can't take, say."""
-    return answer_refusal(BadRequest(str(error)))
+    """E.g. images that the runtime can't take."""
+    return refusal_response(BadRequest(str(error)))
 
 
 def _on_client_gone(_: Request, __: Any) -> Response:
@@ -182,13 +181,13 @@ def _on_invalid(_: Request, error: Any) -> Response:
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"][1:]) or "the request"
     reason = str(fault["msg"]).removeprefix("Value error, ")
-    return answer_refusal(BadRequest(f"{where}: {reason[:1].lower()}{reason[1:]}"))
+    return refusal_response(BadRequest(f"{where}: {reason[:1].lower()}{reason[1:]}"))
 
 
 def _on_http_exception(request: Request, error: Any) -> Response:
     message = str(error.detail)
     if error.status_code == 404:
-        message = f"no such address: {request.url.path[:200]} (/docs lists them)"
+        message = f"no such address: {request.url.path[:200]} (/docs lists all)"
     elif error.status_code == 405:
         message = f"{request.url.path[:200]} does not take {request.method}"
     return JSONResponse({"error": message}, error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""One model's statistics, in Triton's form."""
+"""Statistics of each model, as Triton reports them, and the server's Prometheus metrics."""
 
 import os
 import time
@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from srdeploy.serve.scheduling.jobs import STEPS, Job
-from srdeploy.serve.server.registry import ModelCard
+from srdeploy.serve.scheduling.scheduler import STEPS, WorkItem
+from srdeploy.serve.server.registry import ModelMetadata
 
 _STEPS = {
     "queue": "wait",
@@ -19,55 +19,7 @@ _STEPS = {
     "compute_infer": "compute",
     "compute_output": "encode",
 }
-"""Our steps, by Triton's names."""
-
-
-@dataclass(eq=False)
-class Tally:
-    """Counts since the start. Used on the event loop's thread alone."""
-
-    requests: int = 0
-    failures: int = 0
-    """Requests that reached the model's queue and were not answered."""
-    images: int = 0
-    runs: float = 0.0
-    milliseconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STEPS, 0.0))
-    last: float = 0.0
-    """Time of the last answer, in seconds since 1970."""
-
-    def count(self, jobs: Sequence[Job]) -> None:
-        """One answered request."""
-        self.requests += 1
-        self.last = time.time()
-        for job in jobs:
-            self.images += 1
-            self.runs += 1 / max(job.timing.batch, 1)
-            for theirs, ours in _STEPS.items():
-                self.milliseconds[theirs] += getattr(job.timing, ours)
-
-    def in_tritons_form(self, card: ModelCard) -> dict[str, Any]:
-        """One entry of model_stats."""
-        steps = {
-            name: {"count": self.requests, "ns": int(1e6 * total)}
-            for name, total in self.milliseconds.items()
-        }
-        total = {"count": self.requests, "ns": sum(step["ns"] for step in steps.values())}
-        return {
-            "name": card.name,
-            "version": card.version,
-            "last_inference": int(1000 * self.last),
-            "inference_count": self.images,
-            "execution_count": round(self.runs),
-            "inference_stats": {
-                "success": total,
-                "fail": {"count": self.failures, "ns": 0},
-                **steps,
-            },
-            "batch_stats": [],
-        }
-
-
-# What operators see: Prometheus's metrics, of one process or of all workers together.
+"""Triton's name of each step -> ours."""
 
 _SECONDS = (
     0.001,
@@ -89,83 +41,138 @@ _SECONDS = (
 )
 _IMAGES = (1, 2, 4, 8, 16, 32)
 WORKERS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The environment's name of the folder in which workers leave their figures."""
+"""Environment variable with the folder in which worker processes keep their metrics."""
 
 
-class Watch:
-    """The metrics of one server."""
+@dataclass(eq=False)
+class ModelStats:
+    """One model's counts since the start. Used only on the event loop's thread."""
+
+    requests: int = 0
+    failures: int = 0
+    """Number of requests that reached the model's queue and were not answered."""
+    images: int = 0
+    runs: float = 0.0
+    milliseconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STEPS, 0.0))
+    last: float = 0.0
+    """Time of the last answer, in seconds since 1970."""
+
+    def count(self, items: Sequence[WorkItem]) -> None:
+        """Counts one answered request."""
+        self.requests += 1
+        self.last = time.time()
+        for item in items:
+            self.images += 1
+            self.runs += 1 / max(item.timing.batch, 1)
+            for theirs, ours in _STEPS.items():
+                self.milliseconds[theirs] += getattr(item.timing, ours)
+
+    def as_triton(self, metadata: ModelMetadata) -> dict[str, Any]:
+        """One entry of model_stats in Triton's statistics extension."""
+        steps = {
+            name: {"count": self.requests, "ns": int(1e6 * total)}
+            for name, total in self.milliseconds.items()
+        }
+        total = {"count": self.requests, "ns": sum(step["ns"] for step in steps.values())}
+        return {
+            "name": metadata.name,
+            "version": metadata.version,
+            "last_inference": int(1000 * self.last),
+            "inference_count": self.images,
+            "execution_count": round(self.runs),
+            "inference_stats": {
+                "success": total,
+                "fail": {"count": self.failures, "ns": 0},
+                **steps,
+            },
+            "batch_stats": [],
+        }
+
+
+class ServerMetrics:
+    """The Prometheus metrics of one process, or of all worker processes together."""
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        own = CollectorRegistry()
-        self._registry = own
-        self._tallies: dict[str, Tally] = {}
+        registry = CollectorRegistry()
+        self._registry = registry
+        self._stats: dict[str, ModelStats] = {}
         self.requests = Counter(
-            "srdeploy_requests", "Answered requests.", ("model", "route", "status"), registry=own
+            "srdeploy_requests",
+            "Answered requests.",
+            ("model", "route", "status"),
+            registry=registry,
         )
         self.refused = Counter(
-            "srdeploy_refused", "Requests that were not served.", ("reason",), registry=own
+            "srdeploy_refused",
+            "Requests that were not served.",
+            ("reason",),
+            registry=registry,
         )
         self.waiting = Gauge(
             "srdeploy_waiting_requests",
-            "Requests taken in and not yet answered.",
-            registry=own,
+            "Requests in flight.",
+            registry=registry,
             multiprocess_mode="livesum",
         )
         self.queued = Gauge(
             "srdeploy_queue_images",
             "Images that wait to be decoded or run.",
             ("model",),
-            registry=own,
+            registry=registry,
             multiprocess_mode="livesum",
         )
         self.ready = Gauge(
             "srdeploy_ready",
             "1 when all models are loaded and warmed up.",
-            registry=own,
+            registry=registry,
             multiprocess_mode="livemin",
         )
         self._batch = Histogram(
-            "srdeploy_batch_images", "Images in one run.", ("model",), buckets=_IMAGES, registry=own
+            "srdeploy_batch_images",
+            "Images in one run.",
+            ("model",),
+            buckets=_IMAGES,
+            registry=registry,
         )
         self._steps = Histogram(
             "srdeploy_step_seconds",
             "Time of each step of an image: decode, wait, compute, encode.",
             ("model", "step"),
             buckets=_SECONDS,
-            registry=own,
+            registry=registry,
         )
         self.duration = Histogram(
             "srdeploy_request_seconds",
             "From a request's first byte to its answer.",
             ("model", "route"),
             buckets=_SECONDS,
-            registry=own,
+            registry=registry,
         )
 
-    def tally(self, model: str) -> Tally:
-        """The model's statistics, of this process."""
-        return self._tallies.setdefault(model, Tally())
+    def stats(self, model: str) -> ModelStats:
+        """The model's statistics in this process."""
+        return self._stats.setdefault(model, ModelStats())
 
-    def observe(self, model: str, jobs: Sequence[Job]) -> None:
-        """Counts the steps of an answered request's jobs."""
-        self.tally(model).count(jobs)
-        for job in jobs:
-            timing = job.timing
+    def observe(self, model: str, items: Sequence[WorkItem]) -> None:
+        """Counts the steps of an answered request's items."""
+        self.stats(model).count(items)
+        for item in items:
+            timing = item.timing
             self._batch.labels(model).observe(timing.batch)
             for step in STEPS:
                 self._steps.labels(model, step).observe(getattr(timing, step) / 1000)
 
-    def leave(self) -> None:
-        """A worker ends: what it said of the present counts no longer."""
+    def mark_ended(self) -> None:
+        """Drops the gauges of a worker process that ends."""
         if WORKERS_FOLDER in os.environ:
             mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
 
     def text(self) -> bytes:
-        """In Prometheus's text form; of all workers, where there are several."""
+        """All metrics in Prometheus's text format; of all worker processes if there are several."""
         if WORKERS_FOLDER not in os.environ:
             return generate_latest(self._registry)
-        together = CollectorRegistry()
-        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
-        return generate_latest(together)
+        combined = CollectorRegistry()
+        MultiProcessCollector(combined)  # type: ignore[no-untyped-call]
+        return generate_latest(combined)

@@ -1,6 +1,6 @@
-"""What happens to every request before and after its route: who may ask, how much, and the record.
+"""What happens to every request before and after its route: access checks, admission, logging.
 
-Plain ASGI, around the application: a refusal costs no routing, and no body is read for it.
+Plain ASGI middleware around the application: a refusal costs no routing and reads no body.
 """
 
 import asyncio
@@ -19,35 +19,36 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from srdeploy.serve.server.admission import (
+    AdmissionControl,
     BadRequest,
-    Expired,
+    DeadlineExceeded,
     Forbidden,
-    Gate,
     Refusal,
     TooLarge,
     Unauthorized,
+    UnsupportedMedia,
 )
 from srdeploy.serve.server.config import LOOPBACK
-from srdeploy.serve.server.desk import Desk, Visit
-from srdeploy.serve.server.journal import log, log_fault
+from srdeploy.serve.server.server_log import log, log_exception
+from srdeploy.serve.server.state import AppState, RequestContext
 
 OPEN_PATHS = ("/", "/docs", "/openapi.json")
 OPEN_PREFIXES = ("/v2/health/", "/static/")
-"""What needs no key: nothing there tells of models or photos."""
+"""Paths without an API key: they reveal nothing about models or photos."""
 SMALL_BODY = 2**16
-"""Bytes of a request that asks for no inference."""
+"""Most bytes in the body of a request that asks for no inference."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 CLIENT_GONE = 499
-"""In logs and metrics alone: nobody is there to read a status."""
+"""Status only for logs and metrics: the client closed the connection."""
 
 
-class Guard:
-    """Around the application of one server."""
+class RequestMiddleware:
+    """Wraps one server's application: checks the sender, admits, times out, logs and counts."""
 
-    def __init__(self, app: ASGIApp, desk: Desk, api_key: str | None, loopback: bool) -> None:
+    def __init__(self, app: ASGIApp, state: AppState, api_key: str | None, loopback: bool) -> None:
         self._app = app
-        self._desk = desk
+        self._state = state
         self._key = None if api_key is None else _digest(api_key)
         self._loopback = loopback
 
@@ -57,54 +58,56 @@ class Guard:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        visit = Visit(given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}")
-        scope.setdefault("state", {})["visit"] = visit
-        reply = _Reply(send, visit, self._desk)
+        known = _REQUEST_ID.fullmatch(given)
+        context = RequestContext(given if known else f"{random.getrandbits(128):032x}")
+        scope.setdefault("state", {})["context"] = context
+        answer = _AnswerSender(send, context, self._state)
         began = time.monotonic()
-        works = is_work(scope)
-        inside = False
-        timeout = asyncio.timeout(self._desk.limits.timeout_s)
+        is_inference = _is_inference(scope)
+        admitted = False
+        timeout = asyncio.timeout(self._state.limits.timeout_s)
         try:
             self._check_sender(scope, headers)
-            if works:
-                self._desk.gate.enter()
-                inside = True
+            if is_inference:
+                self._state.admission.enter()
+                admitted = True
+                _check_encoding(headers)
                 length = headers.get("content-length", "0")
-                self._desk.gate.check_length(int(length) if length.isdecimal() else 0)
-                body = _Body(receive, visit, self._desk.gate)
+                self._state.admission.check_length(int(length) if length.isdecimal() else 0)
+                body = _BodyReceiver(receive, context, self._state.admission)
                 async with timeout:
-                    await self._app(scope, body, reply)
+                    await self._app(scope, body, answer)
             else:
-                await self._app(scope, _Body(receive, visit, None), reply)
+                await self._app(scope, _BodyReceiver(receive, context, None), answer)
         except TimeoutError:
-            seconds = f"{self._desk.limits.timeout_s:g}"
-            late = Expired(
+            seconds = f"{self._state.limits.timeout_s:g}"
+            refusal = DeadlineExceeded(
                 f"no answer within {seconds} s: send less at once, and send it faster", 1
             )
-            if not reply.status:  # else the client reads too slowly, and its connection is closed
-                await answer_refusal(late)(scope, receive, reply)
+            if not answer.status:  # else the client reads too slowly: its connection is closed
+                await refusal_response(refusal)(scope, receive, answer)
         except Refusal as refusal:
-            await answer_refusal(refusal)(scope, receive, reply)
+            await refusal_response(refusal)(scope, receive, answer)
         except Exception as error:
-            if not reply.status:
-                await JSONResponse({"error": "internal error"}, 500)(scope, receive, reply)
-            log_fault("internal error", error, request_id=visit.id, path=scope["path"])
+            if not answer.status:
+                await JSONResponse({"error": "internal error"}, 500)(scope, receive, answer)
+            log_exception("internal error", error, request_id=context.id, path=scope["path"])
         finally:
-            if inside:
-                self._desk.gate.leave(visit.body_bytes)
-            self._record(scope, visit, reply.status or CLIENT_GONE, time.monotonic() - began)
+            if admitted:
+                self._state.admission.leave(context.body_bytes)
+            self._record(scope, context, answer.status or CLIENT_GONE, time.monotonic() - began)
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
-        # A page of any site could otherwise reach this machine's server, by a name that it points
-        # here, or by posting to it blindly.
-        if self._loopback and _name_of(host) not in LOOPBACK:
+        # Otherwise any site's page could reach this machine's server, through a name that points
+        # here (DNS rebinding) or by posting blindly.
+        if self._loopback and _host_name(host) not in LOOPBACK:
             raise BadRequest(f"the host '{host[:80]}' is not this server's: use 127.0.0.1")
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != host
         if foreign and scope["method"] not in _SAFE_METHODS:
             raise Forbidden("pages of other sites can't use this server: call it from outside")
-        if self._key is not None and not _is_open(scope["path"]):
+        if self._key is not None and not _needs_no_key(scope["path"]):
             scheme, _, token = headers.get("authorization", "").partition(" ")
             key = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             if not hmac.compare_digest(_digest(key.strip()), self._key):
@@ -112,79 +115,28 @@ class Guard:
                     "an API key is needed: send it as Authorization: Bearer KEY, or as X-API-Key"
                 )
 
-    def _record(self, scope: Scope, visit: Visit, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, context: RequestContext, status: int, seconds: float) -> None:
         if scope["path"].startswith("/v2/health/"):
-            return  # asked every few seconds, by machines
-        watch = self._desk.watch
+            return  # probed every few seconds
+        metrics = self._state.metrics
         route = getattr(scope.get("route"), "path", "none")
-        watch.requests.labels(visit.model, route, status).inc()
-        self._desk.refresh_gauges()
-        if visit.jobs:
-            watch.duration.labels(visit.model, route).observe(seconds)
+        metrics.requests.labels(context.model, route, status).inc()
+        self._state.refresh_gauges()
+        if context.items:
+            metrics.duration.labels(context.model, route).observe(seconds)
         if status >= 400:
-            watch.refused.labels(_reason(status)).inc()
-        fields: dict[str, Any] = {"request_id": visit.id, "status": status}
+            metrics.refused.labels(_reason(status)).inc()
+        fields: dict[str, Any] = {"request_id": context.id, "status": status}
         fields |= {"method": scope["method"], "path": scope["path"][:200]}
         fields["ms"] = round(1000 * seconds, 1)
-        if visit.jobs:
-            fields |= {"model": visit.model, "images": len(visit.jobs)}
-            fields |= {f"{step}_ms": round(ms, 1) for step, ms in visit.milliseconds().items()}
+        if context.items:
+            fields |= {"model": context.model, "images": len(context.items)}
+            fields |= {f"{step}_ms": round(ms, 1) for step, ms in context.milliseconds().items()}
         log("request", **fields)
 
 
-class _Reply:
-    """`send`, with the headers that every answer has; it remembers the status."""
-
-    def __init__(self, send: Send, visit: Visit, desk: Desk) -> None:
-        self._send = send
-        self._visit = visit
-        self._desk = desk
-        self.status = 0
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = self._visit.id
-            headers["X-Content-Type-Options"] = "nosniff"
-            if self._visit.jobs:
-                headers["Server-Timing"] = ", ".join(
-                    f"{step};dur={ms:.2f}" for step, ms in self._visit.milliseconds().items()
-                )
-            if self._desk.hub.stopping:
-                headers["Connection"] = "close"  # so that the client's next request goes elsewhere
-        await self._send(message)
-
-
-class _Body:
-    """`receive`, which counts bytes: into the gate, or, where no work is asked for, up to
-    SMALL_BODY. Raises TooLarge and Busy."""
-
-    def __init__(self, receive: Receive, visit: Visit, gate: Gate | None) -> None:
-        self._receive = receive
-        self._visit = visit
-        self._gate = gate
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            count = len(message.get("body", b""))
-            if self._gate is not None:
-                self._gate.grow(count, self._visit.body_bytes)
-            elif self._visit.body_bytes + count > SMALL_BODY:
-                raise TooLarge(f"a body of more than {SMALL_BODY} bytes: none is needed here")
-            self._visit.body_bytes += count
-        return message
-
-
-def is_work(scope: Mapping[str, Any]) -> bool:
-    """Whether the request asks for inference, which is what the gate counts."""
-    path: str = scope["path"]
-    return scope["method"] == "POST" and (path == "/v1/segment" or path.endswith("/infer"))
-
-
-def answer_refusal(refusal: Refusal) -> Response:
-    """{"error": the line}, with its status and headers."""
+def refusal_response(refusal: Refusal) -> Response:
+    """{"error": the message}, with the refusal's status and headers."""
     headers = {}
     if refusal.retry_after is not None:
         headers["Retry-After"] = str(refusal.retry_after)
@@ -193,20 +145,82 @@ def answer_refusal(refusal: Refusal) -> Response:
     return JSONResponse({"error": str(refusal)}, refusal.status, headers)
 
 
-def _name_of(host: str) -> str | None:
-    """The name or number in a Host header, without its port; None where there is none."""
+class _AnswerSender:
+    """`send` that adds the headers of every answer and remembers the status."""
+
+    def __init__(self, send: Send, context: RequestContext, state: AppState) -> None:
+        self._send = send
+        self._context = context
+        self._state = state
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self._context.id
+            headers["X-Content-Type-Options"] = "nosniff"
+            if self._context.items:
+                headers["Server-Timing"] = ", ".join(
+                    f"{step};dur={ms:.2f}" for step, ms in self._context.milliseconds().items()
+                )
+            if self._state.models.stopping:
+                headers["Connection"] = "close"  # the client's next request goes elsewhere
+        await self._send(message)
+
+
+class _BodyReceiver:
+    """`receive` that counts bytes: for admission control, or up to SMALL_BODY if there is none.
+    Raises TooLarge and Unavailable."""
+
+    def __init__(
+        self, receive: Receive, context: RequestContext, admission: AdmissionControl | None
+    ) -> None:
+        self._receive = receive
+        self._context = context
+        self._admission = admission
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            count = len(message.get("body", b""))
+            if self._admission is not None:
+                self._admission.grow(count, self._context.body_bytes)
+            elif self._context.body_bytes + count > SMALL_BODY:
+                raise TooLarge(f"a body of more than {SMALL_BODY} bytes: none is needed here")
+            self._context.body_bytes += count
+        return message
+
+
+def _is_inference(scope: Mapping[str, Any]) -> bool:
+    """Whether the request asks for inference: only those are subject to admission control."""
+    path: str = scope["path"]
+    return scope["method"] == "POST" and (path == "/v1/segment" or path.endswith("/infer"))
+
+
+def _check_encoding(headers: Headers) -> None:
+    """Raises UnsupportedMedia for a compressed body, whose unpacked size is unknown."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        raise UnsupportedMedia(
+            f"Content-Encoding {encoding[:40]}: send the body as it is; images are small already"
+        )
+
+
+def _host_name(host: str) -> str | None:
+    """The name or address in a Host header, without its port; None if there is none."""
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:  # half of an IPv6 address
         return None
 
 
-def _is_open(path: str) -> bool:
+def _needs_no_key(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 
 def _digest(key: str) -> bytes:
-    """Of equal length for keys of any length, so that comparing takes equal time."""
+    """Digests of all keys are equally long, so that comparing them takes equal time."""
     return sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 

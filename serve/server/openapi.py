@@ -1,4 +1,4 @@
-"""What the OpenAPI description says beyond the routes' own signatures."""
+"""The OpenAPI description, beyond what the routes' own signatures say."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ _ERROR: dict[str, Any] = {
 }
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 _MEANINGS = {
-    400: "What was sent can't be used.",
-    401: "An API key is needed.",
-    403: "A page of another site asks.",
-    404: "No such model, version, sample or address.",
-    413: "More bytes, pixels or images than the limits allow.",
-    415: "A kind of body that is not read here.",
+    400: "The request is invalid.",
+    401: "The API key is missing or wrong.",
+    403: "The request comes from another site's page.",
+    404: "There is no such model, version, sample or address.",
+    413: "The request has more bytes, pixels or images than the limits allow.",
+    415: "The body has a type that is not read here.",
     503: "The server is full, starting or stopping: try again after Retry-After seconds.",
     504: "The deadline passed before the answer was there.",
 }
@@ -54,29 +54,6 @@ _TENSORS = {
         "parameters": {"type": "object"},
     },
 }
-
-
-def describe(app: FastAPI) -> dict[str, Any]:
-    """The description of the API: FastAPI's, in which every route may refuse as ours do."""
-    if app.openapi_schema is None:
-        found = get_openapi(
-            title=app.title,
-            version=app.version,
-            description=app.description,
-            routes=app.routes,
-        )
-        for operations in found["paths"].values():
-            for operation in operations.values():
-                responses = operation["responses"]
-                responses.pop("422", None)  # told as 400, in our one form
-                for status in (400, 401, 403):
-                    responses.setdefault(str(status), ERRORS[status])
-        for name in ("HTTPValidationError", "ValidationError"):
-            found.get("components", {}).get("schemas", {}).pop(name, None)
-        app.openapi_schema = found
-    return app.openapi_schema
-
-
 SEGMENT: dict[str, Any] = {
     "responses": {
         200: {
@@ -142,3 +119,24 @@ INFER: dict[str, Any] = {
         },
     },
 }
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description, with our own error answers for every route."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+        )
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                responses = operation["responses"]
+                responses.pop("422", None)  # we answer 400, in the common form
+                for status in (400, 401, 403):
+                    responses.setdefault(str(status), ERRORS[status])
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema.get("components", {}).get("schemas", {}).pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,4 +1,7 @@
-"""Photos that visitors of the page can try without having one at hand."""
+"""The page at `/`, and the sample photos that its visitors can try.
+
+The page shows labels in the browser; it is one file that loads nothing else.
+"""
 
 import base64
 import functools
@@ -26,39 +29,39 @@ from srdeploy.imaging import (
 )
 from srdeploy.pages import report
 
-MOST = 8
-"""Samples of a user's folder, at most."""
+MAX_SAMPLES = 8
+"""Most samples from a user's folder."""
 LONGEST_SIDE = 1280
-"""In pixels: what a page shows, and quick to send back and forth."""
-MADE_UP = (("meadow", 1), ("river", 7), ("dusk", 10))
-"""(name, number of the scene) of the samples where no folder is given."""
-MADE_UP_SIZE = (480, 640)
-"""(height, width) of the made-up scenes."""
+"""Pixels of a sample's longest side: as large as a page shows, and quick to transfer."""
+SCENES = (("meadow", 1), ("river", 7), ("dusk", 10))
+"""(name, number) of the synthetic scenes that are the samples if no folder is given."""
+SCENE_SIZE = (480, 640)
+"""(height, width) of the synthetic scenes."""
 
 
-class Sample(Protocol):
-    """One photo on offer."""
+class PageSample(Protocol):
+    """One sample photo."""
 
     @property
     def name(self) -> str:
-        """Of the photo's file, without folders."""
+        """The photo's file name, without folders."""
 
     @property
     def jpeg(self) -> bytes:
-        """At most LONGEST_SIDE pixels, upright, without the metadata of the original."""
+        """JPEG of at most LONGEST_SIDE pixels, upright, without the original's metadata."""
 
 
 @dataclass(frozen=True)
 class PhotoSample:
-    """A photo of the user's."""
+    """A photo from the user's folder."""
 
     name: str
     jpeg: bytes
 
 
 @dataclass(frozen=True)
-class MadeUpSample:
-    """A scene of `srdeploy data synth`, painted (in 0.1 s) when first asked for."""
+class SyntheticSample:
+    """A scene of `srdeploy data synth`, painted (in 0.1 s) on first use."""
 
     name: str
     number: int
@@ -66,33 +69,55 @@ class MadeUpSample:
     @cached_property
     def jpeg(self) -> bytes:
         """The same bytes on every run of the same Pillow and numpy."""
-        from srdeploy.data.synth import scene  # scipy takes its time, and the start should not wait
+        from srdeploy.data.synth import scene  # scipy imports slowly
 
-        photo, _ = scene(np.random.default_rng([7, self.number]), *MADE_UP_SIZE)
+        photo, _ = scene(np.random.default_rng([7, self.number]), *SCENE_SIZE)
         return encode_jpeg(photo)
 
 
-def load_samples(folder: Path | None) -> list[Sample]:
-    """The first photos of `folder` by name, without those of its sub-folders; for None, made-up
-    scenes.
+def load_samples(folder: Path | None) -> list[PageSample]:
+    """The first photos of `folder` by name, without sub-folders; None: synthetic scenes.
 
-    Photos that can't be read are reported and left out. Raises UserError where `folder` can't be
-    listed or holds no photo that can be read.
+    Unreadable photos are reported and skipped. Raises UserError if `folder` can't be listed or has
+    no readable photo.
     """
     if folder is None:
-        return [MadeUpSample(f"{name}.jpg", number) for name, number in MADE_UP]
-    samples: list[Sample] = []
+        return [SyntheticSample(f"{name}.jpg", number) for name, number in SCENES]
+    samples: list[PageSample] = []
     for path in _photos_in(folder):
         try:
             samples.append(PhotoSample(path.name, encode_jpeg(_shrunk(read_photo(path)))))
         except UnreadableImageError as error:
             console.warn(f"no sample: {error}")
-        if len(samples) == MOST:
+        if len(samples) == MAX_SAMPLES:
             break
     if not samples:
         looked_for = ", ".join(sorted(PHOTO_SUFFIXES))
         raise UserError(f"no photos in {folder} for samples: {looked_for} are looked for")
     return samples
+
+
+@functools.cache
+def render_page() -> tuple[str, str]:
+    """The page as HTML text, and the Content-Security-Policy that it must be sent with.
+
+    The policy allows only this script and style, and requests only to this server: the name of a
+    class or file can't become code, and no photo can leak.
+    """
+    page = report.render_page("srdeploy.serve.server", "page.html")
+    rules = (
+        "default-src 'none'",
+        f"script-src {_digest(page, 'script')}",
+        f"style-src {_digest(page, 'style')}",
+        "img-src 'self' blob: data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+    return page, "; ".join(rules)
 
 
 def _photos_in(folder: Path) -> Sequence[Path]:
@@ -114,34 +139,8 @@ def _shrunk(photo: Pixels) -> Pixels:
     return np.asarray(image)
 
 
-# The page at `/`: photos in, labels shown in the browser; one file that loads nothing else.
-
-
-@functools.cache
-def render_page() -> tuple[str, str]:
-    """The page as HTML text, and the Content-Security-Policy that it must be sent with.
-
-    The policy lets the browser run this very script and style, speak with this very server, and
-    nothing else: what a class or a file is named can't become code, nor can a photo leave.
-    """
-    page = report.render_page("srdeploy.serve.server", "page.html")
-    rules = (
-        "default-src 'none'",
-        f"script-src {_digest(page, 'script')}",
-        f"style-src {_digest(page, 'style')}",
-        "img-src 'self' blob: data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    )
-    return page, "; ".join(rules)
-
-
 def _digest(page: str, tag: str) -> str:
-    """The policy's name for the text of the page's one `tag`."""
+    """The policy's digest of the text in the page's only element `tag`."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

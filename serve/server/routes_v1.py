@@ -1,4 +1,4 @@
-"""Plain requests: photos in, masks, overlays or JSON out; and what the page needs to know."""
+"""Plain images over HTTP: photos in, masks, overlays or JSON out; and what the page shows."""
 
 from collections.abc import Sequence
 from email.message import Message as MediaType
@@ -9,26 +9,27 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from srdeploy.serve.server.admission import BadRequest, Limits, NotFound, TooLarge, UnsupportedMedia
-from srdeploy.serve.server.desk import Desk, desk_of, visit_of
+from srdeploy.serve.server.admission import BadRequest, NotFound, TooLarge, UnsupportedMedia
+from srdeploy.serve.server.config import ServerLimits
 from srdeploy.serve.server.openapi import ERRORS, SEGMENT
-from srdeploy.serve.server.photo_task import (
+from srdeploy.serve.server.registry import ModelMetadata
+from srdeploy.serve.server.segment_task import (
     ZIP,
     Output,
     PhotoAnswer,
-    PhotoTask,
     Regions,
-    Wanted,
+    SegmentOptions,
+    SegmentTask,
     pack,
 )
-from srdeploy.serve.server.registry import ModelCard
+from srdeploy.serve.server.state import AppState, app_state, request_context
 
 router = APIRouter()
 _ANY_BYTES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-"""What clients call a body that they were told nothing about; the last is curl's --data-binary. The
-bytes themselves tell what they are."""
-Upload = tuple[str | None, bytes]
-"""File name and content."""
+"""Content types of bodies that clients know nothing about; the last is what curl's --data-binary
+sends. The image's format is read from its bytes."""
+UploadedFile = tuple[str | None, bytes]
+"""File name and content of one photo."""
 
 
 @router.post("/v1/segment", tags=["images"], response_class=Response, **SEGMENT)
@@ -39,16 +40,16 @@ async def segment(
     ] = None,
     output: Annotated[
         Output | None,
-        Query(description="What to answer with; by the Accept header where it is left out."),
+        Query(description="Form of the answer; by default the Accept header decides."),
     ] = None,
     regions: Annotated[
-        Regions, Query(description="In JSON, how each class's pixels are given.")
+        Regions, Query(description="In JSON, the form of each class's pixels.")
     ] = "none",
     opacity: Annotated[
-        float, Query(ge=0, le=1, description="Of the class colours in an overlay.")
+        float, Query(ge=0, le=1, description="Opacity of the class colours in an overlay.")
     ] = 0.5,
     timeout_ms: Annotated[
-        float | None, Query(gt=0, le=86_400_000, description="How long the answer is waited for.")
+        float | None, Query(gt=0, le=86_400_000, description="How long to wait for the answer.")
     ] = None,
 ) -> Response:
     """Segment one photo or several.
@@ -56,38 +57,38 @@ async def segment(
     Send an image's bytes (JPEG, PNG, WebP, BMP, TIFF), or multipart/form-data with files. A mask is
     a palette PNG of the photo's own size whose pixel values are class ids.
     """
-    desk = desk_of(request)
-    card = desk.hub.card(model)
-    visit_of(request).model = card.name
-    wanted = _wanted(request, output, regions, opacity)
-    uploads = await _read_uploads(request, desk.limits)
+    state = app_state(request)
+    metadata = state.models.metadata(model)
+    request_context(request).model = metadata.name
+    options = _read_options(request, output, regions, opacity)
+    uploads = await _read_uploads(request, state.limits)
     many = len(uploads) > 1
     tasks = [
-        PhotoTask(content, name, card.spec, desk.limits, wanted, number if many else None)
+        SegmentTask(content, name, metadata.spec, state.limits, options, number if many else None)
         for number, (name, content) in enumerate(uploads, start=1)
     ]
     uploads.clear()
-    answers = await desk.run(
-        request, card.name, tasks, None if timeout_ms is None else timeout_ms / 1000
+    answers = await state.run(
+        request, metadata.name, tasks, None if timeout_ms is None else timeout_ms / 1000
     )
-    if wanted.output == "json":
-        return JSONResponse(_described(request, card, answers))
-    content, media_type = pack(answers, wanted)
+    if options.output == "json":
+        return JSONResponse(_describe_answers(request, metadata, answers))
+    content, media_type = pack(answers, options)
     return Response(content, media_type=media_type)
 
 
 @router.get("/v1/models", tags=["images"])
 async def models(request: Request) -> dict[str, Any]:
     """The models with their classes and colours, samples, and limits."""
-    desk = desk_of(request)
+    state = app_state(request)
     return {
-        "models": [_model(desk, card) for card in desk.hub.cards],
+        "models": [_describe_model(state, metadata) for metadata in state.models.loaded],
         "samples": [
             {"name": sample.name, "url": f"/v1/samples/{index}"}
-            for index, sample in enumerate(desk.samples)
+            for index, sample in enumerate(state.samples)
         ],
-        "limits": desk.limits.model_dump(),
-        "key_needed": desk.key_needed,
+        "limits": state.limits.model_dump(),
+        "key_needed": state.key_needed,
     }
 
 
@@ -99,7 +100,7 @@ async def models(request: Request) -> dict[str, Any]:
 )
 def sample(request: Request, index: int) -> Response:
     """One photo to try."""
-    samples = desk_of(request).samples
+    samples = app_state(request).samples
     if not 0 <= index < len(samples):
         raise NotFound(f"no sample {index}: there are {len(samples)}, from 0")
     return Response(
@@ -109,8 +110,10 @@ def sample(request: Request, index: int) -> Response:
     )
 
 
-def _wanted(request: Request, output: Output | None, regions: Regions, opacity: float) -> Wanted:
-    """What the query says, and else the first kind in the Accept header that there is."""
+def _read_options(
+    request: Request, output: Output | None, regions: Regions, opacity: float
+) -> SegmentOptions:
+    """The query's options; without `output`, the first known type in the Accept header."""
     accepted = [
         part.partition(";")[0].strip().lower()
         for part in request.headers.get("accept", "*/*").split(",")
@@ -129,14 +132,13 @@ def _wanted(request: Request, output: Output | None, regions: Regions, opacity: 
     if output is None:
         raise BadRequest(
             f"Accept: {', '.join(accepted)[:80]}: image/png (mask), image/jpeg (overlay), "
-            f"application/json and {ZIP} can be given; or say ?output="
+            f"application/json and {ZIP} are known; or use ?output="
         )
-    return Wanted(output, regions, opacity, zipped)
+    return SegmentOptions(output, regions, opacity, zipped)
 
 
-async def _read_uploads(request: Request, limits: Limits) -> list[Upload]:
-    """Raises BadRequest, TooLarge and UnsupportedMedia."""
-    check_encoding(request)
+async def _read_uploads(request: Request, limits: ServerLimits) -> list[UploadedFile]:
+    """The photos in the body. Raises BadRequest, TooLarge and UnsupportedMedia."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _read_form(request, limits)
@@ -151,7 +153,7 @@ async def _read_uploads(request: Request, limits: Limits) -> list[Upload]:
     return [(None, content)]
 
 
-async def _read_form(request: Request, limits: Limits) -> list[Upload]:
+async def _read_form(request: Request, limits: ServerLimits) -> list[UploadedFile]:
     boundary = MediaType()
     boundary["content-type"] = request.headers["content-type"]
     if not boundary.get_param("boundary"):
@@ -163,7 +165,7 @@ async def _read_form(request: Request, limits: Limits) -> list[Upload]:
         max_fields=limits.images,
         max_part_size=limits.body_bytes,
     )
-    parser.spool_max_size = limits.body_bytes + 1  # nothing is written to the disk
+    parser.spool_max_size = limits.body_bytes + 1  # nothing is written to disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -181,45 +183,38 @@ async def _read_form(request: Request, limits: Limits) -> list[Upload]:
         await form.close()
 
 
-def check_encoding(request: Request) -> None:
-    """Raises UnsupportedMedia: what unpacks to an unknown size is not unpacked."""
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", ""):
-        raise UnsupportedMedia(
-            f"Content-Encoding {encoding[:40]}: send the body as it is; images are small already"
-        )
-
-
-def _described(request: Request, card: ModelCard, answers: Sequence[PhotoAnswer]) -> dict[str, Any]:
-    visit = visit_of(request)
-    steps = visit.milliseconds()
+def _describe_answers(
+    request: Request, metadata: ModelMetadata, answers: Sequence[PhotoAnswer]
+) -> dict[str, Any]:
+    context = request_context(request)
+    steps = context.milliseconds()
     return {
-        "model": card.name,
-        "version": card.version,
+        "model": metadata.name,
+        "version": metadata.version,
         "images": [answer.entry for answer in answers],
         "timing_ms": {
             **{step: round(ms, 3) for step, ms in steps.items()},
             "total": round(sum(steps.values()), 3),
-            "batch": max(job.timing.batch for job in visit.jobs),
+            "batch": max(item.timing.batch for item in context.items),
         },
     }
 
 
-def _model(desk: Desk, card: ModelCard) -> dict[str, Any]:
-    spec = card.spec
+def _describe_model(state: AppState, metadata: ModelMetadata) -> dict[str, Any]:
+    spec = metadata.spec
     return {
-        "name": card.name,
-        "version": card.version,
+        "name": metadata.name,
+        "version": metadata.version,
         "classes": [
             {"id": index, "name": name, "colour": list(colour)}
             for index, (name, colour) in enumerate(zip(spec.classes, spec.palette, strict=True))
         ],
         "void_colour": list(spec.void_colour),
-        "backend": card.backend,
-        "device": card.device,
-        "precision": card.precision,
+        "backend": metadata.backend,
+        "device": metadata.device,
+        "precision": metadata.precision,
         "input": spec.input.model_dump(
             mode="json", include={"smallest", "usual", "largest", "longest_side"}
         ),
-        "plan": desk.hub.plans[card.name].model_dump(mode="json"),
+        "plan": state.models.plans[metadata.name].model_dump(mode="json", by_alias=True),
     }

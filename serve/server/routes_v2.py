@@ -1,4 +1,4 @@
-"""KServe v2 over HTTP: health, metadata, infer, statistics, and the repository's reload."""
+"""KServe v2 over HTTP: health, metadata, inference, statistics, and reloading models."""
 
 import asyncio
 from dataclasses import dataclass
@@ -8,10 +8,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.admission import BadRequest, Busy
-from srdeploy.serve.server.desk import desk_of, visit_of
-from srdeploy.serve.server.journal import log
+from srdeploy.serve.server.admission import BadRequest, Unavailable
 from srdeploy.serve.server.kserve import (
+    HEADER_LENGTH,
     InferRequest,
     check_version,
     format_infer,
@@ -21,31 +20,31 @@ from srdeploy.serve.server.kserve import (
     repository_index,
     server_metadata,
 )
-from srdeploy.serve.server.kserve_tensors import HEADER_LENGTH
 from srdeploy.serve.server.openapi import ERRORS, INFER
-from srdeploy.serve.server.registry import ModelCard
-from srdeploy.serve.server.routes_v1 import check_encoding
+from srdeploy.serve.server.registry import ModelMetadata
+from srdeploy.serve.server.server_log import log
+from srdeploy.serve.server.state import app_state, request_context
 
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 _SMALL_JSON = 2**16
-"""Bytes of JSON that are read on the event loop; more would keep other requests waiting."""
-_NAMED: dict[int | str, dict[str, Any]] = {404: ERRORS[404], 503: ERRORS[503]}
+"""Most bytes of JSON parsed on the event loop: more would keep other requests waiting."""
+_MODEL_ERRORS: dict[int | str, dict[str, Any]] = {404: ERRORS[404], 503: ERRORS[503]}
 
 
 @dataclass(eq=False)
-class TensorTask:
-    """The images of one infer request; see `srdeploy.serve.scheduling.jobs.Task`."""
+class InferTask:
+    """The images of one infer request; see `srdeploy.serve.scheduling.scheduler.Task`."""
 
     request: InferRequest
-    card: ModelCard
+    model: ModelMetadata
 
     def prepare(self) -> Pixels:
-        """The request's own images: clients fit and normalise nothing."""
+        """The request's images, unchanged: the graph itself normalises."""
         return self.request.images
 
     def finish(self, labels: Pixels) -> tuple[bytes, dict[str, str]]:
         """The answer's body and headers."""
-        return format_infer(self.request, self.card, labels)
+        return format_infer(self.request, self.model, labels)
 
 
 @router.get("")
@@ -63,57 +62,56 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready", responses={503: ERRORS[503]})
 async def ready(request: Request) -> dict[str, bool]:
     """Every model is loaded and warmed up."""
-    if not desk_of(request).hub.ready:
-        raise Busy("not ready: models are being loaded, or the server is stopping", 1)
+    if not app_state(request).models.ready:
+        raise Unavailable("not ready: models are being loaded, or the server is stopping", 1)
     return {"ready": True}
 
 
-@router.get("/models/{name}", responses=_NAMED)
-@router.get("/models/{name}/versions/{version}", responses=_NAMED)
+@router.get("/models/{name}", responses=_MODEL_ERRORS)
+@router.get("/models/{name}/versions/{version}", responses=_MODEL_ERRORS)
 async def model(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """A model's inputs, outputs and spec."""
-    return model_metadata(_card(request, name, version))
+    return model_metadata(_find_model(request, name, version))
 
 
-@router.get("/models/{name}/ready", responses=_NAMED)
-@router.get("/models/{name}/versions/{version}/ready", responses=_NAMED)
+@router.get("/models/{name}/ready", responses=_MODEL_ERRORS)
+@router.get("/models/{name}/versions/{version}/ready", responses=_MODEL_ERRORS)
 async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """The model is loaded and warmed up."""
-    return {"name": _card(request, name, version).name, "ready": True}
+    return {"name": _find_model(request, name, version).name, "ready": True}
 
 
 @router.post("/models/{name}/infer", response_class=Response, **INFER)
 @router.post("/models/{name}/versions/{version}/infer", response_class=Response, **INFER)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
     """Labels of images, as tensors: JSON, or JSON followed by binary data."""
-    desk = desk_of(request)
-    card = _card(request, name, version)
-    visit_of(request).model = card.name
-    check_encoding(request)
+    state = app_state(request)
+    metadata = _find_model(request, name, version)
+    request_context(request).model = metadata.name
     header_length = read_header_length(request.headers.get(HEADER_LENGTH))
     body = await request.body()
-    arguments = (body, header_length, card, desk.limits)
+    arguments = (body, header_length, metadata, state.limits)
     if (len(body) if header_length is None else header_length) <= _SMALL_JSON:
         parsed = parse_infer(*arguments)
     else:
         parsed = await asyncio.to_thread(parse_infer, *arguments)
-    task = TensorTask(parsed, card)
-    ((content, headers),) = await desk.run(request, card.name, [task], parsed.timeout_s)
+    task = InferTask(parsed, metadata)
+    ((content, headers),) = await state.run(request, metadata.name, [task], parsed.timeout_s)
     return Response(content, headers=headers)
 
 
-@router.get("/models/{name}/stats", responses=_NAMED)
-@router.get("/models/{name}/versions/{version}/stats", responses=_NAMED)
+@router.get("/models/{name}/stats", responses=_MODEL_ERRORS)
+@router.get("/models/{name}/versions/{version}/stats", responses=_MODEL_ERRORS)
 async def statistics(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Counts and total times of a model's requests, in Triton's form."""
-    card = _card(request, name, version)
-    return {"model_stats": [desk_of(request).watch.tally(card.name).in_tritons_form(card)]}
+    metadata = _find_model(request, name, version)
+    return {"model_stats": [app_state(request).metrics.stats(metadata.name).as_triton(metadata)]}
 
 
 @router.post("/repository/index")
 async def index(request: Request) -> list[dict[str, str]]:
     """The models and their states."""
-    return repository_index(desk_of(request).hub.cards)
+    return repository_index(app_state(request).models.loaded)
 
 
 @router.post(
@@ -121,20 +119,20 @@ async def index(request: Request) -> list[dict[str, str]]:
     responses={status: ERRORS[status] for status in (400, 404, 413, 503)},
 )
 async def load(request: Request, name: str) -> JSONResponse:
-    """Reload a model from where the server was told at its start; requests go on meanwhile."""
-    desk = desk_of(request)
-    if not desk.reloads_here:
+    """Reload a model from the path given at the start, while requests go on."""
+    state = app_state(request)
+    if not state.reloads_here:
         raise BadRequest("this server has several workers: send its parent SIGHUP to reload them")
     body = await request.body()
     if body.strip() not in (b"", b"{}"):
-        raise BadRequest("load takes no parameters: models come from where the server was told")
-    card = await desk.hub.reload(name)
-    log("reloaded", model=card.name, version=card.version)
+        raise BadRequest("load takes no parameters: models come from the paths given at the start")
+    metadata = await state.models.reload(name)
+    log("reloaded", model=metadata.name, version=metadata.version)
     return JSONResponse({})
 
 
-def _card(request: Request, name: str, version: str | None) -> ModelCard:
-    card = desk_of(request).hub.card(name)
+def _find_model(request: Request, name: str, version: str | None) -> ModelMetadata:
+    metadata = app_state(request).models.metadata(name)
     if version is not None:
-        check_version(card, version)
-    return card
+        check_version(metadata, version)
+    return metadata

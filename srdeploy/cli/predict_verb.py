@@ -181,7 +181,7 @@ def predict(
     from srdeploy.errors import UserError
     from srdeploy.serve.folders.predict import predict_photos
     from srdeploy.serve.folders.settings import PredictSettings
-    from srdeploy.serve.scheduling.planner import Source
+    from srdeploy.serve.scheduling.planner import ModelSource
     from srdeploy.validation import parse_size, validated
 
     console.set_quiet(quiet or as_json)
@@ -205,7 +205,7 @@ def predict(
         raise UserError("no photos: give folders, files, globs, - for stdin, or --list FILE")
     spec = spec_from_classes(classes) if classes is not None else None
     summary = predict_photos(
-        Source("predict", artifact, device, runtime, spec, precision),
+        ModelSource("predict", artifact, device, runtime, spec, precision),
         photos or [],
         out,
         settings,

@@ -128,12 +128,12 @@ def serve(
 
     try:
         from srdeploy.environment import usable_cores
-        from srdeploy.serve.scheduling.planner import Source, Wishes
-        from srdeploy.serve.server.admission import Limits
+        from srdeploy.serve.scheduling.planner import ModelSource, PlanConstraints
         from srdeploy.serve.server.config import (
             KEY_VARIABLE,
             ServerConfig,
-            find_key,
+            ServerLimits,
+            find_api_key,
             name_sources,
         )
         from srdeploy.serve.server.run import run_server
@@ -144,13 +144,13 @@ def serve(
     run_server(
         ServerConfig(
             sources=tuple(
-                Source(name, path, device, runtime, spec, precision)
+                ModelSource(name, path, device, runtime, spec, precision)
                 for name, path in name_sources(artifacts)
             ),
             host=host,
             port=port,
-            api_key=find_key(api_key_file, os.environ.get(KEY_VARIABLE), host),
-            limits=Limits(
+            api_key=find_api_key(api_key_file, os.environ.get(KEY_VARIABLE), host),
+            limits=ServerLimits(
                 body_mib=max_body_mib,
                 megapixels=max_megapixels,
                 network_megapixels=max_network_megapixels,
@@ -161,7 +161,7 @@ def serve(
                 drain_s=drain,
             ),
             cores=max(1, usable_cores() // workers),
-            wishes=Wishes(sessions, threads, max_batch, max_wait_ms),
+            constraints=PlanConstraints(sessions, threads, max_batch, max_wait_ms),
             samples=samples,
             log=log if log != "auto" else "text" if sys.stderr.isatty() else "json",
             quiet=quiet,

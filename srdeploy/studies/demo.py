@@ -39,7 +39,7 @@ from srdeploy.serve.bench.report_tables import warnings
 from srdeploy.serve.bench.results import BenchReport, CheckpointMatch
 from srdeploy.serve.folders.predict import predict_photos
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.scheduling.planner import Source
+from srdeploy.serve.scheduling.planner import ModelSource
 from srdeploy.spec import Spec
 from srdeploy.studies.with_exits import export_with_exits, load_regulated
 from srdeploy.train.config import TrainConfig
@@ -250,7 +250,7 @@ def run_demo(out: Path, *, steps: int, seed: int, force: bool) -> DemoOutcome:
     _say_stage("both", "timing the files, and scoring them on the test split")
     bench = _bench(out, data, f"srdeploy demo --steps {steps} --seed {seed}")
     _say_stage("regulated", "predicting the test photos")
-    regulated = Source("regulated", out / "deploy" / "regulated")
+    regulated = ModelSource("regulated", out / "deploy" / "regulated")
     photos = [str(data / "images" / "test")]
     predict_photos(regulated, photos, str(out / "masks"), PredictSettings(overlay=True))
     curves = {kind: _curves(out / "runs" / kind / METRICS) for kind in KINDS}

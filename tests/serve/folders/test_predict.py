@@ -25,7 +25,7 @@ from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.summary import MOST_WARNED
 from srdeploy.serve.folders.walk import printable
 from srdeploy.serve.folders.worker import FEW, WINDOW, PhotoTask
-from srdeploy.serve.scheduling.planner import Source, open_sessions
+from srdeploy.serve.scheduling.planner import ModelSource, open_sessions
 from srdeploy.spec import InputPolicy, Spec
 
 MakeGraph = Callable[..., Path]
@@ -60,7 +60,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def run(graph: Path, photos: Path | list[Path], out: Path, **more: Any) -> Any:
     """predict_photos, of an ONNX file."""
     sources = [str(one) for one in (photos if isinstance(photos, list) else [photos])]
-    return predict_photos(Source("colour", graph), sources, str(out), **more)
+    return predict_photos(ModelSource("colour", graph), sources, str(out), **more)
 
 
 def test_masks_hold_the_class_ids_at_the_photos_own_sizes(
@@ -234,7 +234,7 @@ def test_many_photos_are_shared_by_sessions_and_come_out_the_same(
     (tmp_path / "in" / "bad.jpg").write_text("not a photo")
     opened: list[int] = []
 
-    def noted(source: Source, layout: Any, wrap: Any) -> Any:
+    def noted(source: ModelSource, layout: Any, wrap: Any) -> Any:
         opened.append(layout.sessions)
         return open_sessions(source, layout, wrap)
 

@@ -21,7 +21,7 @@ from srdeploy.serve.folders.ray_cluster import BatchActor, Failure, Order
 from srdeploy.serve.folders.ray_engine import RayEngine
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import OutputError
-from srdeploy.serve.scheduling.planner import Source
+from srdeploy.serve.scheduling.planner import ModelSource
 
 MakeGraph = Callable[..., Path]
 
@@ -42,7 +42,7 @@ from srdeploy.serve.folders import ray_engine
 from srdeploy.serve.folders.predict import LocalEngine
 from srdeploy.serve.folders.records import Photo
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.scheduling.planner import Source
+from srdeploy.serve.scheduling.planner import ModelSource
 
 
 class Deadly(Photo):
@@ -59,7 +59,7 @@ photos = [
     for path, name in names
 ]
 told = {"errors": {}, "done": [], "killed": 0, "ended": None}
-source, settings = Source("colour", Path(graph)), PredictSettings(overlay=True)
+source, settings = ModelSource("colour", Path(graph)), PredictSettings(overlay=True)
 try:
     for record in engine.records(source, iter(photos), len(photos), out, settings):
         if record.error is not None:
@@ -203,7 +203,7 @@ def test_without_ray_the_line_that_installs_it_is_given(
     make_graph: MakeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    source = Source("colour", make_graph())
+    source = ModelSource("colour", make_graph())
     records = RayEngine().records(source, iter(()), 0, str(tmp_path / "out"), PredictSettings())
     with pytest.raises(MissingPackageError, match=r"pip install 'srdeploy\[ray\]'"):
         next(records)
@@ -232,7 +232,7 @@ def test_a_machine_that_has_another_folder_of_that_name_refuses_to_write_there(
     import pyarrow
 
     order = Order(
-        source=Source("colour", make_graph()),
+        source=ModelSource("colour", make_graph()),
         out=str(tmp_path / "out"),
         settings=PredictSettings(),
         folder=os.getcwd(),

@@ -1,4 +1,4 @@
-"""The scheduler and the lanes, with a runtime whose runs the test holds and lets go."""
+"""The scheduler and its workers, with a runtime whose runs the test holds and releases."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +17,9 @@ from srdeploy.artifacts.artifact import Artifact
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import Logits, Runtime
-from srdeploy.serve.scheduling.jobs import DeadlineError, Job
-from srdeploy.serve.scheduling.lanes import LoadedModel
-from srdeploy.serve.scheduling.planner import Layout, Plan, Source
-from srdeploy.serve.scheduling.scheduler import Scheduler
+from srdeploy.serve.scheduling.planner import ModelSource, SessionLayout, SessionPlan
+from srdeploy.serve.scheduling.scheduler import DeadlineError, Scheduler, WorkItem
+from srdeploy.serve.scheduling.workers import LoadedModel
 from srdeploy.spec import InputPolicy, Spec
 
 SPEC = Spec(
@@ -61,14 +60,14 @@ class HeldRuntime(Runtime):
 
 
 @dataclass(frozen=True)
-class HeldSource(Source):
-    """Opens such runtimes, by threads."""
+class HeldSource(ModelSource):
+    """Makes held runtimes."""
 
     seen: "Queue[tuple[int | None, int]]" = field(default_factory=Queue)
     """(threads of the session, images) of every run, as it begins."""
     go: Event = field(default_factory=Event)
 
-    def runtime_of(self, threads: int | None) -> Runtime:
+    def make_runtime(self, threads: int | None) -> Runtime:
         return HeldRuntime(threads, self.seen, self.go)
 
 
@@ -95,32 +94,32 @@ class Number:
         return int(labels[0, 0, 0])
 
 
-class Bench:
-    """A scheduler with one model, and what came out of it."""
+class SchedulerHarness:
+    """A scheduler with one model, and the items that it finished."""
 
     def __init__(
         self,
         sessions: int = 1,
-        lone: bool = False,
+        latency: bool = False,
         batch: int = 1,
         codecs: int = 1,
         wait: float = 0,
     ) -> None:
         self.scheduler = Scheduler(codecs)
         self.source = HeldSource("held", Path("held"))
-        plan = Plan(
-            lone=Layout(sessions=1, threads=8) if lone else None,
-            shared=Layout(sessions=sessions, threads=1),
+        plan = SessionPlan(
+            latency=SessionLayout(sessions=1, threads=8) if latency else None,
+            shared=SessionLayout(sessions=sessions, threads=1),
             batch=batch,
             max_wait_ms=wait,
         )
         self.model = LoadedModel(self.scheduler, self.source, plan)
-        self.lanes = self.model.lanes
-        self.done: Queue[Job] = Queue()
+        self.workers = self.model.workers
+        self.done: Queue[WorkItem] = Queue()
 
-    def submit(self, task: Number, seconds: float = 20) -> Job:
+    def submit(self, task: Number, seconds: float = 20) -> WorkItem:
         deadline = time.monotonic() + seconds
-        return self.scheduler.submit(self.lanes.queue, task, deadline, self.done.put)
+        return self.scheduler.submit(self.workers.queue, task, deadline, self.done.put)
 
     def next_run(self) -> tuple[int | None, int]:
         return self.source.seen.get(timeout=20)
@@ -135,16 +134,16 @@ class Bench:
 
 
 @pytest.fixture
-def make_bench() -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
+def make_harness() -> Iterator[Callable[..., SchedulerHarness]]:
+    made: list[SchedulerHarness] = []
 
-    def make(**options: Any) -> Bench:
-        made.append(Bench(**options))
+    def make(**options: Any) -> SchedulerHarness:
+        made.append(SchedulerHarness(**options))
         return made[-1]
 
     yield make
-    for bench in made:
-        bench.close()
+    for harness in made:
+        harness.close()
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -154,166 +153,178 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_answers_come_in_the_order_of_the_requests(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench()
-    bench.source.go.set()
+def test_answers_come_in_the_order_of_the_requests(
+    make_harness: Callable[..., SchedulerHarness],
+) -> None:
+    harness = make_harness()
+    harness.source.go.set()
     for number in range(20):
-        bench.submit(Number(number % 10))
-    assert bench.answers(20) == [number % 10 + 1 for number in range(20)]
+        harness.submit(Number(number % 10))
+    assert harness.answers(20) == [number % 10 + 1 for number in range(20)]
 
 
-def test_a_lone_request_gets_the_session_with_all_threads(
-    make_bench: Callable[..., Bench],
+def test_a_single_request_gets_the_latency_session(
+    make_harness: Callable[..., SchedulerHarness],
 ) -> None:
-    bench = make_bench(sessions=2, lone=True)
-    bench.source.go.set()
+    harness = make_harness(sessions=2, latency=True)
+    harness.source.go.set()
     for _ in range(3):
-        bench.submit(Number(1))
-        assert bench.next_run() == (8, 1)
-        assert bench.answers(1) == [2]
+        harness.submit(Number(1))
+        assert harness.next_run() == (8, 1)
+        assert harness.answers(1) == [2]
 
 
-def test_requests_with_company_are_run_side_by_side(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(sessions=2, lone=True)
-    bench.submit(Number(1))
-    assert bench.next_run() == (8, 1)  # alone when it came
-    bench.submit(Number(2))
-    bench.submit(Number(3))
-    assert [bench.next_run(), bench.next_run()] == [(1, 1), (1, 1)]
-    bench.source.go.set()
-    assert sorted(bench.answers(3)) == [2, 3, 4]
-
-
-def test_the_last_of_many_is_run_although_its_company_has_left(
-    make_bench: Callable[..., Bench],
+def test_concurrent_requests_run_in_parallel(
+    make_harness: Callable[..., SchedulerHarness],
 ) -> None:
-    bench = make_bench(sessions=1, lone=True)
-    bench.submit(Number(1))
-    bench.submit(Number(2))
-    bench.submit(Number(3))
-    bench.source.go.set()
-    assert sorted(bench.answers(3)) == [2, 3, 4]
+    harness = make_harness(sessions=2, latency=True)
+    harness.submit(Number(1))
+    assert harness.next_run() == (8, 1)  # alone when it came
+    harness.submit(Number(2))
+    harness.submit(Number(3))
+    assert [harness.next_run(), harness.next_run()] == [(1, 1), (1, 1)]
+    harness.source.go.set()
+    assert sorted(harness.answers(3)) == [2, 3, 4]
 
 
-def test_jobs_of_one_size_share_a_run_up_to_the_batch(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(batch=3)
-    bench.submit(Number(0))
-    assert bench.next_run() == (1, 1)  # nobody else was to come
+def test_the_last_of_many_requests_is_run_by_either_session(
+    make_harness: Callable[..., SchedulerHarness],
+) -> None:
+    harness = make_harness(sessions=1, latency=True)
+    harness.submit(Number(1))
+    harness.submit(Number(2))
+    harness.submit(Number(3))
+    harness.source.go.set()
+    assert sorted(harness.answers(3)) == [2, 3, 4]
+
+
+def test_items_of_one_size_share_a_run_up_to_the_batch(
+    make_harness: Callable[..., SchedulerHarness],
+) -> None:
+    harness = make_harness(batch=3)
+    harness.submit(Number(0))
+    assert harness.next_run() == (1, 1)  # nobody else was to come
     for number in range(1, 6):
-        bench.submit(Number(number, size=2 if number < 5 else 4))
-    until(lambda: len(bench.lanes.queue.jobs) == 5)
-    bench.source.go.set()
-    assert [bench.next_run() for _ in range(3)] == [(1, 3), (1, 1), (1, 1)]
-    jobs = [bench.done.get(timeout=20) for _ in range(6)]
-    assert [job.answer for job in jobs] == [1, 2, 3, 4, 5, 6]
-    assert [job.timing.batch for job in jobs] == [1, 3, 3, 3, 1, 1]
+        harness.submit(Number(number, size=2 if number < 5 else 4))
+    until(lambda: len(harness.workers.queue.ready) == 5)
+    harness.source.go.set()
+    assert [harness.next_run() for _ in range(3)] == [(1, 3), (1, 1), (1, 1)]
+    items = [harness.done.get(timeout=20) for _ in range(6)]
+    assert [item.answer for item in items] == [1, 2, 3, 4, 5, 6]
+    assert [item.timing.batch for item in items] == [1, 3, 3, 3, 1, 1]
 
 
 def test_images_of_one_size_find_each_other_between_others(
-    make_bench: Callable[..., Bench],
+    make_harness: Callable[..., SchedulerHarness],
 ) -> None:
-    bench = make_bench(batch=2)
-    bench.submit(Number(0))
-    bench.next_run()
+    harness = make_harness(batch=2)
+    harness.submit(Number(0))
+    harness.next_run()
     for number in range(1, 5):
-        bench.submit(Number(number, size=2 if number % 2 else 4))
-    until(lambda: len(bench.lanes.queue.jobs) == 4)
-    bench.source.go.set()
-    assert [bench.next_run() for _ in range(2)] == [(1, 2), (1, 2)]
-    assert bench.answers(5) == [1, 2, 4, 3, 5]
+        harness.submit(Number(number, size=2 if number % 2 else 4))
+    until(lambda: len(harness.workers.queue.ready) == 4)
+    harness.source.go.set()
+    assert [harness.next_run() for _ in range(2)] == [(1, 2), (1, 2)]
+    assert harness.answers(5) == [1, 2, 4, 3, 5]
 
 
-def test_a_run_waits_for_images_that_are_being_decoded(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(batch=2, codecs=2, wait=10_000)
-    bench.source.go.set()
+def test_a_run_waits_for_images_that_are_being_decoded(
+    make_harness: Callable[..., SchedulerHarness],
+) -> None:
+    harness = make_harness(batch=2, codecs=2, wait=10_000)
+    harness.source.go.set()
     held = Event()
-    bench.submit(Number(1, held=held))
-    bench.submit(Number(2))
-    until(lambda: len(bench.lanes.queue.jobs) == 1)
-    assert bench.source.seen.empty()
+    harness.submit(Number(1, held=held))
+    harness.submit(Number(2))
+    until(lambda: len(harness.workers.queue.ready) == 1)
+    assert harness.source.seen.empty()
     held.set()
-    assert bench.next_run() == (1, 2)
+    assert harness.next_run() == (1, 2)
 
 
-def test_a_job_that_fails_fails_alone(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(batch=4)
-    bench.submit(Number(0))
-    bench.next_run()
+def test_an_item_that_fails_fails_no_other(make_harness: Callable[..., SchedulerHarness]) -> None:
+    harness = make_harness(batch=4)
+    harness.submit(Number(0))
+    harness.next_run()
     for number in (1, POISON, 3):
-        bench.submit(Number(number))
-    until(lambda: len(bench.lanes.queue.jobs) == 3)
-    bench.source.go.set()
-    jobs = [bench.done.get(timeout=20) for _ in range(4)]
-    assert [job.answer for job in jobs] == [1, 2, None, 4]
-    assert [str(job.error) for job in jobs] == ["None", "None", "poison", "None"]
+        harness.submit(Number(number))
+    until(lambda: len(harness.workers.queue.ready) == 3)
+    harness.source.go.set()
+    items = [harness.done.get(timeout=20) for _ in range(4)]
+    assert [item.answer for item in items] == [1, 2, None, 4]
+    assert [str(item.error) for item in items] == ["None", "None", "poison", "None"]
 
 
-def test_a_bad_image_costs_no_run(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench()
-    bench.source.go.set()
-    bench.submit(Number(-1))
-    job = bench.done.get(timeout=20)
-    assert str(job.error) == "a bad image"
-    assert bench.source.seen.empty()
+def test_a_bad_image_costs_no_run(make_harness: Callable[..., SchedulerHarness]) -> None:
+    harness = make_harness()
+    harness.source.go.set()
+    harness.submit(Number(-1))
+    item = harness.done.get(timeout=20)
+    assert str(item.error) == "a bad image"
+    assert harness.source.seen.empty()
 
 
-def test_little_is_decoded_before_its_turn(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(sessions=2, codecs=2)
+def test_little_is_decoded_before_its_turn(make_harness: Callable[..., SchedulerHarness]) -> None:
+    harness = make_harness(sessions=2, codecs=2)
     prepared: list[int] = []
     for number in range(30):
-        bench.submit(Number(number, prepared=prepared))
-    until(lambda: len(bench.lanes.queue.jobs) == 4)
+        harness.submit(Number(number, prepared=prepared))
+    until(lambda: len(harness.workers.queue.ready) == 4)
     time.sleep(0.05)  # what is too much would come now
     assert len(prepared) == 2 + 4
-    bench.source.go.set()
-    bench.answers(30)
+    harness.source.go.set()
+    harness.answers(30)
     assert sorted(prepared) == list(range(30))
 
 
-def test_a_cancelled_job_is_neither_decoded_nor_told(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench()
+def test_a_cancelled_item_is_neither_decoded_nor_delivered(
+    make_harness: Callable[..., SchedulerHarness],
+) -> None:
+    harness = make_harness()
     prepared: list[int] = []
-    jobs = [bench.submit(Number(number, prepared=prepared)) for number in range(12)]
-    bench.next_run()
-    until(lambda: len(bench.lanes.queue.jobs) == 3)
-    bench.scheduler.cancel(jobs[2])  # decoded, waits to be run
-    bench.scheduler.cancel(jobs[11])  # not even decoded
-    bench.source.go.set()
-    assert bench.answers(10) == [number + 1 for number in range(11) if number != 2]
+    items = [harness.submit(Number(number, prepared=prepared)) for number in range(12)]
+    harness.next_run()
+    until(lambda: len(harness.workers.queue.ready) == 3)
+    harness.scheduler.cancel(items[2])  # decoded, waits to be run
+    harness.scheduler.cancel(items[11])  # not even decoded
+    harness.source.go.set()
+    assert harness.answers(10) == [number + 1 for number in range(11) if number != 2]
     assert 11 not in prepared
-    assert bench.done.empty()
+    assert harness.done.empty()
 
 
-def test_a_job_past_its_deadline_is_told_so_and_not_run(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench()
-    bench.submit(Number(1))
-    bench.next_run()
-    bench.submit(Number(2), seconds=0.01)
+def test_an_item_past_its_deadline_fails_and_is_not_run(
+    make_harness: Callable[..., SchedulerHarness],
+) -> None:
+    harness = make_harness()
+    harness.submit(Number(1))
+    harness.next_run()
+    harness.submit(Number(2), seconds=0.01)
     time.sleep(0.05)
-    bench.source.go.set()
-    first, second = (bench.done.get(timeout=20) for _ in range(2))
+    harness.source.go.set()
+    first, second = (harness.done.get(timeout=20) for _ in range(2))
     assert (first.answer, second.answer) == (2, None)
     assert isinstance(second.error, DeadlineError)
-    assert bench.source.seen.empty()
+    assert harness.source.seen.empty()
 
 
-def test_closing_runs_what_was_submitted(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench(sessions=2, lone=True, batch=2)
+def test_closing_runs_what_was_submitted(make_harness: Callable[..., SchedulerHarness]) -> None:
+    harness = make_harness(sessions=2, latency=True, batch=2)
     for number in range(9):
-        bench.submit(Number(number))
-    bench.source.go.set()
-    bench.model.close()
-    assert sorted(bench.answers(9)) == list(range(1, 10))
-    bench.model = LoadedModel(bench.scheduler, bench.source, bench.model.plan)
+        harness.submit(Number(number))
+    harness.source.go.set()
+    harness.model.close()
+    assert sorted(harness.answers(9)) == list(range(1, 10))
+    harness.model = LoadedModel(harness.scheduler, harness.source, harness.model.plan)
 
 
-def test_the_steps_times_add_up_to_the_whole(make_bench: Callable[..., Bench]) -> None:
-    bench = make_bench()
+def test_the_steps_times_add_up_to_the_whole(make_harness: Callable[..., SchedulerHarness]) -> None:
+    harness = make_harness()
     before = time.monotonic()
-    bench.submit(Number(1))
+    harness.submit(Number(1))
     time.sleep(0.03)
-    bench.source.go.set()
-    timing = bench.done.get(timeout=20).timing
+    harness.source.go.set()
+    timing = harness.done.get(timeout=20).timing
     whole = 1000 * (time.monotonic() - before)
     assert timing.compute >= 25
     assert timing.decode + timing.wait + timing.compute + timing.encode <= whole
@@ -323,22 +334,24 @@ def test_the_steps_times_add_up_to_the_whole(make_bench: Callable[..., Bench]) -
 @given(
     numbers=st.lists(st.tuples(st.integers(0, 20), st.sampled_from([2, 3, 4])), max_size=40),
     sessions=st.integers(1, 3),
-    lone=st.booleans(),
+    latency=st.booleans(),
     batch=st.integers(1, 4),
     codecs=st.integers(1, 3),
 )
-def test_every_job_gets_its_own_answer(
-    numbers: list[tuple[int, int]], sessions: int, lone: bool, batch: int, codecs: int
+def test_every_item_gets_its_own_answer(
+    numbers: list[tuple[int, int]], sessions: int, latency: bool, batch: int, codecs: int
 ) -> None:
-    bench = Bench(sessions=sessions, lone=lone, batch=batch, codecs=codecs, wait=0.5)
-    bench.source.go.set()
-    wanted = {bench.submit(Number(number, size)): number for number, size in numbers}
-    bench.model.close()
-    bench.scheduler.stop()
-    done = [bench.done.get(timeout=20) for _ in numbers]
+    harness = SchedulerHarness(
+        sessions=sessions, latency=latency, batch=batch, codecs=codecs, wait=0.5
+    )
+    harness.source.go.set()
+    wanted = {harness.submit(Number(number, size)): number for number, size in numbers}
+    harness.model.close()
+    harness.scheduler.stop()
+    done = [harness.done.get(timeout=20) for _ in numbers]
     assert set(done) == set(wanted)
-    for job in done:
-        if wanted[job] == POISON:
-            assert str(job.error) == "poison"
+    for item in done:
+        if wanted[item] == POISON:
+            assert str(item.error) == "poison"
         else:
-            assert (job.answer, job.error) == (wanted[job] + 1, None)
+            assert (item.answer, item.error) == (wanted[item] + 1, None)

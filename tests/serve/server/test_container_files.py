@@ -12,13 +12,13 @@ import typer
 import yaml
 
 from srdeploy.cli.main import app
-from srdeploy.serve.server.admission import Limits
+from srdeploy.serve.server.config import ServerLimits
 from srdeploy.serve.server.middleware import OPEN_PREFIXES
 
 ROOT = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "Dockerfile").is_file(), reason="the container's files are in the clone alone"
+    not (ROOT / "Dockerfile").is_file(), reason="the container's files are only in the clone"
 )
 
 
@@ -79,7 +79,7 @@ def test_the_composed_service_can_change_nothing_and_is_given_time_to_stop() -> 
     assert all(volume["read_only"] for volume in service["volumes"])
     assert service["cap_drop"] == ["ALL"]
     assert any(one.startswith("/tmp:") for one in service["tmpfs"])
-    limits = Limits()
+    limits = ServerLimits()
     assert int(service["stop_grace_period"].rstrip("s")) > limits.drain_s + limits.timeout_s + 5
 
 
@@ -127,7 +127,7 @@ def test_the_image_is_installed_with_extras_and_a_python_that_there_are() -> Non
     assert f"Programming Language :: Python :: {version[7:]}" in settings["classifiers"]
 
 
-def test_triton_is_there_when_it_is_asked_for_alone() -> None:
+def test_triton_is_there_only_when_it_is_asked_for() -> None:
     services = compose()["services"]
     assert "profiles" not in services["srdeploy"]
     assert services["triton"]["profiles"] == ["triton"]

@@ -6,8 +6,9 @@ import psutil
 import pytest
 
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.admission import BadRequest, Limits, Refusal, TooLarge
-from srdeploy.serve.server.photo_task import PhotoTask, Wanted
+from srdeploy.serve.server.admission import BadRequest, Refusal, TooLarge
+from srdeploy.serve.server.config import ServerLimits
+from srdeploy.serve.server.segment_task import SegmentOptions, SegmentTask
 from srdeploy.spec import InputPolicy, Spec
 from tests.serve.server.hostile import corpus
 
@@ -16,14 +17,14 @@ SPEC = Spec(
     palette=((1, 2, 3), (200, 0, 0)),
     input=InputPolicy(smallest=(1, 1), usual=(32, 32), largest=(512, 512)),
 )
-LIMITS = Limits(megapixels=1)
+LIMITS = ServerLimits(megapixels=1)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's own remarks on the damage
 
 
 def prepared(content: bytes) -> Pixels | Refusal:
     try:
-        return PhotoTask(content, "it.jpg", SPEC, LIMITS, Wanted(), 3).prepare()
+        return SegmentTask(content, "it.jpg", SPEC, LIMITS, SegmentOptions(), 3).prepare()
     except Refusal as refusal:
         return refusal
 

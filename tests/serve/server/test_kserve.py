@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 from srdeploy import __version__
 from srdeploy.imaging import Pixels
-from srdeploy.serve.server.admission import BadRequest, Limits, NotFound, Refusal, TooLarge
+from srdeploy.serve.server.admission import BadRequest, NotFound, Refusal, TooLarge
+from srdeploy.serve.server.config import ServerLimits
 from srdeploy.serve.server.kserve import (
     InferRequest,
     RequestedOutput,
@@ -26,8 +27,8 @@ from srdeploy.serve.server.kserve import (
     repository_index,
     server_metadata,
 )
-from srdeploy.serve.server.kserve_tensors import MAX_JSON_MIB
-from srdeploy.serve.server.registry import ModelCard
+from srdeploy.serve.server.registry import ModelMetadata
+from srdeploy.serve.server.strict_json import MAX_JSON_MIB
 from srdeploy.spec import InputPolicy, Spec
 
 triton = pytest.importorskip(
@@ -39,8 +40,8 @@ SPEC = Spec(
     palette=((40, 160, 60), (200, 60, 40)),
     input=InputPolicy(smallest=(2, 2), usual=(8, 8), largest=(64, 64)),
 )
-CARD = ModelCard("night", "1", SPEC, "onnxruntime", "cpu", "float32", (None, None, None, 3))
-LIMITS = Limits(images=4, network_megapixels=0.01)
+MODEL = ModelMetadata("night", "1", SPEC, "onnxruntime", "cpu", "float32", (None, None, None, 3))
+LIMITS = ServerLimits(images=4, network_megapixels=0.01)
 
 IMAGES = hnp.arrays(
     np.uint8,
@@ -56,8 +57,10 @@ LABELS = st.sampled_from([1, 10, 11, 100, 101, 256]).flatmap(
 )
 
 
-def parse(body: bytes, header_length: int | None = None, card: ModelCard = CARD) -> InferRequest:
-    return parse_infer(body, header_length, card, LIMITS)
+def parse(
+    body: bytes, header_length: int | None = None, model: ModelMetadata = MODEL
+) -> InferRequest:
+    return parse_infer(body, header_length, model, LIMITS)
 
 
 def triton_body(
@@ -122,7 +125,7 @@ def test_what_tritons_client_sends_is_read(
 def test_tritons_client_reads_the_answer(labels: Pixels, binary: bool, id: str | None) -> None:
     images = np.zeros((*labels.shape, 3), np.uint8)
     request = InferRequest(images, (RequestedOutput("labels", binary),), id, None, binary)
-    body, headers = format_infer(request, replace(CARD, version="3"), labels)
+    body, headers = format_infer(request, replace(MODEL, version="3"), labels)
     length = headers.get("Inference-Header-Content-Length")
     assert (length is not None) == binary
     assert headers["Content-Type"] == ("application/octet-stream" if binary else "application/json")
@@ -143,7 +146,7 @@ def test_labels_that_do_not_lie_in_one_piece_are_written_in_order() -> None:
     for binary in (True, False):
         wanted = (RequestedOutput("labels", binary),)
         request = InferRequest(np.zeros((2, 4, 3, 3), np.uint8), wanted, None, None, binary)
-        body, headers = format_infer(request, CARD, labels)
+        body, headers = format_infer(request, MODEL, labels)
         length = headers.get("Inference-Header-Content-Length")
         result = triton.InferenceServerClient.parse_response_body(
             body, header_length=int(length) if length else None
@@ -167,7 +170,7 @@ def test_binary_images_are_the_bodys_own_memory() -> None:
     body, length = triton_body(np.zeros((1, 2, 2, 3), np.uint8))
     received = bytearray(body)
     for view in (received, memoryview(received)):
-        images = parse_infer(view, length, CARD, LIMITS).images
+        images = parse_infer(view, length, MODEL, LIMITS).images
         assert np.shares_memory(images, np.frombuffer(received, np.uint8))
 
 
@@ -211,29 +214,29 @@ def test_the_server_says_which_extensions_it_has() -> None:
 
 
 def test_a_models_metadata_hold_its_tensors_and_its_spec() -> None:
-    metadata = json.loads(json.dumps(model_metadata(CARD)))
+    metadata = json.loads(json.dumps(model_metadata(MODEL)))
     assert metadata["name"] == "night"
     assert metadata["versions"] == ["1"]
     assert metadata["platform"] == "onnxruntime_onnx"
     assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}]
     assert metadata["outputs"] == [{"name": "labels", "datatype": "UINT8", "shape": [-1, -1, -1]}]
     assert Spec.model_validate_json(metadata["parameters"]["srdeploy.spec"]) == SPEC
-    fixed = model_metadata(replace(CARD, input_shape=(None, 32, 48, 3)))
+    fixed = model_metadata(replace(MODEL, input_shape=(None, 32, 48, 3)))
     assert fixed["inputs"][0]["shape"] == [-1, 32, 48, 3]
     assert fixed["outputs"][0]["shape"] == [-1, 32, 48]
 
 
 def test_the_index_lists_each_model_as_triton_does() -> None:
-    assert repository_index([CARD, replace(CARD, name="day", version="2")]) == [
+    assert repository_index([MODEL, replace(MODEL, name="day", version="2")]) == [
         {"name": "night", "version": "1", "state": "READY", "reason": ""},
         {"name": "day", "version": "2", "state": "READY", "reason": ""},
     ]
 
 
 def test_only_the_loaded_version_is_there() -> None:
-    check_version(CARD, "1")
+    check_version(MODEL, "1")
     with pytest.raises(NotFound, match='model night has no version "2": 1 is loaded'):
-        check_version(CARD, "2")
+        check_version(MODEL, "2")
     with pytest.raises(NotFound, match='no version "01"'):
         parse(joined(plain(model_version="01"))[0])
 
@@ -375,14 +378,14 @@ def test_the_json_must_end_within_the_body(length: int) -> None:
 
 
 def test_axes_that_the_model_fixes_must_match() -> None:
-    card = replace(CARD, input_shape=(1, 32, 48, 3))
+    model = replace(MODEL, input_shape=(1, 32, 48, 3))
     for shape, message in (
         ([2, 32, 48, 3], "inputs[0].shape[0]: N is 2, 1 is needed by model night"),
         ([1, 48, 32, 3], "inputs[0].shape[1]: H is 48, 32 is needed by model night"),
         ([1, 32, 47, 3], "inputs[0].shape[2]: W is 47, 48 is needed by model night"),
     ):
         with pytest.raises(BadRequest) as refused:
-            parse(joined(plain(shape=shape))[0], card=card)
+            parse(joined(plain(shape=shape))[0], model=model)
         assert message in str(refused.value)
 
 
@@ -404,14 +407,14 @@ def test_more_than_the_limits_is_too_large_whatever_the_body_holds(
 
 
 def test_a_shape_alone_takes_no_memory() -> None:
-    limits = Limits(images=1000, network_megapixels=1000)
+    limits = ServerLimits(images=1000, network_megapixels=1000)
     body, length = joined(binary(10**9 * 3, shape=[1, 10**5, 10**4, 3]), b"7")
     data, _ = joined(plain(shape=[1000, 10**5, 10**4, 3]))
     tracemalloc.start()
     with pytest.raises(BadRequest, match="binary_data_size is 3000000000, but 1 bytes follow"):
-        parse_infer(body, length, CARD, limits)
+        parse_infer(body, length, MODEL, limits)
     with pytest.raises(BadRequest, match="12 values"):
-        parse_infer(data, None, CARD, limits)
+        parse_infer(data, None, MODEL, limits)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
@@ -467,7 +470,7 @@ def answered_or_refused(body: bytes, length: int | None) -> None:
         assert request.images.dtype == np.uint8
         assert request.images.ndim == 4
         labels = np.zeros(request.images.shape[:3], np.uint8)
-        answer, headers = format_infer(request, CARD, labels)
+        answer, headers = format_infer(request, MODEL, labels)
         length = int(headers.get("Inference-Header-Content-Length", len(answer)))
         assert json.loads(answer[:length]).get("id") == request.id
 

@@ -1,5 +1,5 @@
-"""The page at `/` in a real browser, against a stand-in that answers with known labels through the
-server's contract."""
+"""The page at `/` in a real browser, against a fake server that answers with known labels as the
+real server does."""
 
 import io
 import threading
@@ -13,24 +13,24 @@ import pytest
 from PIL import Image
 
 from srdeploy.serve.server.page import render_page
-from tests.serve.server.live import LiveServer
-from tests.serve.server.page_stand_in import (
+from tests.serve.server.fake_server import (
     HEIGHT,
     HOSTILE,
     MODELS,
     WIDTH,
-    StandIn,
+    FakeServer,
     labels_of,
     names_at,
     photo_bytes,
 )
+from tests.serve.server.live import LiveServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # playwright's own pipes
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -51,7 +51,7 @@ def browser(browser_path: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def desk(browser: Any) -> Any:
+def desktop(browser: Any) -> Any:
     """One page for all tests that need no other device: opening one takes a while."""
     return browser.new_context(viewport={"width": 1000, "height": 800}).new_page()
 
@@ -68,7 +68,7 @@ Open = Callable[..., Any]
 @pytest.fixture
 def open_page(address: str) -> Iterator[Open]:
     """Loads the page afresh; at the end of the test nothing may have gone wrong or elsewhere."""
-    StandIn.reset()
+    FakeServer.reset()
     faults: list[str] = []
     asked: list[str] = []
     opened = []
@@ -96,7 +96,7 @@ def open_page(address: str) -> Iterator[Open]:
         return page
 
     yield open_page
-    StandIn.gate.set()
+    FakeServer.released.set()
     for page in opened:
         page.evaluate("sessionStorage.clear()")
         for event, listener in listeners.items():
@@ -139,9 +139,9 @@ def legend(page: Any) -> list[list[str]]:
     return cast(list[list[str]], page.eval_on_selector_all("#legend .entry", script))
 
 
-def test_an_upload_gives_a_legend_of_areas_largest_first(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+def test_an_upload_gives_a_legend_of_areas_largest_first(open_page: Open, desktop: Any) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     upload(page)
     shares = {
         name: (names_at("plain", labels_of("plain", HEIGHT, WIDTH)) == name).mean()
@@ -155,9 +155,11 @@ def test_an_upload_gives_a_legend_of_areas_largest_first(open_page: Open, desk: 
     assert page.locator("#split").is_hidden()
 
 
-def test_the_class_under_the_pointer_is_named_with_its_colour(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+def test_the_class_under_the_pointer_is_named_with_its_colour(
+    open_page: Open, desktop: Any
+) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     upload(page)
     # One pixel on each side of the border between sky and road, and of the ignored rows.
     at = WIDTH // 2
@@ -172,9 +174,9 @@ def test_the_class_under_the_pointer_is_named_with_its_colour(open_page: Open, d
     assert page.locator("#legend .under").inner_text().startswith("sky")
 
 
-def test_views_and_opacity_change_what_is_drawn(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+def test_views_and_opacity_change_what_is_drawn(open_page: Open, desktop: Any) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     upload(page)
     sky = (40, 90, 220)
     for opacity in (0.25, 1.0):
@@ -190,11 +192,11 @@ def test_views_and_opacity_change_what_is_drawn(open_page: Open, desk: Any) -> N
     assert pixel(page, 0.2, 0.5) == [100, 100, 100]
 
 
-def test_a_class_pressed_in_the_legend_or_the_picture_stands_alone(
-    open_page: Open, desk: Any
+def test_a_class_pressed_in_the_legend_or_the_picture_is_shown_without_the_others(
+    open_page: Open, desktop: Any
 ) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     upload(page)
     before = pixel(page, 0.7, 0.5)
     page.click("#legend button:has-text('sky')")
@@ -209,10 +211,12 @@ def test_a_class_pressed_in_the_legend_or_the_picture_stands_alone(
     assert pixel(page, 0.7, 0.5) == before
 
 
-def test_two_models_share_one_picture_and_a_border_that_moves(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_two_models_share_one_picture_and_a_border_that_moves(
+    open_page: Open, desktop: Any
+) -> None:
+    page = open_page(desktop)
     upload(page)
-    assert [line.split("model=")[1] for line in StandIn.asked] == ["plain", "small+%3Cb%3E"]
+    assert [line.split("model=")[1] for line in FakeServer.asked] == ["plain", "small+%3Cb%3E"]
     left, right = (names_at(name, labels_of(name, HEIGHT, WIDTH)) for name in MODELS)
     assert page.inner_text("#differ") == f"{100 * (left != right).mean():.1f} %"
     assert legend(page)[0] == ["sky", "45.0 %", "57.0 %"]
@@ -235,8 +239,8 @@ def test_two_models_share_one_picture_and_a_border_that_moves(open_page: Open, d
     assert max(pixel(page, 0.2, 0.5)) < 60
 
 
-def test_the_models_on_both_sides_can_be_chosen(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_the_models_on_both_sides_can_be_chosen(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     upload(page)
     page.select_option("#right", "")
     assert page.locator("#split").is_hidden()
@@ -244,14 +248,14 @@ def test_the_models_on_both_sides_can_be_chosen(open_page: Open, desk: Any) -> N
     page.select_option("#left", "small <b>")
     page.wait_for_selector("#work[aria-busy=true]", state="detached")
     assert legend(page)[0] == ["sky", "57.0 %"]
-    assert len(StandIn.asked) == 2  # what was computed is not asked for again
+    assert len(FakeServer.asked) == 2  # what was computed is not asked for again
     page.select_option("#right", "plain")
     assert legend(page)[0] == ["sky", "57.0 %", "45.0 %"]
 
 
-def test_times_and_facts_of_a_model_are_shown(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+def test_times_and_facts_of_a_model_are_shown(open_page: Open, desktop: Any) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     upload(page)
     spans = page.locator(".split li").all_inner_texts()
     told = [" ".join(span.split()) for span in spans]
@@ -262,13 +266,13 @@ def test_times_and_facts_of_a_model_are_shown(open_page: Open, desk: Any) -> Non
     assert parts[2] > parts[0] > parts[1]
     assert abs(sum(parts) - whole) <= 5
     facts = page.inner_text(".card dl")
-    plan = "2 sessions of 1 thread, up to 8 images a run; 1 session of 2 threads for a lone request"
+    plan = "2 sessions of 1 thread, up to 8 images a run; 1 session of 2 threads for low latency"
     for fact in ("onnxruntime", "cpu", "fp32", plan, "32×32 to 960×720"):
         assert fact in facts
 
 
-def test_the_mask_is_saved_as_the_server_wrote_it(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_the_mask_is_saved_as_the_server_wrote_it(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     upload(page)
     with page.expect_download() as waiting:
         page.click("button:has-text('Download mask') >> nth=0")
@@ -277,9 +281,11 @@ def test_the_mask_is_saved_as_the_server_wrote_it(open_page: Open, desk: Any) ->
         assert np.array_equal(np.array(mask), labels_of("plain", HEIGHT, WIDTH))
 
 
-def test_a_photo_on_its_side_stands_upright_beneath_its_labels(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+def test_a_photo_on_its_side_stands_upright_beneath_its_labels(
+    open_page: Open, desktop: Any
+) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     page.click("#samples button")  # the sample is 64x48 and turned by its EXIF orientation
     page.wait_for_selector("#legend button")
     box = page.locator("#canvas").bounding_box()
@@ -289,23 +295,23 @@ def test_a_photo_on_its_side_stands_upright_beneath_its_labels(open_page: Open, 
     assert hover(page, 0.52, 0.5) == "road"
 
 
-def test_a_photo_larger_than_the_models_take_is_sent_smaller(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_a_photo_larger_than_the_models_take_is_sent_smaller(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     upload(page, photo_bytes(2000, 1500))
-    width, height = StandIn.sizes[0]
-    assert StandIn.sizes == [(width, height)] * 2
+    width, height = FakeServer.sizes[0]
+    assert FakeServer.sizes == [(width, height)] * 2
     assert 0.99 * 720 * 960 < width * height <= 720 * 960
     assert width / height == pytest.approx(2000 / 1500, abs=0.01)
     told = f"street.png, 2000×1500, sent as {width}×{height}: the models take no more"
     assert page.inner_text("#size") == told
     upload(page, photo_bytes(960, 720))
-    assert StandIn.sizes[2:] == [(960, 720)] * 2
+    assert FakeServer.sizes[2:] == [(960, 720)] * 2
     assert page.inner_text("#size") == "street.png, 960×720"
 
 
-def test_dropped_and_pasted_photos_are_taken(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+def test_dropped_and_pasted_photos_are_taken(open_page: Open, desktop: Any) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     script = """async ([kind, bytes]) => {
         const files = new DataTransfer();
         files.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
@@ -320,10 +326,10 @@ def test_dropped_and_pasted_photos_are_taken(open_page: Open, desk: Any) -> None
 
 
 def test_a_photo_that_the_browser_cannot_show_still_gets_its_mask(
-    open_page: Open, desk: Any
+    open_page: Open, desktop: Any
 ) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     buffer = io.BytesIO()
     Image.new("RGB", (WIDTH, HEIGHT)).save(buffer, "TIFF")
     upload(page, buffer.getvalue(), "scan.tiff")
@@ -331,40 +337,40 @@ def test_a_photo_that_the_browser_cannot_show_still_gets_its_mask(
     assert pixel(page, 0.2, 0.5) == [40, 90, 220]
 
 
-def test_the_line_of_an_error_is_announced_and_goes_away(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
-    StandIn.failure = (503, "64 requests are waiting: <b>try again</b> in 1 s")
+def test_the_line_of_an_error_is_announced_and_goes_away(open_page: Open, desktop: Any) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
+    FakeServer.failure = (503, "64 requests are waiting: <b>try again</b> in 1 s")
     file = {"name": "a.png", "mimeType": "image/png", "buffer": photo_bytes()}
     page.set_input_files("#file", file)
     alert = page.get_by_role("alert")
     alert.wait_for()
-    assert alert.inner_text() == StandIn.failure[1]
+    assert alert.inner_text() == FakeServer.failure[1]
     assert page.get_attribute("#work", "aria-busy") == "false"
-    StandIn.failure = None
+    FakeServer.failure = None
     upload(page)
     assert page.locator("#error").inner_text() == ""
 
 
-def test_a_file_over_the_limit_is_not_sent(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_a_file_over_the_limit_is_not_sent(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     file = {"name": "large.png", "mimeType": "image/png", "buffer": bytes(3 * 2**19)}
     page.set_input_files("#file", file)
     told = page.get_by_role("alert").inner_text()
     assert told == "large.png has 1.5 MiB, the server takes 1 at most: save it smaller."
-    assert StandIn.asked == []
+    assert FakeServer.asked == []
 
 
-def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desk: Any) -> None:
-    StandIn.key = "a key of ours"
-    page = open_page(desk)
+def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desktop: Any) -> None:
+    FakeServer.key = "a key of ours"
+    page = open_page(desktop)
     page.wait_for_selector("#key-form")
     assert page.inner_text("#error") == ""  # nothing went wrong yet
     page.get_by_label("API key").fill("another")
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()
     assert page.inner_text("#error") == "this server asks for its API key"
-    page.get_by_label("API key").fill(StandIn.key)
+    page.get_by_label("API key").fill(FakeServer.key)
     page.click("text=Use this key")
     page.wait_for_selector("#samples img")  # samples come with the key too
     upload(page)
@@ -373,28 +379,28 @@ def test_a_key_is_asked_for_kept_for_the_session_and_sent(open_page: Open, desk:
     assert page.inner_text("#error") == ""
 
 
-def test_work_is_shown_without_moving_anything(open_page: Open, desk: Any) -> None:
-    StandIn.models = ["plain"]
-    page = open_page(desk)
+def test_work_is_shown_without_moving_anything(open_page: Open, desktop: Any) -> None:
+    FakeServer.models = ["plain"]
+    page = open_page(desktop)
     upload(page)
     places = (
         "['stage', 'views', 'legend', 'cards'].map(id => document.getElementById(id).offsetTop)"
     )
     before = page.evaluate(places)
-    StandIn.gate.clear()
+    FakeServer.released.clear()
     file = {"name": "b.png", "mimeType": "image/png", "buffer": photo_bytes()}
     page.set_input_files("#file", file)
     page.wait_for_selector("#work[aria-busy=true]")
     assert page.locator(".progress").is_visible()
     during = page.evaluate(places)
-    StandIn.gate.set()
+    FakeServer.released.set()
     page.wait_for_selector("#work[aria-busy=false]")
     assert before == during == page.evaluate(places)
     assert page.locator(".progress").is_hidden()
 
 
-def test_everything_can_be_done_with_the_keyboard_alone(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_everything_can_be_done_with_only_the_keyboard(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     upload(page)
     page.evaluate("document.activeElement.blur()")
     reached = []
@@ -446,8 +452,8 @@ def test_a_phone_shows_it_all_without_sideways_scrolling(open_page: Open, phone:
     assert page.inner_text("#tip") == "sky"
 
 
-def test_the_page_is_light_or_dark_as_the_system_is(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_the_page_is_light_or_dark_as_the_system_is(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     sums = (
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         ".map(colour => colour.match(/\\d+/g).reduce((sum, value) => sum + +value, 0))"
@@ -461,8 +467,8 @@ def test_the_page_is_light_or_dark_as_the_system_is(open_page: Open, desk: Any) 
     page.emulate_media(color_scheme="light")
 
 
-def test_motion_stops_for_those_who_ask_for_it(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_motion_stops_for_those_who_ask_for_it(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     script = "getComputedStyle(document.querySelector('.progress'), '::before').animationName"
     assert page.evaluate(script) == "slide"
     page.emulate_media(reduced_motion="reduce")
@@ -470,8 +476,8 @@ def test_motion_stops_for_those_who_ask_for_it(open_page: Open, desk: Any) -> No
     page.emulate_media(reduced_motion="no-preference")
 
 
-def test_names_are_text_whatever_they_hold(open_page: Open, desk: Any) -> None:
-    page = open_page(desk)
+def test_names_are_text_whatever_they_hold(open_page: Open, desktop: Any) -> None:
+    page = open_page(desktop)
     upload(page, name="<b>photo</b>.png")
     assert hover(page, 0.9, 0.1).split("\n")[0] == HOSTILE
     assert page.title() == "srdeploy: segment a photo"
@@ -479,7 +485,7 @@ def test_names_are_text_whatever_they_hold(open_page: Open, desk: Any) -> None:
     assert page.locator(".card h2").all_inner_texts() == [*MODELS]
 
 
-def test_the_policy_names_this_script_and_style_alone() -> None:
+def test_the_policy_allows_only_this_script_and_style() -> None:
     page, policy = render_page()
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     assert rules["default-src"] == "'none'"

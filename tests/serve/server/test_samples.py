@@ -1,4 +1,4 @@
-"""Samples for the page: a user's photos, or made-up scenes."""
+"""Samples for the page: a user's photos, or synthetic scenes."""
 
 import io
 from pathlib import Path
@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from srdeploy.errors import UserError
-from srdeploy.serve.server.page import LONGEST_SIDE, MOST, Sample, load_samples
+from srdeploy.serve.server.page import LONGEST_SIDE, MAX_SAMPLES, PageSample, load_samples
 
 
-def decoded(sample: Sample) -> Image.Image:
+def decoded(sample: PageSample) -> Image.Image:
     return Image.open(io.BytesIO(sample.jpeg), formats=["JPEG"])
 
 
-def test_made_up_scenes_are_different_and_the_same_every_time() -> None:
+def test_synthetic_scenes_are_different_and_the_same_every_time() -> None:
     first, second = load_samples(None), load_samples(None)
     assert [sample.name for sample in first] == ["meadow.jpg", "river.jpg", "dusk.jpg"]
     assert [decoded(sample).size for sample in first] == [(640, 480)] * 3
@@ -24,7 +24,7 @@ def test_made_up_scenes_are_different_and_the_same_every_time() -> None:
 
 
 def test_the_first_photos_of_a_folder_are_taken_by_name(tmp_path: Path) -> None:
-    for index in range(MOST + 2):
+    for index in range(MAX_SAMPLES + 2):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{index:02d}.png")
     (tmp_path / "notes.txt").write_text("no photo")
     (tmp_path / ".hidden.png").write_bytes(b"no photo")

@@ -1,4 +1,4 @@
-"""A server's life: start, overload, deadlines, reload, workers, and the end."""
+"""A server's lifecycle: start, overload, deadlines, reload, workers, and shutdown."""
 
 import inspect
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 
 from srdeploy.cli.serve_verb import serve
 from srdeploy.serve.scheduling.planner import MAX_WAIT_MS
-from srdeploy.serve.server.admission import Limits
+from srdeploy.serve.server.config import ServerLimits
 from srdeploy.spec import InputPolicy, Spec
 from tests.serve.server.live import LiveServer
 
@@ -146,12 +146,12 @@ def test_overload_is_refused_at_once_and_leaves_no_trace(
     assert is_right(server.post("/v1/segment", content=photo(64)), 64)
 
 
-def test_sigterm_answers_what_was_taken_in_and_ends_well(
+def test_sigterm_drains_in_flight_requests(
     start: Callable[..., LiveServer], make_graph: MakeGraph, tiny_spec: Spec
 ) -> None:
     policy = InputPolicy(smallest=(32, 32), usual=(64, 64), largest=(512, 512))
     spec = tiny_spec.model_copy(update={"input": policy})
-    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 0.5)
+    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 2)
     crowd = Crowd(server, 6, 512, polite=True)
     while len(crowd.answers) < 6:
         time.sleep(0.02)
@@ -255,7 +255,7 @@ def test_the_flags_have_the_limits_named_defaults() -> None:
         name.removeprefix("max_"): parameter.default
         for name, parameter in inspect.signature(serve).parameters.items()
     }
-    limits = {name.removesuffix("_s"): value for name, value in Limits().model_dump().items()}
+    limits = {name.removesuffix("_s"): value for name, value in ServerLimits().model_dump().items()}
     assert {name: flags[name] for name in limits} == limits
     assert flags["wait_ms"] == MAX_WAIT_MS
 
@@ -264,7 +264,10 @@ def test_the_flags_have_the_limits_named_defaults() -> None:
     ("arguments", "words"),
     [
         (("nowhere",), "no such file or folder: nowhere"),
-        (("GRAPH", "--host", "0.0.0.0"), "--host 0.0.0.0 lets others in: an API key is needed"),
+        (
+            ("GRAPH", "--host", "0.0.0.0"),
+            "--host 0.0.0.0 lets other machines in: an API key",
+        ),
         (("GRAPH", "--api-key-file", "SHORT"), "16 or more printable ASCII characters"),
         (("GRAPH", "GRAPH"), "two models named 'colour'"),
         (("a/b=GRAPH",), "'a/b' can't be a model's name"),

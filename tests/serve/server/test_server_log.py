@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from srdeploy.serve.server.journal import LOG, log, start_log
+from srdeploy.serve.server.server_log import LOG, log, start_log
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -68,13 +68,13 @@ def photo_bytes(width: int = WIDTH, height: int = HEIGHT, orientation: int = 1) 
     return buffer.getvalue()
 
 
-class StandIn(BaseHTTPRequestHandler):
+class FakeServer(BaseHTTPRequestHandler):
     """Answers as the server does; what it should do is set on the class."""
 
     models: ClassVar[list[str]] = [*MODELS]
     key: ClassVar[str | None] = None
     failure: ClassVar[tuple[int, str] | None] = None
-    gate: ClassVar[threading.Event] = threading.Event()
+    released: ClassVar[threading.Event] = threading.Event()
     asked: ClassVar[list[str]] = []
     sizes: ClassVar[list[tuple[int, int]]] = []
     """(width, height) of the photos that came, upright."""
@@ -83,7 +83,7 @@ class StandIn(BaseHTTPRequestHandler):
     def reset(cls) -> None:
         cls.models, cls.key, cls.failure, cls.asked = [*MODELS], None, None, []
         cls.sizes = []
-        cls.gate.set()
+        cls.released.set()
 
     def log_message(self, format: str, *values: Any) -> None:
         pass
@@ -151,7 +151,7 @@ class StandIn(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.asked.append(self.path)
-        self.gate.wait(10)
+        self.released.wait(10)
         query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         if self.locked():
             return

@@ -17,15 +17,16 @@ from srdeploy.imaging import Pixels
 from srdeploy.regions import polygons
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.folders.predict import predict_photos
-from srdeploy.serve.scheduling.jobs import Task
-from srdeploy.serve.scheduling.planner import Source
-from srdeploy.serve.server import photo_task
-from srdeploy.serve.server.admission import BadRequest, Limits, TooLarge
-from srdeploy.serve.server.photo_task import (
+from srdeploy.serve.scheduling.planner import ModelSource
+from srdeploy.serve.scheduling.scheduler import Task
+from srdeploy.serve.server import segment_task
+from srdeploy.serve.server.admission import BadRequest, TooLarge
+from srdeploy.serve.server.config import ServerLimits
+from srdeploy.serve.server.segment_task import (
     PhotoAnswer,
-    PhotoTask,
     Regions,
-    Wanted,
+    SegmentOptions,
+    SegmentTask,
     entry_names,
     pack,
 )
@@ -36,7 +37,7 @@ SPEC = Spec(
     palette=((40, 160, 60), (200, 60, 40), (40, 70, 200)),
     input=InputPolicy(longest_side=64, smallest=(16, 16), usual=(48, 64)),
 )
-NAMED = Wanted(output="json")
+NAMED = SegmentOptions(output="json")
 
 
 def photo_file(height: int = 90, width: int = 120, format: str = "JPEG") -> bytes:
@@ -54,10 +55,10 @@ def labels_for(images: Pixels) -> Pixels:
     return labels
 
 
-def answered(wanted: Wanted, spec: Spec = SPEC) -> tuple[PhotoAnswer, Pixels, Pixels]:
+def answered(wanted: SegmentOptions, spec: Spec = SPEC) -> tuple[PhotoAnswer, Pixels, Pixels]:
     """The answer, the photo, and its labels at its own size."""
     content = photo_file()
-    task: Task[PhotoAnswer] = PhotoTask(content, "a/b.jpg", spec, Limits(), wanted)
+    task: Task[PhotoAnswer] = SegmentTask(content, "a/b.jpg", spec, ServerLimits(), wanted)
     labels = labels_for(task.prepare())
     photo = imaging.decode_photo(content, "it")
     return task.finish(labels), photo, imaging.restore(labels[0], *photo.shape[:2])
@@ -65,7 +66,7 @@ def answered(wanted: Wanted, spec: Spec = SPEC) -> tuple[PhotoAnswer, Pixels, Pi
 
 def test_a_photo_is_prepared_as_predict_fits_it() -> None:
     content = photo_file()
-    images = PhotoTask(content, None, SPEC, Limits(), Wanted()).prepare()
+    images = SegmentTask(content, None, SPEC, ServerLimits(), SegmentOptions()).prepare()
     assert images.shape == (1, 48, 64, 3)
     fitted = imaging.fit(imaging.decode_photo(content, "it"), SPEC)
     np.testing.assert_array_equal(images[0], fitted)
@@ -76,24 +77,28 @@ def test_a_mask_is_byte_for_byte_what_predict_writes(
 ) -> None:
     photos = sorted((tiny_data / "images" / "val").iterdir())
     graph = make_graph()
-    predict_photos(Source("colour", graph), [str(one) for one in photos], str(tmp_path / "out"))
+    predict_photos(
+        ModelSource("colour", graph), [str(one) for one in photos], str(tmp_path / "out")
+    )
     with open_runtime(graph) as runtime:
         for photo in photos:
-            task = PhotoTask(photo.read_bytes(), photo.name, runtime.spec, Limits(), Wanted())
+            task = SegmentTask(
+                photo.read_bytes(), photo.name, runtime.spec, ServerLimits(), SegmentOptions()
+            )
             answer = task.finish(runtime.run(task.prepare()))
             assert answer.media_type == "image/png"
             assert answer.content == (tmp_path / "out" / f"{photo.stem}.png").read_bytes()
 
 
 def test_an_overlay_has_the_photos_size_and_the_wanted_opacity() -> None:
-    answer, photo, labels = answered(Wanted(output="overlay", opacity=0.25))
+    answer, photo, labels = answered(SegmentOptions(output="overlay", opacity=0.25))
     assert answer.media_type == "image/jpeg"
     assert answer.content == imaging.encode_jpeg(imaging.overlay(photo, labels, SPEC, 0.25))
 
 
 @pytest.mark.parametrize("regions", ["none", "rle", "polygons"])
 def test_json_lists_the_classes_that_occur_with_the_wanted_regions(regions: Regions) -> None:
-    answer, photo, labels = answered(Wanted(output="json", regions=regions))
+    answer, photo, labels = answered(SegmentOptions(output="json", regions=regions))
     assert answer.content is None
     assert answer.media_type == "application/json"
     entry = json.loads(json.dumps(answer.entry))
@@ -131,20 +136,22 @@ def test_json_lists_the_classes_that_occur_with_the_wanted_regions(regions: Regi
 def test_an_unreadable_image_is_a_bad_request_that_calls_it_by_number_and_name(
     name: str | None, number: int | None, called: str
 ) -> None:
-    task = PhotoTask(b"no image", name, SPEC, Limits(), Wanted(), number)
+    task = SegmentTask(b"no image", name, SPEC, ServerLimits(), SegmentOptions(), number)
     with pytest.raises(BadRequest) as refusal:
         task.prepare()
     assert str(refusal.value).startswith(called + "not a readable image (unknown format")
 
 
 def test_an_image_of_too_many_pixels_is_too_large_and_told_the_limit() -> None:
-    task = PhotoTask(photo_file(300, 400), None, SPEC, Limits(megapixels=0.1), Wanted())
+    task = SegmentTask(
+        photo_file(300, 400), None, SPEC, ServerLimits(megapixels=0.1), SegmentOptions()
+    )
     with pytest.raises(TooLarge, match=r"has 400x300 = 0\.1 megapixels, 0\.1 are allowed"):
         task.prepare()
 
 
 def test_an_image_too_small_for_the_network_is_a_bad_request() -> None:
-    task = PhotoTask(photo_file(10, 400), "slit.jpg", SPEC, Limits(), Wanted())
+    task = SegmentTask(photo_file(10, 400), "slit.jpg", SPEC, ServerLimits(), SegmentOptions())
     with pytest.raises(BadRequest, match=r"^the image \('slit\.jpg'\): .* too small: .* 16x16"):
         task.prepare()
 
@@ -152,44 +159,50 @@ def test_an_image_too_small_for_the_network_is_a_bad_request() -> None:
 def test_an_image_beyond_the_networks_largest_size_is_too_large_unless_it_is_scaled() -> None:
     policy = {"smallest": (16, 16), "usual": (64, 64), "largest": (64, 128)}
     own_size = SPEC.model_copy(update={"input": InputPolicy.model_validate(policy)})
-    limits = Limits(network_megapixels=0.001)  # the network's own largest size is larger
+    limits = ServerLimits(network_megapixels=0.001)  # the network's own largest size is larger
     words = "image of 120x90 is too large: .* up to 0.00819 megapixels here: scale it down$"
     with pytest.raises(TooLarge, match=words):
-        PhotoTask(photo_file(), None, own_size, limits, Wanted()).prepare()
-    assert PhotoTask(photo_file(), None, own_size, Limits(), Wanted()).prepare().size == 32400
+        SegmentTask(photo_file(), None, own_size, limits, SegmentOptions()).prepare()
+    assert (
+        SegmentTask(photo_file(), None, own_size, ServerLimits(), SegmentOptions()).prepare().size
+        == 32400
+    )
     # As many pixels in another shape.
-    tall = PhotoTask(photo_file(200, 40), None, own_size, limits, Wanted()).prepare()
+    tall = SegmentTask(photo_file(200, 40), None, own_size, limits, SegmentOptions()).prepare()
     assert tall.shape == (1, 200, 40, 3)
     scaled = SPEC.model_copy(
         update={"input": InputPolicy.model_validate(policy | {"longest_side": 100})}
     )
-    assert PhotoTask(photo_file(), None, scaled, Limits(), Wanted()).prepare().shape[1] == 75
+    assert (
+        SegmentTask(photo_file(), None, scaled, ServerLimits(), SegmentOptions()).prepare().shape[1]
+        == 75
+    )
 
 
 def test_regions_that_would_fill_the_memory_are_refused_with_what_to_ask_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(photo_task, "MOST_BORDER", 100)
+    monkeypatch.setattr(segment_task, "MAX_BORDER", 100)
     with pytest.raises(TooLarge, match=r"borders of \d+ pixels, 100 are .*: ask for output=mask"):
-        answered(Wanted(output="json", regions="rle"))
-    assert answered(Wanted(output="json"))[0].entry["classes"]
-    monkeypatch.setattr(photo_task, "MOST_POLYGON_PIXELS", 1000)
+        answered(SegmentOptions(output="json", regions="rle"))
+    assert answered(SegmentOptions(output="json"))[0].entry["classes"]
+    monkeypatch.setattr(segment_task, "MAX_POLYGON_PIXELS", 1000)
     with pytest.raises(TooLarge, match=r"polygons are drawn for up to .*: ask for regions=rle"):
-        answered(Wanted(output="json", regions="polygons"))
+        answered(SegmentOptions(output="json", regions="polygons"))
 
 
 def test_one_answer_is_packed_as_it_is_and_several_in_a_zip() -> None:
-    mask, *_ = answered(Wanted())
+    mask, *_ = answered(SegmentOptions())
     assert mask.content is not None
-    assert pack([mask], Wanted()) == (mask.content, "image/png")
-    for wanted, count in ((Wanted(zipped=True), 1), (Wanted(), 3)):
+    assert pack([mask], SegmentOptions()) == (mask.content, "image/png")
+    for wanted, count in ((SegmentOptions(zipped=True), 1), (SegmentOptions(), 3)):
         content, media_type = pack([mask] * count, wanted)
         assert media_type == "application/zip"
         with zipfile.ZipFile(BytesIO(content)) as archive:
             assert archive.namelist() == ["b.png", "b-2.png", "b-3.png"][:count]
             assert archive.testzip() is None
             assert archive.read("b.png") == mask.content
-    assert pack([mask] * 3, Wanted()) == pack([mask] * 3, Wanted())
+    assert pack([mask] * 3, SegmentOptions()) == pack([mask] * 3, SegmentOptions())
 
 
 @pytest.mark.parametrize(
@@ -232,6 +245,6 @@ def test_entries_of_any_names_are_harmless_and_unique(names: list[str | None]) -
 
 
 def test_the_name_of_an_entry_can_be_written_as_json_whatever_the_client_sent() -> None:
-    task = PhotoTask(photo_file(), "half \ud83d.jpg", SPEC, Limits(), NAMED)
+    task = SegmentTask(photo_file(), "half \ud83d.jpg", SPEC, ServerLimits(), NAMED)
     answer = task.finish(labels_for(task.prepare()))
     assert json.dumps(answer.entry, ensure_ascii=False).encode()

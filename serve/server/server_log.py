@@ -1,4 +1,4 @@
-"""The server's log: one line for each event, for people or as JSON, each request with its id."""
+"""The server's log: one line for each event, as text or JSON. Requests carry their id."""
 
 import json
 import logging
@@ -6,12 +6,12 @@ import sys
 import time
 from typing import Any, Literal
 
-LogForm = Literal["text", "json"]
+LogFormat = Literal["text", "json"]
 LOG = logging.getLogger("srdeploy.serve")
 
 
-class _TextForm(logging.Formatter):
-    """12:00:01 message key=value ..."""
+class _TextFormatter(logging.Formatter):
+    """Lines for people: 12:00:01 message key=value ..."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
@@ -21,8 +21,8 @@ class _TextForm(logging.Formatter):
         return f"{moment} {level}{_one_line(record)}{pairs}" + _traceback(self, record)
 
 
-class _JsonForm(logging.Formatter):
-    """One object a line, with time (UTC), level, message and the event's fields."""
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, with time (UTC), level, message and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -37,10 +37,10 @@ class _JsonForm(logging.Formatter):
         return json.dumps(values, default=str)
 
 
-def start_log(form: LogForm, quiet: bool = False) -> None:
-    """Sends the server's events to stderr; uvicorn's too, where they are warnings."""
+def start_log(format: LogFormat, quiet: bool = False) -> None:
+    """Sends the server's events to stderr, and uvicorn's warnings."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonForm() if form == "json" else _TextForm())
+    handler.setFormatter(_JsonFormatter() if format == "json" else _TextFormatter())
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -51,17 +51,17 @@ def start_log(form: LogForm, quiet: bool = False) -> None:
 
 
 def log(message: str, **fields: Any) -> None:
-    """One event."""
+    """Logs one event."""
     LOG.info(message, extra={"fields": fields})
 
 
-def log_fault(message: str, error: BaseException, **fields: Any) -> None:
-    """A bug of ours, with its traceback."""
+def log_exception(message: str, error: BaseException, **fields: Any) -> None:
+    """Logs an unexpected error, a bug of ours, with its traceback."""
     LOG.error(message, extra={"fields": fields}, exc_info=error)
 
 
 def _shown(value: Any) -> str:
-    """As it is, unless a stranger wrote line ends or the like into it."""
+    """The value as text, quoted if a client put line ends or the like into it."""
     text = str(value)
     return text if text.isprintable() else repr(text)
 
@@ -70,5 +70,5 @@ def _one_line(record: logging.LogRecord) -> str:
     return " ".join(record.getMessage().split())
 
 
-def _traceback(form: logging.Formatter, record: logging.LogRecord) -> str:
-    return "\n" + form.formatException(record.exc_info) if record.exc_info else ""
+def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    return "\n" + formatter.formatException(record.exc_info) if record.exc_info else ""
