@@ -107,12 +107,12 @@ def test_json_is_the_report_and_the_folder_holds_it_with_a_page(
     page = (tmp_path / "out" / "report.html").read_text()
     verdict = report["cells"][0]["rows"][1]["end_to_end"]["verdict"]
     assert verdict["outcome"] in page
-    assert "## srdeploy bench" in (tmp_path / "out" / "report.md").read_text()
+    assert "## Benchmark: " in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_markdown_goes_to_stdout_on_request(srdeploy: Verb, graph: Path) -> None:
     _, out, _ = srdeploy("bench", graph, *BRIEF, "--markdown")
-    assert out.startswith("## srdeploy bench\n")
+    assert out.startswith("## Benchmark: ")
 
 
 def test_several_settings_make_a_matrix(srdeploy: Verb, graph: Path) -> None:

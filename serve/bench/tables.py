@@ -1,5 +1,8 @@
-"""What a benchmark has to say, in words: the page, the Markdown text and the terminal say it
-alike."""
+"""What a benchmark has to say: its sentences, and its tables.
+
+The page, the Markdown text and the terminal show these alike. A line break in a cell separates an
+estimate from its interval.
+"""
 
 import math
 from collections import Counter
@@ -25,6 +28,8 @@ MARKS = {
     Outcome.NOT_SHOWN: "? NOT SHOWN",
 }
 MATCHES = {True: "✓ matches", False: "✗ DIFFERS"}
+GAINS = (("miou", "mIoU"), ("failure1", "Failure-1"), ("failure2", "Failure-2"))
+"""Keys of AccuracyRow.gains with their names, in the tables' order."""
 
 
 @dataclass(frozen=True)
@@ -157,42 +162,59 @@ def milliseconds(typical: float) -> str:
     return ".2f" if typical >= 10 else ".3f"
 
 
-# A benchmark's tables: the page, the Markdown text and the terminal show these alike. A line break
-# in a cell parts an estimate from its interval.
-
-GAINS = (("miou", "mIoU"), ("failure1", "Failure-1"), ("failure2", "Failure-2"))
-"""Keys of AccuracyRow.gains with their names, in the tables' order."""
+def summary_tables(report: BenchReport) -> list[Table]:
+    """For the terminal: latency and cost of each cell, then the accuracy where it was scored."""
+    found: list[Table | None] = []
+    for cell in report.cells:
+        found += [short_latency_table(cell), cost_table(cell)]
+    if report.accuracy is not None:
+        found += [accuracy_table(report.accuracy), checkpoint_table(report.accuracy)]
+    return [table for table in found if table is not None]
 
 
 def latency_table(cell: Cell) -> Table:
-    """Quantiles with intervals, ratio and throughput; one row per artifact and measure. What all
-    rows have in common stands in the caption."""
-    several = len({measure for _, measure, _ in measures(cell)}) > 1
-    common = {ways(row) for row in cell.rows}
+    """Quantiles with intervals, ratio and throughput; one row per artifact and measure."""
     rows = []
     for row, measure, timing in measures(cell):
         spans = timing.quantiles
+        form = milliseconds(spans.median.value)
         quantiles = (spans.median, spans.p90, spans.p95, spans.p99)
         rows.append(
             (
-                row.name,
-                *((measure,) if several else ()),
-                *((ways(row).replace(", ", "\n", 1),) if len(common) > 1 else ()),
-                *(broken(one, milliseconds(spans.median.value)) for one in quantiles),
+                _row_name(cell, row, measure),
+                *(broken(one, form) for one in quantiles),
                 ratio_text(timing.ratio),
-                f"{row.images_per_s:.1f}" if measure == "end to end" else "-",
+                _throughput(row, measure),
             )
         )
-    where = f"; {common.pop()}" if len(common) == 1 else ""
     return Table(
-        f"Milliseconds per run of {cell.batch}, with 95 % intervals{where}",
-        (
-            "artifact",
-            *(("measure",) if several else ()),
-            *(("runs in",) if len(common) > 1 else ()),
-            *("median", "p90", "p95", "p99", "ratio [95 %]", "images/s"),
-        ),
+        f"Milliseconds per run of {cell.batch}, with 95 % intervals{_common_way(cell)}",
+        ("artifact", "median", "p90", "p95", "p99", "ratio [95 %]", "images/s"),
         rows,
+    )
+
+
+def short_latency_table(cell: Cell) -> Table:
+    """`latency_table` for 120 columns: verdicts instead of intervals of quantiles."""
+    rows = []
+    for row, measure, timing in measures(cell):
+        spans = timing.quantiles
+        form = milliseconds(spans.median.value)
+        verdict = "-" if timing.verdict is None else MARKS[timing.verdict.outcome]
+        rows.append(
+            (
+                _row_name(cell, row, measure),
+                *(format(one.value, form) for one in (spans.median, spans.p90, spans.p99)),
+                ratio_text(timing.ratio).replace("\n", " "),
+                verdict,
+                _throughput(row, measure),
+            )
+        )
+    return Table(
+        f"Latency: {label(cell)}{_common_way(cell)}",
+        ("artifact", "median ms", "p90", "p99", "ratio [95 %]", "verdict", "images/s"),
+        rows,
+        note=sentence(design(cell)),
     )
 
 
@@ -251,18 +273,6 @@ def cost_table(cell: Cell) -> Table:
             )
             for row in cell.rows
         ],
-    )
-
-
-def _footprint(found: Footprint | None) -> tuple[str, str, str, str, str]:
-    if found is None:
-        return ("-", "-", "-", "-", "-")
-    return (
-        f"{found.own_mib:.0f}",
-        f"{found.peak_mib:.0f}",
-        "-" if found.device_mib is None else f"{found.device_mib:.0f}",
-        f"{found.import_s:.2f}",
-        f"{found.first_inference_s:.2f}",
     )
 
 
@@ -336,3 +346,33 @@ def overview_table(report: BenchReport, anchors: Sequence[str] = ()) -> Table:
                 links.append(anchors[index] if place == 0 else "")
     header = ("setting", "artifact", "median ms", "ratio [95 %]", "verdict", "images/s")
     return Table("Latency end to end", header, rows, links=links)
+
+
+def _row_name(cell: Cell, row: Row, measure: str) -> str:
+    """The artifact's name, with the measure and with what it ran in where rows differ in these."""
+    name = (
+        row.name if all(one.device_time is None for one in cell.rows) else f"{row.name}, {measure}"
+    )
+    return name if _common_way(cell) else f"{name}\n{ways(row)}"
+
+
+def _common_way(cell: Cell) -> str:
+    """What all rows ran in, for a caption; empty where they differ."""
+    found = {ways(row) for row in cell.rows}
+    return f"; {found.pop()}" if len(found) == 1 else ""
+
+
+def _throughput(row: Row, measure: str) -> str:
+    return f"{row.images_per_s:.1f}" if measure == "end to end" else "-"
+
+
+def _footprint(found: Footprint | None) -> tuple[str, str, str, str, str]:
+    if found is None:
+        return ("-", "-", "-", "-", "-")
+    return (
+        f"{found.own_mib:.0f}",
+        f"{found.peak_mib:.0f}",
+        "-" if found.device_mib is None else f"{found.device_mib:.0f}",
+        f"{found.import_s:.2f}",
+        f"{found.first_inference_s:.2f}",
+    )
