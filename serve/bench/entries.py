@@ -38,12 +38,12 @@ class Setting:
 
     @property
     def arithmetic(self) -> str | None:
-        """What open_runtime is told: OpenVINO alone has a choice, elsewhere the file decides."""
+        """Precision for open_runtime: only OpenVINO has a choice; elsewhere the file decides."""
         return self.precision if self.runtime == "openvino" else None
 
 
 @dataclass(frozen=True)
-class Entry:
+class BenchEntry:
     """One artifact of the comparison."""
 
     name: str
@@ -53,7 +53,7 @@ class Entry:
     spec: Spec | None = None
     """For a file that carries none."""
     judged: bool = True
-    """False: a row to be looked at, without verdict or accuracy."""
+    """False: a row for information, without verdict or accuracy."""
     forms: Mapping[tuple[str, str | None], tuple[Path, ...]] = field(default_factory=dict)
     """By (runtime, precision), where that does not run `path` itself: what it runs instead, such as
     the checkpoint in torch. Several are builds of one artifact, and take turns."""

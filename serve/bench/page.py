@@ -25,13 +25,13 @@ from srdeploy.pages.report import (
     mark_differences,
     photo,
 )
-from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Outcome
+from srdeploy.serve.bench.results import AccuracyResult, BenchReport, Cell, Outcome
 from srdeploy.serve.bench.tables import (
-    Answer,
+    LatencyComparison,
     accuracy_table,
-    answers,
     artifact_names,
     checkpoint_table,
+    comparisons,
     conditions,
     cost_table,
     design,
@@ -76,7 +76,7 @@ def bench_page(
 
 def bench_verdicts(report: BenchReport) -> list[Verdict]:
     """The verdicts: on latency, on exports against their checkpoints, and the gains of mIoU."""
-    return [*_latency_cards(report), *_accuracy_cards(report)]
+    return [*_latency_verdicts(report), *_accuracy_verdicts(report)]
 
 
 def bench_sections(
@@ -106,54 +106,54 @@ def bench_sections(
     return sections
 
 
-def _latency_cards(report: BenchReport) -> list[Verdict]:
-    found = answers(report)
+def _latency_verdicts(report: BenchReport) -> list[Verdict]:
+    found = comparisons(report)
     several = len(report.cells) > 1
     if len(found) <= CARDS:
-        return [_card(answer, several) for answer in found]
-    same = [answer for answer in found if answer.verdict.outcome is Outcome.EQUIVALENT]
-    cards = [_card(answer, several) for answer in found if answer not in same]
+        return [_latency_verdict(one, several) for one in found]
+    same = [one for one in found if one.verdict.outcome is Outcome.EQUIVALENT]
+    verdicts = [_latency_verdict(one, several) for one in found if one not in same]
     if same:
-        low = min(answer.ratio.low for answer in same)
-        high = max(answer.ratio.high for answer in same)
-        margins = sorted({margin_text(answer.verdict.margin) for answer in same})
+        low = min(one.ratio.low for one in same)
+        high = max(one.ratio.high for one in same)
+        margins = sorted({margin_text(one.verdict.margin) for one in same})
         claim = (
             f"of {len(found)} verdicts on latency; intervals within {low:.3f} to {high:.3f}, "
             f"margins {', '.join(margins)}"
         )
-        cards.insert(0, Verdict(claim, f"{len(same)} EQUIVALENT", True))
-    return cards
+        verdicts.insert(0, Verdict(claim, f"{len(same)} EQUIVALENT", True))
+    return verdicts
 
 
-def _card(answer: Answer, several: bool) -> Verdict:
-    verdict = answer.verdict
-    where = f"; {label(answer.cell)}" if several else ""
+def _latency_verdict(one: LatencyComparison, several: bool) -> Verdict:
+    outcome, margin = one.verdict.outcome, margin_text(one.verdict.margin)
+    where = f"; {label(one.cell)}" if several else ""
     return Verdict(
-        f"ratio {answer.ratio}, margin {margin_text(verdict.margin)}: {answer.claim}{where}",
-        verdict.outcome.value,
-        PASSED[verdict.outcome],
-        undecided=verdict.outcome is Outcome.NOT_SHOWN,
-        detail=sentence(verdict.reason),
+        f"ratio {one.ratio}, margin {margin}: {one.claim}{where}",
+        outcome.value,
+        PASSED[outcome],
+        undecided=outcome is Outcome.NOT_SHOWN,
+        detail=sentence(one.verdict.reason),
     )
 
 
-def _accuracy_cards(report: BenchReport) -> list[Verdict]:
+def _accuracy_verdicts(report: BenchReport) -> list[Verdict]:
     if report.accuracy is None:
         return []
-    cards = []
+    verdicts = []
     first = report.accuracy.rows[0].name
     for row in report.accuracy.rows:
         if row.checkpoint is not None:
             share = f"{equal_labels(row.checkpoint.agreement)} % of labels are equal"
             claim = f"{share}: {row.name} against its own checkpoint"
             figure = "matches" if row.checkpoint.passed else "DIFFERS"
-            cards.append(Verdict(claim, figure, row.checkpoint.passed))
+            verdicts.append(Verdict(claim, figure, row.checkpoint.passed))
     for row in report.accuracy.rows:
         if row.gains is not None and "miou" in row.gains:
             gain = row.gains["miou"]
             claim = f"points [95 %]: {points(gain)}, {row.name} over {first}"
-            cards.append(Verdict(claim, f"{100 * gain.value:+.2f} mIoU", None))
-    return cards
+            verdicts.append(Verdict(claim, f"{100 * gain.value:+.2f} mIoU", None))
+    return verdicts
 
 
 def _overview(report: BenchReport, anchors: Sequence[str], colours: Mapping[str, str]) -> Section:
@@ -255,7 +255,7 @@ def _ends(interval: Interval) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
 
-def _accuracy(accuracy: Accuracy, colours: Mapping[str, str]) -> Section:
+def _accuracy(accuracy: AccuracyResult, colours: Mapping[str, str]) -> Section:
     classes = list(accuracy.rows[0].scores.iou)
     names = [row.name for row in accuracy.rows]
     shares = {row.name: [_hundredfold(row.scores.iou[c]) for c in classes] for row in accuracy.rows}

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from srdeploy.metrics import Interval, percent
 from srdeploy.pages.report import Table
 from srdeploy.serve.bench.results import (
-    Accuracy,
+    AccuracyResult,
     BenchReport,
     Cell,
     Footprint,
+    Latency,
+    LatencyVerdict,
     Outcome,
     Row,
-    Timing,
-    Verdict,
 )
 
 MARKS = {
@@ -33,14 +33,14 @@ GAINS = (("miou", "mIoU"), ("failure1", "Failure-1"), ("failure2", "Failure-2"))
 
 
 @dataclass(frozen=True)
-class Answer:
+class LatencyComparison:
     """One verdict of the benchmark, with where it was found."""
 
     cell: Cell
     row: Row
     measure: str
     ratio: Interval
-    verdict: Verdict
+    verdict: LatencyVerdict
 
     @property
     def claim(self) -> str:
@@ -48,18 +48,18 @@ class Answer:
         return f"{self.row.name} against {self.cell.rows[0].name}, {self.measure}"
 
 
-def answers(report: BenchReport) -> list[Answer]:
+def comparisons(report: BenchReport) -> list[LatencyComparison]:
     """Every verdict on latency, in the order of cells, rows and measures."""
     found = []
     for cell in report.cells:
         for row, measure, timing in measures(cell):
             if timing.verdict is not None:
                 assert timing.ratio is not None  # a verdict is about a ratio
-                found.append(Answer(cell, row, measure, timing.ratio, timing.verdict))
+                found.append(LatencyComparison(cell, row, measure, timing.ratio, timing.verdict))
     return found
 
 
-def measures(cell: Cell) -> Iterator[tuple[Row, str, Timing]]:
+def measures(cell: Cell) -> Iterator[tuple[Row, str, Latency]]:
     """Every row under every measure, the measures one after the other."""
     for name in ("end to end", "GPU"):
         for row in cell.rows:
@@ -68,7 +68,7 @@ def measures(cell: Cell) -> Iterator[tuple[Row, str, Timing]]:
 
 
 def warnings(report: BenchReport) -> list[str]:
-    """What makes the figures weak, in sentences: of the machine, and of sessions that never became
+    """What makes the figures unreliable, in sentences: the machine, and sessions that never became
     steady."""
     found = [sentence(warning) for warning in report.machine.warnings]
     unsettled = Counter(row.name for cell in report.cells for row in cell.rows if not row.settled)
@@ -143,7 +143,7 @@ def conditions(report: BenchReport) -> str:
 
 
 def design(cell: Cell) -> str:
-    """How the cell was measured: rounds, blocks, seconds, floor, margin, who never settled."""
+    """How the cell was measured: rounds, blocks, seconds, floor, margin, unsteady sessions."""
     unsettled = [row.name for row in cell.rows if not row.settled]
     floor = f"noise floor, the first against itself: {cell.floor}"
     if cell.device_floor is not None:
@@ -152,7 +152,7 @@ def design(cell: Cell) -> str:
         f"{cell.rounds} rounds of freshly opened sessions, {cell.blocks} interleaved blocks each, "
         f"two runs per artifact and block; {cell.seconds:.0f} s; stopped: {cell.stopped}; {floor}; "
         f"margin asked for: {margin_text(cell.margin)}; ratios are of runs of the same moment, and "
-        "medians of all runs, so that the two part where the machine's own speed changed"
+        "medians of all runs, so the two can disagree if the machine's speed drifted"
         + (f"; never steady while warming up: {', '.join(unsettled)}" if unsettled else "")
     )
 
@@ -276,7 +276,7 @@ def cost_table(cell: Cell) -> Table:
     )
 
 
-def accuracy_table(accuracy: Accuracy) -> Table:
+def accuracy_table(accuracy: AccuracyResult) -> Table:
     """Scores in percent, and below each its gain over the first artifact with the interval."""
     rows = []
     for row in accuracy.rows:
@@ -297,7 +297,7 @@ def accuracy_table(accuracy: Accuracy) -> Table:
     )
 
 
-def checkpoint_table(accuracy: Accuracy) -> Table | None:
+def checkpoint_table(accuracy: AccuracyResult) -> Table | None:
     """Exports against the checkpoints that they were made from; None where none is known."""
     rows = [
         (

@@ -117,8 +117,8 @@ def bench(
     from srdeploy.artifacts.artifact import spec_from_classes
     from srdeploy.data import open_dataset, spec_for
     from srdeploy.serve.bench.entries import every_setting
-    from srdeploy.serve.bench.matrix import Bench
-    from srdeploy.serve.bench.measure import Plan
+    from srdeploy.serve.bench.matrix import Benchmark
+    from srdeploy.serve.bench.measure import BenchPlan
     from srdeploy.serve.bench.results import PartialFile
     from srdeploy.studies.bench_entries import entries_for
     from srdeploy.validation import parse_size
@@ -133,8 +133,8 @@ def bench(
     )
     partial = PartialFile(out, resume)
     dataset = open_dataset(data, split) if data is not None else None
-    plan = Plan(margin=margin / 100, budget_s=budget)
-    job = Bench(device, threads, plan, dataset, limit, costs)
+    plan = BenchPlan(margin=margin / 100, budget_s=budget)
+    job = Benchmark(device, threads, plan, dataset, limit, costs)
     with entries_for(
         artifacts,
         settings,

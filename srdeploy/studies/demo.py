@@ -34,9 +34,9 @@ from srdeploy.pages.report import (
 from srdeploy.pages.text import tell_verdicts
 from srdeploy.runs import METRICS, STATE, NetworkConfig
 from srdeploy.runtimes.registry import open_runtime
-from srdeploy.serve.bench.entries import Entry, Setting
-from srdeploy.serve.bench.matrix import Bench
-from srdeploy.serve.bench.measure import Plan
+from srdeploy.serve.bench.entries import BenchEntry, Setting
+from srdeploy.serve.bench.matrix import Benchmark
+from srdeploy.serve.bench.measure import BenchPlan
 from srdeploy.serve.bench.page import accuracy_text, bench_sections, bench_verdicts
 from srdeploy.serve.bench.results import BenchReport, CheckpointMatch
 from srdeploy.serve.bench.tables import warnings
@@ -314,9 +314,11 @@ def _train(kind: str, data: Path, folder: Path, steps: int, seed: int) -> None:
 def _bench(out: Path, data: Path, command: str) -> BenchReport:
     left_in = out / "deploy" / "exits-left-in.onnx"
     export_with_exits(out / "runs" / "regulated", left_in)
-    entries = [Entry(kind, out / "deploy" / kind, checkpoint=out / "runs" / kind) for kind in KINDS]
-    entries.append(Entry("exits left in", left_in, judged=False))
-    job = Bench(plan=Plan(budget_s=BENCH_SECONDS), dataset=open_dataset(data, "test"))
+    entries = [
+        BenchEntry(kind, out / "deploy" / kind, checkpoint=out / "runs" / kind) for kind in KINDS
+    ]
+    entries.append(BenchEntry("exits left in", left_in, judged=False))
+    job = Benchmark(plan=BenchPlan(budget_s=BENCH_SECONDS), dataset=open_dataset(data, "test"))
     report, _ = job.run(entries, [Setting("onnxruntime", None, 1, (240, 320))], command)
     return report
 

@@ -118,8 +118,8 @@ def _percent(share: float) -> str:
 
 # The page.
 
-COLUMN_REM = 11.5
-"""Width of a column in rem: six of them fit on a screen of 1280 pixels."""
+COLUMN_REM = 10.5
+"""Least width of a column in rem: seven fit on a screen of 1280 pixels."""
 READING = (
     "Each column is an exit, from the shallowest on. An exit reads the feature map of one stage of "
     "the network, segments the image from it and says which classes are in the image. Exits exist "

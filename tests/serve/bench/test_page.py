@@ -22,7 +22,7 @@ from srdeploy.pages.report import (
 )
 from srdeploy.serve.bench.accuracy import DifferingPhoto
 from srdeploy.serve.bench.page import bench_page, gallery_section
-from srdeploy.serve.bench.results import BenchReport, Machine
+from srdeploy.serve.bench.results import BenchReport, MachineReport
 from srdeploy.spec import Spec
 
 Factory = Callable[..., BenchReport]
@@ -142,7 +142,7 @@ def test_without_warnings_there_is_no_box(make_report: Factory) -> None:
     quiet = make_report(
         cells=(cell.model_copy(update={"rows": rows}),),
         accuracy=None,
-        machine=Machine(figures={}, warnings=()),
+        machine=MachineReport(figures={}, warnings=()),
     )
     assert '<aside class="warnings">' not in render(bench_page(quiet, [], None))
 
