@@ -22,7 +22,7 @@ from srdeploy import console
 from srdeploy.environment import describe_environment
 from srdeploy.files import write_json
 from srdeploy.imaging import Pixels
-from srdeploy.serve.bench.measure import Plan, Session, Side, measure
+from srdeploy.serve.bench.measure import BenchPlan, TimedArtifact, TimedSession, measure
 from srdeploy.serve.bench.results import Outcome
 from srdeploy.serve.bench.verdict import judge
 from srdeploy.validation import Settings
@@ -98,15 +98,15 @@ class SimulatedSession:
         return images, None
 
 
-def one_benchmark(noise: Noise, shift: float, seed: int, plan: Plan) -> dict[str, Any]:
+def one_benchmark(noise: Noise, shift: float, seed: int, plan: BenchPlan) -> dict[str, Any]:
     """Verdict and effort of one benchmark on a fresh machine; shift: e.g. 0.03."""
     machine = Machine(noise, seed)
 
-    def side(name: str, factor: float) -> Side:
-        def make(opening: int) -> Session:
+    def side(name: str, factor: float) -> TimedArtifact:
+        def make(opening: int) -> TimedSession:
             return SimulatedSession(machine, factor)
 
-        return Side(name, make)
+        return TimedArtifact(name, make)
 
     sides = [side("baseline", 1.0), side("other", 1 + shift)]
     found = measure(sides, IMAGES, plan, clock=lambda: machine.now)
@@ -124,7 +124,7 @@ def one_benchmark(noise: Noise, shift: float, seed: int, plan: Plan) -> dict[str
     }
 
 
-def rates(noise: Noise, shift: float, benches: int, plan: Plan) -> dict[str, Any]:
+def rates(noise: Noise, shift: float, benches: int, plan: BenchPlan) -> dict[str, Any]:
     """Shares of the outcomes, and of those that are wrong by their own margin (which may have been
     raised to the floor), over `benches` benchmarks; medians of the rest."""
     found = [one_benchmark(noise, shift, seed, plan) for seed in range(benches)]
@@ -151,7 +151,7 @@ def main(
 ) -> None:
     """Count the verdicts of simulated benchmarks."""
     console.set_quiet(True)
-    plan = Plan(budget_s=budget)
+    plan = BenchPlan(budget_s=budget)
     found = {
         name: [
             rates(MACHINES[name], float(shift) / 100, benches, plan) for shift in shifts.split(",")

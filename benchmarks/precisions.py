@@ -33,7 +33,7 @@ from srdeploy.runs import open_run
 from srdeploy.runtimes.base import Runtime
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.entries import bench_images
-from srdeploy.serve.bench.measure import Plan, Side, measure
+from srdeploy.serve.bench.measure import BenchPlan, TimedArtifact, measure
 from srdeploy.serve.bench.verdict import ratio_interval
 
 TYPES = {
@@ -160,12 +160,12 @@ def latency(
     if runtime == "openvino" and computes_in_bf16(files["fp32"]):
         chosen["bf16"] = (files["fp32"], "bf16")
     sides = [
-        Side(variant, opener(file, runtime, threads, precision))
+        TimedArtifact(variant, opener(file, runtime, threads, precision))
         for variant, (file, precision) in chosen.items()
     ]
     first = open_runtime(files["fp32"], runtime=runtime, threads=threads)
     images = bench_images(first, dataset, None, 1)
-    found = measure(sides, images, Plan(budget_s=budget))
+    found = measure(sides, images, BenchPlan(budget_s=budget))
     floor = interval(found.ratios(1))
     rows = {}
     for index, (variant, (file, precision)) in enumerate(chosen.items()):

@@ -1,31 +1,43 @@
-"""How a converted graph differs from its reference, as one self-contained HTML page: light and
-dark, phone and desk, no external resources."""
+"""How a converted graph differs from its reference, as a page."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from srdeploy.environment import describe_environment
 from srdeploy.export.certificate import Line
 from srdeploy.export.comparison import Limits
 from srdeploy.export.differences import UNTYPED, Difference, Pair, Truth, part_text, share_text
 from srdeploy.export.layer_errors import LayerError, explain_jump, first_jump, nodes_to_keep
-from srdeploy.files import write_whole
-from srdeploy.imaging import Pixels, colour_table
+from srdeploy.imaging import colour_table
 from srdeploy.pages import charts
-from srdeploy.pages.report import Picture, Table, Verdict, chart, drawing, photo, render_page
+from srdeploy.pages.report import (
+    DIFFERENT,
+    Bar,
+    Bars,
+    Block,
+    Charts,
+    Code,
+    Gallery,
+    Picture,
+    Report,
+    Section,
+    Table,
+    Text,
+    Verdict,
+    chart,
+    class_legend,
+    css,
+    drawing,
+    mark_differences,
+    photo,
+    write_report,
+)
 from srdeploy.precision import Precision
-from srdeploy.spec import Colour, Spec
+from srdeploy.spec import Spec
 
 PHOTOS = 4
 """As many are shown, those that differ most."""
-DIFFERENT: Colour = (225, 0, 152)
-"""Of pixels whose labels differ, on a grey photo."""
-
-_GREY_STEP = 17
-"""Between the grey photo's levels: sixteen of them make small files."""
 _MARKS = {True: "✓", False: "✗", None: "-"}
 """The last: recorded, not judged."""
 
@@ -50,101 +62,39 @@ class Findings:
     """Bytes of the reference's file and of the candidate's."""
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A share in percent."""
-
-    label: str
-    percent: float
-    colour: str
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """One class and its IoU."""
-
-    name: str
-    colour: str
-    bars: tuple[Bar, ...]
-    figure: str
-
-
-@dataclass(frozen=True)
-class PhotoRow:
-    """One photo, both masks and where they differ."""
-
-    title: str
-    pictures: tuple[Picture, ...]
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the template shows."""
-
-    title: str
-    lead: str
-    detail: str
-    verdicts: tuple[Verdict, ...]
-    needed: Table
-    reason: str
-    cases: Table
-    classes_text: str
-    classes: tuple[ClassRow, ...]
-    photos: tuple[PhotoRow, ...]
-    legend: tuple[tuple[str, str], ...]
-    where: str
-    layers: Picture | None
-    flags: str
-    """To convert with; empty where there is nothing to mend."""
-    different: str = ""
-    environment: dict[str, str] = field(default_factory=describe_environment)
-
-
 def write_difference_page(findings: Findings, path: Path) -> None:
     """Writes the page to `path` in one step. Raises UserError where that fails."""
-    write_whole(path, render_page("srdeploy.pages", "differences.html", page=_page(findings)))
+    write_report(_page(findings), path)
 
 
-def difference_picture(pair: Pair) -> Pixels:
-    """The photo in pale grey, with the pixels whose labels differ in one strong colour; uint8
-    [H, W, 3]."""
-    grey = pair.photo.mean(2) / 2 + 110  # pale: the colour must be what one sees
-    levels = (grey // _GREY_STEP * _GREY_STEP).astype(np.uint8)
-    picture = np.repeat(levels[:, :, None], 3, axis=2)
-    picture[pair.reference != pair.candidate] = DIFFERENT
-    return picture
-
-
-def _page(findings: Findings) -> Page:
+def _page(findings: Findings) -> Report:
     spec, worst = findings.spec, findings.worst
     before, after = (size / 1e6 for size in findings.files)
     name = findings.line.figures["candidate"]
-    layers, keep = findings.layers, []
-    if not findings.line.passed and findings.precision not in UNTYPED and layers:
-        keep = nodes_to_keep(layers, findings.limits.rounding)
-    return Page(
+    reason = Text(f"Why these limits: {findings.limits.reason}.", soft=True)
+    return Report(
         title=f"{findings.precision} against float32",
         lead=(
             f"{name}, {after:.2f} MB, compared with the certified float32 graph, {before:.2f} MB. "
             f"Shown below: {worst.computed_by}."
         ),
-        detail=findings.summary,
-        verdicts=tuple(_verdicts(findings)),
-        needed=_needed(findings),
-        reason=f"Why these limits: {findings.limits.reason}.",
-        cases=_cases(findings),
-        classes_text=_classes_text(worst),
-        classes=tuple(_classes(worst, spec)),
-        photos=tuple(_photos(worst.pairs, findings.precision, spec)),
-        legend=tuple(
-            (one, _css(colour)) for one, colour in zip(spec.classes, spec.palette, strict=True)
-        ),
-        where=explain_jump(layers, findings.limits.rounding, False) if layers else findings.where,
-        layers=_layer_chart(findings),
-        flags=" ".join(f"--keep '{one}'" for one in keep),
-        different=_css(DIFFERENT),
+        verdicts=[*_verdicts(findings)],
+        sections=[
+            Section("Limits", findings.summary, [_needed(findings), reason]),
+            Section(
+                "Where both differ most",
+                "The photos with the fewest equal labels, both masks, and the photo in gray with "
+                "the pixels that differ. A picture opens large.",
+                [
+                    class_legend(spec, ("differs", DIFFERENT)),
+                    _photos(worst.pairs, findings.precision, spec),
+                ],
+            ),
+            Section("Classes", _classes_text(worst), [Bars([*_classes(worst, spec)])]),
+            _layers(findings),
+            Section("Batches", blocks=[_cases(findings)]),
+        ],
+        environment=describe_environment(),
     )
 
 
@@ -244,53 +194,64 @@ def _classes_text(worst: Difference) -> str:
     )
 
 
-def _classes(worst: Difference, spec: Spec) -> Iterator[ClassRow]:
+def _classes(worst: Difference, spec: Spec) -> Iterator[Bar]:
     truth = None if worst.truth is None else worst.truth.per_class
-    colours = dict(zip(spec.classes, map(_css, spec.palette), strict=True))
+    colours = dict(zip(spec.classes, map(css, spec.palette), strict=True))
     for name, share in worst.iou.items():
         if truth is None:
             if share is not None:
-                bar = Bar("both", 100 * share, charts.COLOURS[0])
-                yield ClassRow(name, colours[name], (bar,), share_text(share))
+                both = [("both", 100 * share, charts.COLOURS[0])]
+                yield Bar(name, share_text(share), both, colours[name])
             continue
         pair = truth.get(name, (None, None))
         if pair != (None, None):
             left, right = (100 * (value or 0.0) for value in pair)
-            bars = (Bar("float32", left, charts.COLOURS[0]), Bar("new", right, charts.COLOURS[1]))
-            yield ClassRow(name, colours[name], bars, f"{right - left:+.2f}")
+            shares = [("float32", left, charts.COLOURS[0]), ("new", right, charts.COLOURS[1])]
+            yield Bar(name, f"{right - left:+.2f}", shares, colours[name])
 
 
-def _photos(pairs: Sequence[Pair], precision: str, spec: Spec) -> Iterator[PhotoRow]:
+def _photos(pairs: Sequence[Pair], precision: str, spec: Spec) -> Gallery:
     table = colour_table(spec)
     order = sorted(range(len(pairs)), key=lambda index: pairs[index].agreement)
+    rows: list[list[Picture]] = []
+    titles = []
     for index in order[:PHOTOS]:
         pair = pairs[index]
-        count = int((pair.reference != pair.candidate).sum())
+        differs = pair.reference != pair.candidate
         title = f"Photo {index + 1}: {share_text(pair.agreement)} of labels are equal"
-        yield PhotoRow(
-            title=title,
-            pictures=(
-                photo(pair.photo, "photo"),
-                drawing(table[pair.reference], "float32"),
-                drawing(table[pair.candidate], precision),
-                drawing(difference_picture(pair), f"{count} pixels differ"),
-            ),
-            width=pair.photo.shape[1],
-            height=pair.photo.shape[0],
+        titles.append(title)
+        count = f"{int(differs.sum())} pixels differ"
+        rows.append(
+            [
+                photo(pair.photo, "", f"{title}: photo"),
+                drawing(table[pair.reference], "", f"{title}: float32"),
+                drawing(table[pair.candidate], "", f"{title}: {precision}"),
+                drawing(mark_differences(pair.photo, differs), count, f"{title}: {count}"),
+            ]
         )
+    return Gallery(["photo", "float32", precision, "differing pixels"], rows, titles)
 
 
-def _layer_chart(findings: Findings) -> Picture | None:
-    layers = findings.layers
-    if not layers:
-        return None
-    first = first_jump(layers, findings.limits.rounding)
-    mark = None if first is None else (list(layers).index(first), first.node)
-    svg = charts.levels(
-        [one.error for one in layers], mark, "layer, in the order of computing", "relative error"
-    )
-    return chart(svg, "Error of each layer's output, relative to float32")
-
-
-def _css(colour: Colour) -> str:
-    return f"rgb({colour[0]}, {colour[1]}, {colour[2]})"
+def _layers(findings: Findings) -> Section:
+    layers, rounding = findings.layers, findings.limits.rounding
+    where = explain_jump(layers, rounding, False) if layers else findings.where
+    blocks: list[Block] = []
+    if layers and not findings.line.passed and findings.precision not in UNTYPED:
+        keep = nodes_to_keep(layers, rounding)
+        if keep:
+            blocks.append(Text("To keep in float32 what adds most, convert with:"))
+            blocks.append(Code(" ".join(f"--keep '{one}'" for one in keep)))
+    if layers:
+        first = first_jump(layers, rounding)
+        mark = None if first is None else (list(layers).index(first), first.node)
+        errors = [one.error for one in layers]
+        drawn = chart(
+            "Error of each layer's output, relative to float32",
+            charts.levels,
+            errors,
+            mark,
+            "layer, in the order of computing",
+            "relative error",
+        )
+        blocks.append(Charts([drawn]))
+    return Section("Layers", f"{where[:1].upper()}{where[1:]}.", blocks)

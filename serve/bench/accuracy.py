@@ -18,7 +18,7 @@ from srdeploy import console
 from srdeploy.imaging import Pixels
 from srdeploy.metrics import MEASURES, TALLIES, Counts, Interval, Labels, Score, measures
 from srdeploy.runtimes.base import Runtime
-from srdeploy.serve.bench.results import Accuracy, AccuracyRow, CheckpointMatch
+from srdeploy.serve.bench.results import AccuracyResult, AccuracyRow, CheckpointMatch
 from srdeploy.serve.evaluate import photo_count, predict_labels, score_for
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
@@ -32,7 +32,7 @@ BATCH = 50
 CONFIDENCE = 0.95
 SEED = 0
 ANYTHING = (-1.0, 1.0)
-"""All that a difference of two shares can be: the interval where nothing is known."""
+"""Every possible difference of two shares: the interval where nothing is known."""
 
 
 class MatchLimits(Settings):
@@ -47,7 +47,7 @@ class MatchLimits(Settings):
 
 MATCH_LIMITS: dict[str, MatchLimits] = {
     # Another order of summation moves logits by parts of a million. Parity leaves out pixels whose
-    # two best classes are nearly tied, which labels alone don't tell; and a graph that compares
+    # two best classes are nearly tied, which labels don't show; and a graph that compares
     # features (max-unpooling) moves a value now and then, and its neighbourhood with it.
     "float32": MatchLimits(agreement=0.999, miou=1e-4),
     # 10 bits of mantissa; tf32 rounds its operands to them.
@@ -84,7 +84,7 @@ def measure_accuracy(
     limit: int | None,
     checkpoints: Sequence[tuple[str, Runtime] | None],
     pictures: int = 4,
-) -> tuple[Accuracy, list[DifferingPhoto]]:
+) -> tuple[AccuracyResult, list[DifferingPhoto]]:
     """Runs every photo of `dataset` (or its first `limit`) once through every artifact.
 
     runtimes: open; the first is the baseline. names: one for each. checkpoints: for each, the name
@@ -96,7 +96,7 @@ def measure_accuracy(
     assert runtimes
     assert len(runtimes) == len(names) == len(checkpoints)
     known = [found[1] for found in checkpoints if found is not None]
-    sides = {one: _Side(one, score_for(one, dataset)) for one in (*runtimes, *known)}
+    sides = {one: _Artifact(one, score_for(one, dataset)) for one in (*runtimes, *known)}
     first = sides[runtimes[0]]
     most = _MostDifferent(pictures)
     count = photo_count(dataset, limit)
@@ -120,7 +120,7 @@ def measure_accuracy(
             )
         )
     kept = most.photos()
-    accuracy = Accuracy(
+    accuracy = AccuracyResult(
         data=str(dataset.root),
         split=dataset.split,
         images=count,
@@ -222,7 +222,7 @@ def _resampled_gains(both: Counts, spec: Spec) -> npt.NDArray[np.float64]:
     return distribution
 
 
-class _Side:
+class _Artifact:
     """One artifact or checkpoint, photo by photo."""
 
     def __init__(self, runtime: Runtime, score: Score) -> None:
@@ -247,11 +247,11 @@ class _Side:
         """Tallies of each photo, int64 [photos, K, T]."""
         return np.stack(self._tallies)
 
-    def agreement(self, other: "_Side") -> float:
+    def agreement(self, other: "_Artifact") -> float:
         """Share of labels equal to the other's, over all pixels of all photos."""
         return self._equal[other.runtime] / self._pixels
 
-    def match(self, name: str, checkpoint: "_Side") -> CheckpointMatch:
+    def match(self, name: str, checkpoint: "_Artifact") -> CheckpointMatch:
         """Whether this is what the checkpoint called `name` computes."""
         limits = limits_for(self.runtime.precision)
         agreement = self.agreement(checkpoint)

@@ -41,7 +41,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Entry:
+class BenchEntry:
     """One artifact of the comparison."""
 
     name: str
@@ -51,7 +51,7 @@ class Entry:
     spec: Spec | None = None
     """For a file that carries none."""
     judged: bool = True
-    """False: a row to be looked at, without verdict or accuracy."""
+    """False: a row for information, without verdict or accuracy."""
     forms: Mapping[tuple[str, str | None], tuple[Path, ...]] = field(default_factory=dict)
     """By (runtime, precision), where that does not run `path` itself: what it runs instead, such as
     the checkpoint in torch. Several are builds of one artifact, and take turns."""

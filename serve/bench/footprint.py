@@ -1,4 +1,4 @@
-"""What loading an artifact and its first run cost, measured in a fresh process.
+"""Memory and time that loading an artifact and its first run take, in a fresh process.
 
 The process is this module: a request comes on stdin, the answer is the last line of stdout, both
 as JSON.
@@ -25,7 +25,7 @@ from srdeploy.validation import Settings
 MIB = 1024**2
 
 
-class Request(Settings):
+class FootprintRequest(Settings):
     """What to measure, as measure_footprint takes it."""
 
     path: str
@@ -63,7 +63,7 @@ def measure_footprint(
     picked = pick_artifact(artifact, name, device)
     if picked.kind == "engine":
         builder = read_sidecar(picked.file).builder
-    request = Request(
+    request = FootprintRequest(
         path=str(path),
         batch=batch,
         size=size,
@@ -87,7 +87,7 @@ def measure_footprint(
     )
     if done.returncode != 0:
         raise UserError(
-            f"{path}: the process that measures loading and memory {_last_words(done)}: try the "
+            f"{path}: the process that measures loading and memory {_failure(done)}: try the "
             "runtime with srdeploy doctor, or smaller images or batches where memory ran out"
         )
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -98,10 +98,10 @@ def measure_footprint(
 
 def main() -> None:
     """The process: answers one request."""
-    # Libraries print, from C too: from here on that goes to stderr, and the answer alone to stdout.
+    # Libraries print, from C too: from here on that goes to stderr, and only the answer to stdout.
     with os.fdopen(os.dup(1), "w") as stdout:
         os.dup2(2, 1)
-        request = Request.model_validate_json(sys.stdin.read())
+        request = FootprintRequest.model_validate_json(sys.stdin.read())
         try:
             answer = _measure(request).model_dump_json()
         except UserError as error:
@@ -110,7 +110,7 @@ def main() -> None:
         stdout.write(f"\n{answer}\n")
 
 
-def _measure(request: Request) -> Footprint:
+def _measure(request: FootprintRequest) -> Footprint:
     start = time.perf_counter()
     import_library(request.runtime, request.builder)
     import_s = time.perf_counter() - start
@@ -133,7 +133,7 @@ def _measure(request: Request) -> Footprint:
         kind, index = parse_device(request.device)
         device_mib = None
         if kind == "cuda":
-            from srdeploy.serve.bench.machine import process_memory
+            from srdeploy.serve.bench.gpu_monitor import process_memory
 
             used = process_memory(index)
             device_mib = used / MIB if used is not None else None
@@ -147,7 +147,7 @@ def _measure(request: Request) -> Footprint:
 
 
 def _import_own(runtime: str) -> None:
-    """What srdeploy imports to open any artifact: no cost of this one's."""
+    """Imports what srdeploy needs to open any artifact: no cost of this one."""
     if runtime == "torch":
         import srdeploy.models  # noqa: F401
     else:
@@ -155,8 +155,8 @@ def _import_own(runtime: str) -> None:
 
 
 def _resident(figure: str) -> int:
-    """Bytes of this process in memory: VmRSS, now; VmHWM, at most so far. (The maximum that
-    getrusage tells may be that of the process which started this one.)"""
+    """Bytes of this process in memory: VmRSS, now; VmHWM, at most so far. (getrusage may report
+    the maximum of the process that started this one.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == figure:
@@ -164,7 +164,7 @@ def _resident(figure: str) -> int:
     raise UserError(f"this system does not tell a process's memory (/proc/self/status: {figure})")
 
 
-def _last_words(done: "subprocess.CompletedProcess[str]") -> str:
+def _failure(done: "subprocess.CompletedProcess[str]") -> str:
     if done.returncode < 0:
         return f"crashed ({signal.Signals(-done.returncode).name})"
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -1,227 +1,35 @@
-"""A GPU's clocks, temperature and power while it is measured, through NVML."""
+"""What else the machine does while it is measured: what of it makes latencies unreliable."""
 
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
-from srdeploy.errors import MissingPackageError, UserError
+from srdeploy.errors import UserError
 from srdeploy.runtimes.base import parse_device
-from srdeploy.runtimes.gpus import pci_bus_id
-from srdeploy.serve.bench.results import Machine
-
-MOVED = 0.05
-"""Clocks that moved by a larger share of their maximum are worth a warning."""
-OTHERS_ON_GPU = 5
-"""Percent of the GPU that other processes may use without a warning."""
-
-_MEASURES: dict[str, tuple[str, Callable[[Any, Any], float]]] = {
-    "GPU SM clock": ("MHz", lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
-    "GPU memory clock": (
-        "MHz",
-        lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
-    ),
-    "GPU temperature": (
-        "°C",
-        lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
-    ),
-    "GPU power": ("W", lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000),
-}
-"""Name -> its unit and how to ask for it."""
-_LIMITS: dict[str, Callable[[Any, Any], float]] = {
-    "GPU SM clock": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
-    "GPU memory clock": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_MEM),
-    "GPU power": lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
-}
-"""Name -> the most that is allowed, in the same unit."""
-_LOCK = "lock them lower with nvidia-smi --lock-gpu-clocks=MHZ"
-_LOWERED = {
-    "SwPowerCap": ("power capping", f"{_LOCK}, or raise the limit with nvidia-smi --power-limit"),
-    "SwThermalSlowdown": ("heat (driver)", f"cool it, or {_LOCK}"),
-    "HwThermalSlowdown": ("heat (hardware)", f"cool it, or {_LOCK}"),
-    "HwPowerBrakeSlowdown": ("the power supply's brake", f"check the supply, or {_LOCK}"),
-}
-"""NVML's name of why clocks were lowered -> that in words, and what to do. HwSlowdown is left out:
-it only says that one of the last two holds."""
-
-
-class GpuWatch:
-    """Records one GPU from its making on."""
-
-    def __init__(self, nvml: Any, gpu: Any) -> None:
-        """nvml: the module, and gpu: its handle, as open_nvml gives them."""
-        self._nvml = nvml
-        self._gpu = gpu
-        self._values: dict[str, list[float]] = {name: [] for name in _MEASURES}
-        self._busy_clocks: list[float] = []
-        self._reasons: list[int] = []
-        self._since = int(time.time() * 1e6)
-
-    def sample(self) -> None:
-        """Asks for what changes; at once after a run, while the clocks are still those of the
-        run."""
-        reasons = self._ask(self._read_reasons)
-        if reasons is not None:
-            self._reasons.append(reasons)
-        for name, (_, read) in _MEASURES.items():
-            value = self._ask(read)
-            if value is None:
-                continue
-            self._values[name].append(value)
-            if name == "GPU SM clock" and not (reasons or 0) & self._bit("GpuIdle"):
-                self._busy_clocks.append(value)
-
-    def report(self) -> tuple[dict[str, str], list[str]]:
-        """The figures, name -> value with its unit, and the warnings. What the driver does not
-        tell is left out."""
-        others = self._ask(self._read_others)
-        return self._figures(others), self._warnings(others)
-
-    def _figures(self, others: float | None) -> dict[str, str]:
-        told: dict[str, str | None] = {
-            "GPU": self._ask(lambda nvml, gpu: nvml.nvmlDeviceGetName(gpu)),
-            "NVIDIA driver": self._ask(lambda nvml, _: nvml.nvmlSystemGetDriverVersion()),
-        }
-        persistence = self._ask(lambda nvml, gpu: nvml.nvmlDeviceGetPersistenceMode(gpu))
-        if persistence is not None:
-            told["GPU persistence mode"] = "on" if persistence else "off"
-        for name, values in self._values.items():
-            limit = self._ask(_LIMITS[name]) if name in _LIMITS else None
-            told[name] = _spread(values, _MEASURES[name][0], limit)
-        if others is not None:
-            told["GPU use by other processes"] = f"{others:.0f} %"
-        return {name: value for name, value in told.items() if value is not None}
-
-    def _warnings(self, others: float | None) -> list[str]:
-        found = []
-        for name, (why, remedy) in _LOWERED.items():
-            count = sum(bool(reasons & self._bit(name)) for reasons in self._reasons)
-            if count:
-                found.append(
-                    f"the GPU's clocks were lowered by {why} in {count} of {len(self._reasons)} "
-                    f"samples: {remedy}"
-                )
-        clocks = self._busy_clocks
-        if clocks and max(clocks) - min(clocks) > MOVED * max(clocks):
-            found.append(
-                f"the GPU's clock moved between {min(clocks):.0f} and {max(clocks):.0f} MHz: lock "
-                "it with nvidia-smi --lock-gpu-clocks=MHZ"
-            )
-        if others is not None and others > OTHERS_ON_GPU:
-            found.append(
-                f"other processes used {others:.0f} % of the GPU: end them (nvidia-smi lists them)"
-            )
-        return found
-
-    def _ask(self, question: Callable[[Any, Any], Any]) -> Any:
-        """The answer; None where this GPU or driver has none."""
-        try:
-            return question(self._nvml, self._gpu)
-        except self._nvml.NVMLError:
-            return None
-
-    def _read_reasons(self, nvml: Any, gpu: Any) -> int:
-        try:
-            return int(nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu))
-        except (AttributeError, nvml.NVMLError):  # a package or driver from before 2023
-            return int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))
-
-    def _bit(self, reason: str) -> int:
-        name = f"nvmlClocksEventReason{reason}"
-        if not hasattr(self._nvml, name):
-            name = f"nvmlClocksThrottleReason{reason}"
-        return int(getattr(self._nvml, name))
-
-    def _read_others(self, nvml: Any, gpu: Any) -> float | None:
-        """Percent of the GPU's time in each process's last sample, about a second. None where this
-        process is not listed either: a container may see foreign numbers of processes."""
-        samples = nvml.nvmlDeviceGetProcessUtilization(gpu, self._since)
-        used = {one.pid: one.smUtil for one in sorted(samples, key=lambda one: one.timeStamp)}
-        if used.pop(os.getpid(), None) is None:
-            return None
-        return float(sum(used.values()))
-
-
-@contextmanager
-def open_nvml(index: int) -> Iterator[tuple[Any, Any]]:
-    """NVML's module and its handle of the GPU cuda:`index`, as CUDA counts those that it sees.
-
-    Raises MissingPackageError without its Python package or CUDA's, UserError without a driver or
-    such a GPU.
-    """
-    try:
-        import pynvml
-    except ImportError as error:
-        raise MissingPackageError("nvidia-ml-py", "tensorrt", "asking for GPUs") from error
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise UserError(f"NVML does not start ({error}): check the NVIDIA driver") from error
-    try:
-        # NVML numbers the GPUs in another order, and without regard to CUDA_VISIBLE_DEVICES.
-        where = pci_bus_id(index)
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByPciBusId(where)
-        except pynvml.NVMLError as error:
-            raise UserError(
-                f"NVML does not know the GPU cuda:{index} at {where} ({error}): check the NVIDIA "
-                "driver"
-            ) from error
-        yield pynvml, handle
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def process_memory(index: int) -> int | None:
-    """Bytes that this process holds on the GPU cuda:`index`; None where NVML does not tell."""
-    try:
-        with open_nvml(index) as (nvml, gpu):
-            try:
-                listed = nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
-            except nvml.NVMLError:
-                return None
-    except UserError:
-        return None
-    held = [one.usedGpuMemory for one in listed if one.pid == os.getpid()]
-    return held[0] if held else None
-
-
-def _spread(values: Sequence[float], unit: str, limit: float | None) -> str | None:
-    if not values:
-        return None
-    least, middle, most = (f"{value:.0f}" for value in (min(values), median(values), max(values)))
-    text = middle if least == most else f"{least} to {most}, median {middle}"
-    allowed = f" (at most {limit:.0f} {unit})" if limit is not None else ""
-    return f"{text} {unit}{allowed}"
-
-
-# What else the machine did while it was measured, and what of that makes the times weak.
+from srdeploy.serve.bench.gpu_monitor import GpuMonitor, open_nvml
+from srdeploy.serve.bench.results import MachineReport
 
 OTHERS = 0.05
 """Share of the CPU's time that other processes may take without a warning."""
 STOLEN = 0.01
-"""The same for what the host of a virtual machine keeps back."""
-
+"""The same for time that the host of a virtual machine steals."""
 SHORTEST = 0.5
-"""Seconds of all cores together, of which shares can be told: the system counts in steps of 0.01.
-"""
-
+"""Seconds of all cores together from which shares are known: the system counts in steps of 0.01."""
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
 
-class MachineWatch:
-    """Watches the CPU, and the GPU that `device` names, while in a with block.
+class MachineMonitor:
+    """Monitors the CPU, and the GPU that `device` names, while in a with block.
 
-    `sample` between measurements, `report` at the end. threads: CPU threads that the measured
-    runtimes were given; None: their default.
+    Call `sample` between measurements and `report` at the end. threads: CPU threads that the
+    measured runtimes were given; None: their default.
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
@@ -230,15 +38,15 @@ class MachineWatch:
         self._threads = threads
         self._cores = sorted(os.sched_getaffinity(0))
         self._stack = ExitStack()
-        self._gpu: GpuWatch | None = None
+        self._gpu: GpuMonitor | None = None
         self._gpu_absent: str | None = None
         self._start: CpuState | None = None
-        self._report: Machine | None = None
+        self._report: MachineReport | None = None
 
     def __enter__(self) -> Self:
         if self._kind == "cuda":
             try:
-                self._gpu = GpuWatch(*self._stack.enter_context(open_nvml(self._index)))
+                self._gpu = GpuMonitor(*self._stack.enter_context(open_nvml(self._index)))
             except UserError as error:
                 self._gpu_absent = str(error)
         self._start = CpuState.now(self._cores)
@@ -255,12 +63,12 @@ class MachineWatch:
                 self._report = self.report()
 
     def sample(self) -> None:
-        """Looks at the GPU's clocks; right after a run. The CPU is counted from start to end."""
+        """Reads the GPU's clocks; call it right after a run. The CPU is read at both ends."""
         if self._gpu is not None:
             self._gpu.sample()
 
-    def report(self) -> Machine:
-        """What was found from the block's beginning until now, or until its end."""
+    def report(self) -> MachineReport:
+        """What was found from the beginning of the block until now, or until its end."""
         if self._report is not None:
             return self._report
         assert self._start is not None, "a report needs a with block"
@@ -268,14 +76,14 @@ class MachineWatch:
         figures = _cpu_figures(self._start, end, self._cores, self._threads)
         warnings = _cpu_warnings(self._start, end, self._cores, self._threads)
         if self._gpu is not None:
-            of_gpu, weak = self._gpu.report()
-            figures |= of_gpu
-            warnings += weak
+            gpu_figures, gpu_warnings = self._gpu.report()
+            figures |= gpu_figures
+            warnings += gpu_warnings
         if self._gpu_absent is not None:
             warnings.append(
                 f"the GPU's clocks, throttling and temperature are not known: {self._gpu_absent}"
             )
-        return Machine(figures=figures, warnings=tuple(warnings))
+        return MachineReport(figures=figures, warnings=tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -284,31 +92,31 @@ class CpuState:
     may use."""
 
     total: float
-    """All time, idle or not."""
+    """All time, idle or busy."""
     busy: float
-    """That processes took, this one included."""
+    """Time that processes took, this one included."""
     stolen: float
-    """That the host of a virtual machine gave to others."""
+    """Time that the host of a virtual machine gave to others."""
     own: float
-    """That this process and its ended children took."""
+    """Time that this process and its ended children took."""
     load: float
-    """Average of the last minute."""
+    """Load average of the last minute."""
     megahertz: float | None
     governors: frozenset[str]
     periods: tuple[int, int] | None
-    """Of a container's CPU limit: all so far, and those in which it stopped the container."""
+    """Periods of a container's CPU limit so far, and those in which it throttled the container."""
     on_battery: bool | None
 
     @classmethod
     def now(cls, cores: Sequence[int]) -> Self:
         """cores: their numbers, as the system counts them."""
         every = psutil.cpu_times(percpu=True)
-        # Where containers see fewer cores than they are numbered by, all that are seen count.
+        # Where a container sees fewer cores than their numbers suggest, all visible ones count.
         seen = [every[core] for core in cores] if max(cores) < len(every) else every
         mine = psutil.Process().cpu_times()
         battery = psutil.sensors_battery()
         return cls(
-            # The guests' time is part of user's and nice's.
+            # Guest time is part of user and nice.
             total=sum(
                 one.user
                 + one.nice
@@ -333,7 +141,7 @@ class CpuState:
 
 @dataclass(frozen=True)
 class _Shares:
-    """Of the cores' time between two states; None where that was too short to tell."""
+    """Shares of the cores' time between two states; None where that was too short."""
 
     others: float | None
     stolen: float | None
@@ -409,7 +217,7 @@ def _cpu_warnings(
 
 
 def _megahertz() -> float | None:
-    """Mean over the cores, where the system tells."""
+    """Mean frequency of the cores, where the system reports it."""
     try:
         found = psutil.cpu_freq()
     except NotImplementedError:
@@ -418,7 +226,8 @@ def _megahertz() -> float | None:
 
 
 def _governors(cores: Sequence[int]) -> frozenset[str]:
-    """Of the cores' clocks; none where the system has no say in them, as in virtual machines."""
+    """Frequency governors of the cores; none where the system does not control them, as in virtual
+    machines."""
     files = (CPU_FOLDER / f"cpu{core}" / "cpufreq" / "scaling_governor" for core in cores)
     return frozenset(file.read_text().strip() for file in files if file.is_file())
 

@@ -1,8 +1,8 @@
-"""Multiply-accumulates of one run of an artifact: of convolutions and matrix products alone, whole
-or quantised, as `srdeploy.models.cost` counts them in torch.
+"""Multiply-accumulates of one run of an artifact: only convolutions and matrix products, whole or
+quantised, as `srdeploy.models.cost` counts them in torch.
 
 A graph is run once in onnxruntime, which records the shapes that every layer really met. Shape
-inference alone does not tell them: sizes that the graph itself computes stay unknown to it.
+inference is not enough: it does not know sizes that the graph itself computes.
 """
 
 import json
@@ -53,7 +53,7 @@ def graph_macs(file: Path, signature: Signature, batch: int, size: tuple[int, in
     if batch <= 2 or signature.shape[0] is not None:
         return _counted(file, signature, batch, size)
     # What a GPU takes at once can be more than the host's memory holds. Layers grow linearly with
-    # the batch or, where they see constants alone, not at all.
+    # the batch or, where they see only constants, not at all.
     one, two = (_counted(file, signature, few, size) for few in (1, 2))
     return None if one is None or two is None else one + (batch - 1) * (two - one)
 

@@ -19,20 +19,20 @@ from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import Runtime
 from srdeploy.runtimes.registry import BACKENDS, open_runtime, runtime_packages
 from srdeploy.serve.bench.accuracy import DifferingPhoto, measure_accuracy
-from srdeploy.serve.bench.entries import Entry, Setting, bench_images
+from srdeploy.serve.bench.entries import BenchEntry, Setting, bench_images
 from srdeploy.serve.bench.footprint import measure_footprint
-from srdeploy.serve.bench.machine import MachineWatch
+from srdeploy.serve.bench.machine import MachineMonitor
 from srdeploy.serve.bench.macs import artifact_macs
-from srdeploy.serve.bench.measure import Measured, Plan, Side, measure
+from srdeploy.serve.bench.measure import BenchPlan, Measurements, TimedArtifact, measure
 from srdeploy.serve.bench.results import (
-    Accuracy,
+    AccuracyResult,
     BenchReport,
     Cell,
     Footprint,
+    Latency,
+    LatencyVerdict,
     PartialFile,
     Row,
-    Timing,
-    Verdict,
 )
 from srdeploy.serve.bench.verdict import judge, quantiles, ratio_interval
 from srdeploy.serve.evaluate import check_same_classes
@@ -42,19 +42,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Benchmark:
     """What all cells share."""
 
     device: str = "cpu"
     threads: int | None = None
-    plan: Plan = Plan()
+    plan: BenchPlan = BenchPlan()
     dataset: "DataSet | None" = None
     limit: int | None = None
     """Photos to score; None: all."""
     costs: bool = True
     """Whether multiply-accumulates, memory and time to first inference are measured."""
 
-    def open(self, entry: Entry, setting: Setting, opening: int = 0) -> Runtime:
+    def open(self, entry: BenchEntry, setting: Setting, opening: int = 0) -> Runtime:
         """A fresh runtime, not open yet. Raises UserError as open_runtime."""
         return open_runtime(
             entry.file(setting, opening),
@@ -67,7 +67,7 @@ class Bench:
 
     def run(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[BenchEntry],
         settings: Sequence[Setting],
         command: str,
         partial: PartialFile | None = None,
@@ -81,7 +81,7 @@ class Bench:
         kept = partial if partial is not None else PartialFile(None, resume=False)
         cells = [*kept.begin(self._request(entries, settings))]
         trials = [self._try(entries, setting) for setting in settings[len(cells) :]]
-        with MachineWatch(self.device, self.threads) as watch:
+        with MachineMonitor(self.device, self.threads) as watch:
             for trial in trials:
                 cells.append(self._cell(trial, self._measure(trial, watch.sample)))
                 kept.add(cells[-1])
@@ -97,7 +97,9 @@ class Bench:
         )
         return report, photos
 
-    def _request(self, entries: Sequence[Entry], settings: Sequence[Setting]) -> dict[str, Any]:
+    def _request(
+        self, entries: Sequence[BenchEntry], settings: Sequence[Setting]
+    ) -> dict[str, Any]:
         """What the cells depend on, as JSON."""
         named = {
             f"{entry.name} for {setting.runtime} {setting.precision}": entry.file(setting)
@@ -117,9 +119,9 @@ class Bench:
         }
         return cast(dict[str, Any], json.loads(json.dumps(request)))
 
-    def _try(self, entries: Sequence[Entry], setting: Setting) -> "_Trial":
+    def _try(self, entries: Sequence[BenchEntry], setting: Setting) -> "_Trial":
         images: Pixels | None = None
-        rows: list[_Tried] = []
+        rows: list[_TrialRow] = []
         for entry in entries:
             if not entry.judged and not BACKENDS[rows[0].backend].converts:
                 continue  # in another library, its time would say nothing
@@ -132,12 +134,12 @@ class Bench:
                 runtime.run(images)
                 backend, precision = runtime.backend, runtime.precision
             costs = self._costs(entry, setting, images) if self.costs else (None, None)
-            rows.append(_Tried(entry, backend, precision, *costs))
+            rows.append(_TrialRow(entry, backend, precision, *costs))
         assert images is not None
         return _Trial(setting, images, rows)
 
     def _costs(
-        self, entry: Entry, setting: Setting, images: Pixels
+        self, entry: BenchEntry, setting: Setting, images: Pixels
     ) -> tuple[int | None, Footprint]:
         """Multiply-accumulates and footprint."""
         console.say(f"cost of {entry.name}: multiply-accumulates, memory, first inference")
@@ -154,15 +156,15 @@ class Bench:
         )
         return artifact_macs(open_artifact(path), setting.batch, size), footprint
 
-    def _measure(self, trial: "_Trial", sample: Callable[[], object]) -> Measured:
-        sides = [
-            Side(one.entry.name, _opener(self, one.entry, trial.setting), one.entry.judged)
+    def _measure(self, trial: "_Trial", sample: Callable[[], object]) -> Measurements:
+        artifacts = [
+            TimedArtifact(one.entry.name, _opener(self, one.entry, trial.setting), one.entry.judged)
             for one in trial.rows
         ]
-        console.say(f"timing {', '.join(side.name for side in sides)}: {trial}")
-        return measure(sides, trial.images, self.plan, sample=sample)
+        console.say(f"timing {', '.join(one.name for one in artifacts)}: {trial}")
+        return measure(artifacts, trial.images, self.plan, sample=sample)
 
-    def _cell(self, trial: "_Trial", found: Measured) -> Cell:
+    def _cell(self, trial: "_Trial", found: Measurements) -> Cell:
         setting = trial.setting
         floor = found.ratios(1)
         device_floor = found.ratios(1, device=True) if found.device is not None else None
@@ -185,7 +187,7 @@ class Bench:
             stopped=found.stopped,
         )
 
-    def _row(self, index: int, trial: "_Trial", found: Measured) -> Row:
+    def _row(self, index: int, trial: "_Trial", found: Measurements) -> Row:
         setting, one = trial.setting, trial.rows[index]
         entry = one.entry
         path = entry.file(setting)
@@ -210,8 +212,8 @@ class Bench:
         )
 
     def _accuracy(
-        self, entries: Sequence[Entry], setting: Setting
-    ) -> tuple[Accuracy | None, list[DifferingPhoto]]:
+        self, entries: Sequence[BenchEntry], setting: Setting
+    ) -> tuple[AccuracyResult | None, list[DifferingPhoto]]:
         if self.dataset is None:
             return None, []
         scored = [entry for entry in entries if entry.judged]
@@ -241,10 +243,10 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class _Tried:
+class _TrialRow:
     """An entry that ran once under a setting, and what its runtime said then."""
 
-    entry: Entry
+    entry: BenchEntry
     backend: str
     precision: str
     macs: int | None
@@ -257,7 +259,7 @@ class _Trial:
 
     setting: Setting
     images: Pixels
-    rows: list[_Tried]
+    rows: list[_TrialRow]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -269,7 +271,7 @@ class _Trial:
         return f"{' '.join(words)}, batch {setting.batch}, {height}x{width}"
 
 
-def _opener(bench: Bench, entry: Entry, setting: Setting) -> Callable[[int], Runtime]:
+def _opener(bench: Benchmark, entry: BenchEntry, setting: Setting) -> Callable[[int], Runtime]:
     return lambda opening: bench.open(entry, setting, opening)
 
 
@@ -278,10 +280,10 @@ def _sessions(index: int) -> tuple[int, ...]:
     return (0, 1) if index == 0 else (index + 1,)
 
 
-def _timing(found: Measured, index: int, judged: bool, margin: float, device: bool) -> Timing:
+def _timing(found: Measurements, index: int, judged: bool, margin: float, device: bool) -> Latency:
     rounds = found.runs(_sessions(index), device)
     ratios = found.ratios(index + 1, device) if index else []
-    return Timing(
+    return Latency(
         quantiles=quantiles(rounds),
         ratio=ratio_interval(ratios) if index else None,
         verdict=_verdict(found, ratios, margin, device) if index and judged else None,
@@ -290,7 +292,9 @@ def _timing(found: Measured, index: int, judged: bool, margin: float, device: bo
     )
 
 
-def _verdict(found: Measured, ratios: Sequence[float], margin: float, device: bool) -> Verdict:
+def _verdict(
+    found: Measurements, ratios: Sequence[float], margin: float, device: bool
+) -> LatencyVerdict:
     """The verdict, with the budget that the rounds it asks for would take on this machine."""
     verdict = judge(ratios, found.ratios(1, device), margin)
     if verdict.rounds_needed is None:

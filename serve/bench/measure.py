@@ -1,4 +1,4 @@
-"""Runs sessions of several artifacts in turn, round after round, until the figures can tell.
+"""Runs sessions of several artifacts in turn, round after round, until the result is clear.
 
 A round opens fresh sessions of every artifact, two of the first, in an order that rotates from
 round to round, and warms them up. Its blocks run all of them forth and back (A B A' A' B A), each
@@ -40,8 +40,8 @@ FIRST_WARM_UP_MS = 1000
 """The first round's sessions run at least this long: clocks and caches of the machine itself."""
 
 
-class Plan(Settings):
-    """How long to measure, and what to tell apart."""
+class BenchPlan(Settings):
+    """How long to measure, and which difference to detect."""
 
     margin: float = 0.01
     """The ratio counts as equal within 1 / (1 + margin) .. 1 + margin."""
@@ -57,8 +57,8 @@ class Plan(Settings):
         return min(ROUND_MS, 1000 * self.budget_s / self.least_rounds)
 
 
-class Session(Protocol):
-    """What is timed: a Runtime, as far as it matters here."""
+class TimedSession(Protocol):
+    """What is timed: the part of a Runtime that is used here."""
 
     def __enter__(self) -> Self: ...
 
@@ -75,27 +75,27 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
-class Side:
-    """One artifact, as often as it is to be opened."""
+class TimedArtifact:
+    """One artifact, and how to open it."""
 
     name: str
-    open: Callable[[int], Session]
+    open: Callable[[int], TimedSession]
     """The number of the opening, from 0 -> a session that is not open yet. Where several builds of
     one artifact are there, the number chooses."""
     judged: bool = True
-    """Whether a verdict is wanted, so that its spread decides how long to measure. Others run in
-    the first `least_rounds` rounds alone: time is for the verdicts."""
+    """Whether a verdict is wanted, so that its spread decides how long to measure. Others run
+    only in the first `least_rounds` rounds: time is for the verdicts."""
 
 
 @dataclass
-class Measured:
-    """Every run of every session, by round. Session 0 is the first side's, 1 its twin, then the
-    other sides' in their order. Milliseconds."""
+class Measurements:
+    """Every run of every session, by round. Session 0 is the first artifact's, 1 its twin, then the
+    other artifacts' in their order. Milliseconds."""
 
     end_to_end: list[Floats] = field(default_factory=list)
     """By round: float [sessions, blocks, 2]; NaN for a session that did not run in it."""
     device: list[Floats] | None = field(default_factory=list)
-    """The same runs' time on the GPU alone; None where a session does not tell it."""
+    """The GPU's own time of the same runs; None where a session does not report it."""
     settled: list[bool] = field(default_factory=list)
     """By session: whether it became steady while warming up, in every round."""
     blocks: int = 0
@@ -104,15 +104,15 @@ class Measured:
     _known: dict[tuple[int, bool], list[float]] = field(default_factory=dict)
 
     def ratios(self, session: int, device: bool = False) -> list[float]:
-        """Log ratios by round of a session to the first side's: its twin's to the first session
-        alone, others' to both."""
+        """Log ratios by round of a session to the first artifact's: its twin's only to the
+        first session, others' to both."""
         times = self.device if device else self.end_to_end
         assert times is not None
         baselines = (0,) if session == 1 else (0, 1)
         known = self._known.setdefault((session, device), [])
         for one in times[len(known) :]:
             if np.isnan(one[session]).any():
-                break  # it ran in the first rounds alone
+                break  # it ran only in the first rounds
             known.append(round_log_ratio([one[b] for b in baselines], one[session]))
         return known
 
@@ -132,24 +132,28 @@ class Measured:
 
 
 def measure(
-    sides: Sequence[Side],
+    artifacts: Sequence[TimedArtifact],
     images: Pixels,
-    plan: Plan,
+    plan: BenchPlan,
     *,
     sample: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Measured:
-    """Times `sides` on `images` uint8 [N, H, W, 3]; the first is the baseline.
+) -> Measurements:
+    """Times `artifacts` on `images` uint8 [N, H, W, 3]; the first is the baseline.
 
     sample: called after each round's last run, while the device is still as it was. clock: seconds.
     Measuring goes on until the spread of the rounds is small enough to show equality within the
     margin (the ratio itself is not looked at), a difference is beyond all doubt, or the budget is
     spent.
     """
-    assert sides
-    found = Measured(settled=[True] * (len(sides) + 1))
-    openers = [(sides[0].open, 2, 0), (sides[0].open, 2, 1), *((s.open, 1, 0) for s in sides[1:])]
-    lasting = [0, 1, *(index for index, side in enumerate(sides[1:], 2) if side.judged)]
+    assert artifacts
+    found = Measurements(settled=[True] * (len(artifacts) + 1))
+    openers = [
+        (artifacts[0].open, 2, 0),
+        (artifacts[0].open, 2, 1),
+        *((one.open, 1, 0) for one in artifacts[1:]),
+    ]
+    lasting = [0, 1, *(index for index, one in enumerate(artifacts[1:], 2) if one.judged)]
     start = clock()
     with console.progress("{task.fields[rounds]} rounds") as bar:
         task = bar.add_task("bench, seconds", total=round(plan.budget_s), rounds=0)
@@ -165,7 +169,7 @@ def measure(
                 _round(sessions, lasting, images, plan.round_ms, found, clock)
                 sample()
             found.seconds = clock() - start
-            found.stopped = _why_stop(found, sides, plan)
+            found.stopped = _why_stop(found, artifacts, plan)
             bar.update(task, completed=round(found.seconds), rounds=number + 1)
     return found
 
@@ -177,11 +181,11 @@ def block_order(count: int, block: int) -> list[int]:
 
 
 def _round(
-    sessions: Mapping[int, Session],
+    sessions: Mapping[int, TimedSession],
     lasting: Sequence[int],
     images: Pixels,
     round_ms: float,
-    found: Measured,
+    found: Measurements,
     clock: Callable[[], float],
 ) -> None:
     """Warms fresh sessions up, by their index, times them, and adds the times to `found`. lasting:
@@ -217,7 +221,7 @@ def _round(
 
 
 def _warm_up(
-    session: Session, images: Pixels, least_ms: float, clock: Callable[[], float]
+    session: TimedSession, images: Pixels, least_ms: float, clock: Callable[[], float]
 ) -> tuple[float, bool]:
     """Runs until the times no longer fall; the quickest in milliseconds, and whether they ceased
     to."""
@@ -232,7 +236,9 @@ def _warm_up(
     return quickest, quiet >= QUIET_RUNS
 
 
-def _timed(session: Session, images: Pixels, clock: Callable[[], float]) -> tuple[float, float]:
+def _timed(
+    session: TimedSession, images: Pixels, clock: Callable[[], float]
+) -> tuple[float, float]:
     """Milliseconds from images to labels in the host's memory, and of the GPU's work; NaN where
     that is not told."""
     start = clock()
@@ -241,7 +247,7 @@ def _timed(session: Session, images: Pixels, clock: Callable[[], float]) -> tupl
     return took, np.nan if phases is None else phases["compute_ms"]
 
 
-def _why_stop(found: Measured, sides: Sequence[Side], plan: Plan) -> str:
+def _why_stop(found: Measurements, artifacts: Sequence[TimedArtifact], plan: BenchPlan) -> str:
     """Empty: go on."""
     rounds = len(found.end_to_end)
     if rounds < 2:
@@ -252,8 +258,8 @@ def _why_stop(found: Measured, sides: Sequence[Side], plan: Plan) -> str:
         others = [
             found.ratios(index, device)
             for device in measures
-            for index, side in enumerate(sides[1:], start=2)
-            if side.judged
+            for index, one in enumerate(artifacts[1:], start=2)
+            if one.judged
         ]
         known = all(
             enough(one, plan.margin) or plainly_different(one, plan.margin) for one in others

@@ -1,21 +1,37 @@
-"""The photos on which artifacts differ most: photo, truth, every mask, and where they differ."""
+"""A benchmark as a page: verdicts first, then every cell, the accuracy and the machine."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from srdeploy.imaging import Pixels, colour_table
 from srdeploy.metrics import Interval, percent
 from srdeploy.pages import charts
-from srdeploy.pages.report import Picture, Report, Section, Table, Verdict, chart, drawing, photo
-from srdeploy.serve.bench.report_tables import (
-    Answer,
+from srdeploy.pages.report import (
+    DIFFERENT,
+    Block,
+    Charts,
+    Gallery,
+    Legend,
+    Picture,
+    Report,
+    Section,
+    Table,
+    Verdict,
+    chart,
+    class_legend,
+    drawing,
+    mark_differences,
+    photo,
+)
+from srdeploy.serve.bench.results import AccuracyResult, BenchReport, Cell, Outcome
+from srdeploy.serve.bench.tables import (
+    LatencyComparison,
     accuracy_table,
-    answers,
     artifact_names,
     checkpoint_table,
+    comparisons,
     conditions,
     cost_table,
     design,
@@ -30,75 +46,7 @@ from srdeploy.serve.bench.report_tables import (
     verdict_table,
     warnings,
 )
-from srdeploy.serve.bench.results import Accuracy, BenchReport, Cell, Outcome
 from srdeploy.spec import Spec
-
-if TYPE_CHECKING:
-    from srdeploy.serve.bench.accuracy import DifferingPhoto
-
-MARK = np.array([230, 0, 126], np.uint8)
-"""RGB of a pixel with two labels; no palette in common use has it beside gray."""
-LONGEST = 640
-"""Pixels; larger pictures are thinned for the page."""
-
-
-def gallery(photos: Sequence["DifferingPhoto"], names: Sequence[str], spec: Spec) -> Section:
-    """One row per photo; `names` are the artifacts' whose masks the photos carry, two or more.
-
-    Below each mask stands its pixel accuracy on that photo.
-    """
-    first, second = names[:2]
-    return Section(
-        f"Where {second} and {first} differ most",
-        text=(
-            f"Photos by the share of pixels to which {second} gives another class than {first}; "
-            "those pixels are marked in the last picture. Below each mask: its pixel accuracy."
-        ),
-        gallery_header=["photo", "truth", *names, "differing pixels"],
-        gallery=[_row(one, spec) for one in photos],
-        legend=[
-            *(
-                (name, f"rgb({red}, {green}, {blue})")
-                for name, (red, green, blue) in zip(spec.classes, spec.palette, strict=True)
-            ),
-            ("differs", f"rgb({MARK[0]}, {MARK[1]}, {MARK[2]})"),
-        ],
-    )
-
-
-def _row(one: "DifferingPhoto", spec: Spec) -> list[Picture]:
-    table = colour_table(spec)
-    step = -(-max(one.truth.shape) // LONGEST)
-    thin = slice(None, None, step)
-    masks = [
-        drawing(table[mask[thin, thin]], f"{percent(_accuracy_text(mask, one.truth, spec))} %")
-        for mask in one.masks
-    ]
-    marked = mark(one.photo, one.masks[0] != one.masks[1], step)
-    return [
-        photo(one.photo[thin, thin], one.name),
-        drawing(table[one.truth[thin, thin]], "as drawn"),
-        *masks,
-        drawing(marked, f"{percent(one.differs)} % of pixels"),
-    ]
-
-
-def _accuracy_text(mask: Pixels, truth: Pixels, spec: Spec) -> float | None:
-    valid = truth != spec.ignore_index
-    return float((mask[valid] == truth[valid]).mean()) if valid.any() else None
-
-
-def mark(image: Pixels, differs: npt.NDArray[np.bool_], step: int) -> Pixels:
-    """The photo in pale gray, uint8 [h, w, 3], with a mark wherever one of the pixels that a shown
-    one stands for differs: none is lost by thinning."""
-    gray = image[::step, ::step].mean(axis=2, keepdims=True)
-    pale = np.repeat((255 - (255 - gray) * 0.5).astype(np.uint8), 3, axis=2)
-    rows = np.maximum.reduceat(differs, np.arange(0, differs.shape[0], step), axis=0)
-    pale[np.maximum.reduceat(rows, np.arange(0, differs.shape[1], step), axis=1)] = MARK
-    return pale
-
-
-# A benchmark as a page: verdicts first, then every cell, the accuracy, the machine.
 
 if TYPE_CHECKING:
     from srdeploy.serve.bench.accuracy import DifferingPhoto
@@ -106,17 +54,19 @@ if TYPE_CHECKING:
 CARDS = 8
 """Verdicts that stand at the top one by one; of more, those that are EQUIVALENT share a card."""
 PASSED = {Outcome.EQUIVALENT: True, Outcome.DIFFERENT: False, Outcome.NOT_SHOWN: None}
+LONGEST = 640
+"""Pixels; larger pictures are thinned for the page."""
 
 
 def bench_page(
-    report: BenchReport, photos: Sequence["DifferingPhoto"], spec: Spec | None
+    report: BenchReport, photos: Sequence["DifferingPhoto"] = (), spec: Spec | None = None
 ) -> Report:
     """The page's contents. photos: those on which the artifacts differ most, with one mask per row
     of the accuracy; spec: their classes and colours, needed where there are photos."""
     return Report(
         title="Benchmark: " + ", ".join(artifact_names(report)),
         lead=conditions(report),
-        verdicts=bench_cards(report),
+        verdicts=bench_verdicts(report),
         sections=bench_sections(report, photos, spec),
         command=report.command,
         environment=report.environment,
@@ -124,13 +74,13 @@ def bench_page(
     )
 
 
-def bench_cards(report: BenchReport) -> list[Verdict]:
+def bench_verdicts(report: BenchReport) -> list[Verdict]:
     """The verdicts: on latency, on exports against their checkpoints, and the gains of mIoU."""
-    return [*_latency_cards(report), *_accuracy_cards(report)]
+    return [*_latency_verdicts(report), *_accuracy_verdicts(report)]
 
 
 def bench_sections(
-    report: BenchReport, photos: Sequence["DifferingPhoto"], spec: Spec | None
+    report: BenchReport, photos: Sequence["DifferingPhoto"] = (), spec: Spec | None = None
 ) -> list[Section]:
     """Overview of several settings, each setting, accuracy, photos, machine; as in bench_page."""
     colours = {
@@ -147,62 +97,63 @@ def bench_sections(
         sections.append(_accuracy(report.accuracy, colours))
         if photos:
             assert spec is not None
-            sections.append(gallery(photos, [row.name for row in report.accuracy.rows], spec))
+            names = [row.name for row in report.accuracy.rows]
+            sections.append(gallery_section(photos, names, spec))
     if report.machine.figures:
         rows = [*report.machine.figures.items()]
         table = Table("While the latencies were measured", ("figure", "value"), rows, prose=True)
-        sections.append(Section("Machine", tables=[table]))
+        sections.append(Section("Machine", blocks=[table]))
     return sections
 
 
-def _latency_cards(report: BenchReport) -> list[Verdict]:
-    found = answers(report)
+def _latency_verdicts(report: BenchReport) -> list[Verdict]:
+    found = comparisons(report)
     several = len(report.cells) > 1
     if len(found) <= CARDS:
-        return [_card(answer, several) for answer in found]
-    same = [answer for answer in found if answer.verdict.outcome is Outcome.EQUIVALENT]
-    cards = [_card(answer, several) for answer in found if answer not in same]
+        return [_latency_verdict(one, several) for one in found]
+    same = [one for one in found if one.verdict.outcome is Outcome.EQUIVALENT]
+    verdicts = [_latency_verdict(one, several) for one in found if one not in same]
     if same:
-        low = min(answer.ratio.low for answer in same)
-        high = max(answer.ratio.high for answer in same)
-        margins = sorted({margin_text(answer.verdict.margin) for answer in same})
+        low = min(one.ratio.low for one in same)
+        high = max(one.ratio.high for one in same)
+        margins = sorted({margin_text(one.verdict.margin) for one in same})
         claim = (
             f"of {len(found)} verdicts on latency; intervals within {low:.3f} to {high:.3f}, "
             f"margins {', '.join(margins)}"
         )
-        cards.insert(0, Verdict(claim, f"{len(same)} EQUIVALENT", True))
-    return cards
+        verdicts.insert(0, Verdict(claim, f"{len(same)} EQUIVALENT", True))
+    return verdicts
 
 
-def _card(answer: Answer, several: bool) -> Verdict:
-    verdict = answer.verdict
-    where = f"; {label(answer.cell)}" if several else ""
+def _latency_verdict(one: LatencyComparison, several: bool) -> Verdict:
+    outcome, margin = one.verdict.outcome, margin_text(one.verdict.margin)
+    where = f"; {label(one.cell)}" if several else ""
     return Verdict(
-        f"ratio {answer.ratio}, margin {margin_text(verdict.margin)}: {answer.claim}{where}",
-        verdict.outcome.value,
-        PASSED[verdict.outcome],
-        undecided=verdict.outcome is Outcome.NOT_SHOWN,
-        detail=sentence(verdict.reason),
+        f"ratio {one.ratio}, margin {margin}: {one.claim}{where}",
+        outcome.value,
+        PASSED[outcome],
+        undecided=outcome is Outcome.NOT_SHOWN,
+        detail=sentence(one.verdict.reason),
     )
 
 
-def _accuracy_cards(report: BenchReport) -> list[Verdict]:
+def _accuracy_verdicts(report: BenchReport) -> list[Verdict]:
     if report.accuracy is None:
         return []
-    cards = []
+    verdicts = []
     first = report.accuracy.rows[0].name
     for row in report.accuracy.rows:
         if row.checkpoint is not None:
             share = f"{equal_labels(row.checkpoint.agreement)} % of labels are equal"
             claim = f"{share}: {row.name} against its own checkpoint"
             figure = "matches" if row.checkpoint.passed else "DIFFERS"
-            cards.append(Verdict(claim, figure, row.checkpoint.passed))
+            verdicts.append(Verdict(claim, figure, row.checkpoint.passed))
     for row in report.accuracy.rows:
         if row.gains is not None and "miou" in row.gains:
             gain = row.gains["miou"]
             claim = f"points [95 %]: {points(gain)}, {row.name} over {first}"
-            cards.append(Verdict(claim, f"{100 * gain.value:+.2f} mIoU", None))
-    return cards
+            verdicts.append(Verdict(claim, f"{100 * gain.value:+.2f} mIoU", None))
+    return verdicts
 
 
 def _overview(report: BenchReport, anchors: Sequence[str], colours: Mapping[str, str]) -> Section:
@@ -212,58 +163,61 @@ def _overview(report: BenchReport, anchors: Sequence[str], colours: Mapping[str,
         found = {row.name: row.end_to_end.quantiles.median.value for row in cell.rows}
         for name in names:
             medians[name].append(found.get(name))
-    drawn = charts.dots([label(cell) for cell in report.cells], medians, "ms per run", colours)
-    return Section(
-        "All settings",
-        tables=[overview_table(report, anchors)],
-        key=_key(names, colours),
-        charts=[chart(drawn, "Median latency end to end, by setting")],
+    settings = [label(cell) for cell in report.cells]
+    drawn = chart(
+        "Median latency end to end, by setting",
+        charts.dots,
+        settings,
+        medians,
+        "ms per run",
+        colours,
     )
+    blocks: list[Block] = [overview_table(report, anchors), _key(names, colours), Charts([drawn])]
+    return Section("All settings", blocks=blocks)
 
 
 def _cell(cell: Cell, anchor: str, colours: Mapping[str, str]) -> list[Section]:
     """Tables and charts end to end; then, where it was measured, charts of the GPU's own time."""
-    tables = (latency_table(cell), verdict_table(cell), cost_table(cell))
+    tables = [latency_table(cell), verdict_table(cell), cost_table(cell)]
+    blocks: list[Block] = [table for table in tables if table is not None]
     key = _key([row.name for row in cell.rows], colours)
-    found = [
-        Section(
-            f"Latency: {label(cell)}",
-            text=sentence(design(cell)),
-            tables=[table for table in tables if table is not None],
-            charts=_latency_charts(cell, "end to end", colours),
-            key=key,
-            anchor=anchor,
-        )
-    ]
+    blocks += [key, _latency_charts(cell, "end to end", colours)]
+    found = [Section(f"Latency: {label(cell)}", sentence(design(cell)), blocks, anchor)]
     if any(row.device_time is not None for row in cell.rows):
-        drawn = _latency_charts(cell, "GPU", colours)
         title = f"The GPU's own time: {label(cell)}"
-        found.append(Section(title, charts=drawn, key=key))
+        found.append(Section(title, blocks=[key, _latency_charts(cell, "GPU", colours)]))
     return found
 
 
-def _latency_charts(cell: Cell, measure: str, colours: Mapping[str, str]) -> list[Picture]:
+def _latency_charts(cell: Cell, measure: str, colours: Mapping[str, str]) -> Charts:
     """Distribution and tail, ratios of each artifact, and all runs over time, for one measure."""
     timings = {row.name: timing for row, name, timing in measures(cell) if name == measure}
     samples = {name: np.concatenate(timing.rounds_ms) for name, timing in timings.items()}
     every = np.concatenate(list(samples.values()))
     beyond = int((every > 1.02 * np.quantile(every, 0.99)).sum())
-    said = (
-        f"; {beyond} of {len(every)} runs are slower than what is drawn here, and stand in the "
-        "next chart"
-    )
+    slower = f"; {beyond} of {len(every)} runs are slower than this chart shows, see the next one"
+    by_round = {name: timing.rounds_ms for name, timing in timings.items()}
     drawn = [
         chart(
-            charts.distributions(samples, "ms", colours),
-            f"Distribution, {measure}{said if beyond else ''}",
+            f"Distribution, {measure}{slower if beyond else ''}",
+            charts.distributions,
+            samples,
+            "ms",
+            colours,
         ),
         chart(
-            charts.tails(samples, "ms", colours),
             f"Tail, {measure}: all runs down to the slowest of each",
+            charts.tails,
+            samples,
+            "ms",
+            colours,
         ),
         chart(
-            charts.over_time({name: t.rounds_ms for name, t in timings.items()}, "ms", colours),
             f"Every run in the order measured, {measure}",
+            charts.over_time,
+            by_round,
+            "ms",
+            colours,
         ),
     ]
     floor, floor_rounds = (
@@ -284,26 +238,24 @@ def _latency_charts(cell: Cell, measure: str, colours: Mapping[str, str]) -> lis
             None if verdict is None else verdict.margin,
             colours[name],
         )
-        said = (
+        outcome = (
             "no verdict was asked for"
             if verdict is None
             else f"{verdict.outcome.value}; shaded: the margin, {margin_text(verdict.margin)}"
         )
-        drawn.append(
-            chart(
-                charts.ratios(found, f"ratio to {charts.plain(first)}"),
-                f"{name} over {first}, {measure}: {said}. Each dot: one round, the first at the "
-                "bottom; below them the 95 % interval",
-            )
+        caption = (
+            f"{name} over {first}, {measure}: {outcome}. Each dot: one round, the first at the "
+            "bottom; below them the 95 % interval"
         )
-    return drawn
+        drawn.append(chart(caption, charts.ratios, found, f"ratio to {charts.plain(first)}"))
+    return Charts(drawn)
 
 
 def _ends(interval: Interval) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
 
-def _accuracy(accuracy: Accuracy, colours: Mapping[str, str]) -> Section:
+def _accuracy(accuracy: AccuracyResult, colours: Mapping[str, str]) -> Section:
     classes = list(accuracy.rows[0].scores.iou)
     names = [row.name for row in accuracy.rows]
     shares = {row.name: [_hundredfold(row.scores.iou[c]) for c in classes] for row in accuracy.rows}
@@ -314,22 +266,19 @@ def _accuracy(accuracy: Accuracy, colours: Mapping[str, str]) -> Section:
         ]
         for name in names[1:]
     }
-    pictures = [chart(charts.lying_bars(classes, shares, "IoU, %", colours), "IoU per class")]
+    drawn = [chart("IoU per class", charts.bars, classes, shares, "IoU, %", colours)]
     if gains:
-        drawn = charts.lying_bars(classes, gains, "IoU, points", colours)
-        pictures.append(chart(drawn, f"IoU per class, difference to {names[0]}"))
-    tables = (accuracy_table(accuracy), checkpoint_table(accuracy))
+        caption = f"IoU per class, difference to {names[0]}"
+        drawn.append(chart(caption, charts.bars, classes, gains, "IoU, points", colours))
+    tables = [accuracy_table(accuracy), checkpoint_table(accuracy)]
+    blocks: list[Block] = [table for table in tables if table is not None]
     return Section(
         "Accuracy",
-        text=(
-            "Failure-1: share of small objects that are missed. Failure-2: share of large objects' "
-            "pixels that are given to another class. For both, less is better. Intervals are of "
-            "the paired bootstrap over images: they are about these files, and another training "
-            "would give other files."
-        ),
-        tables=[table for table in tables if table is not None],
-        charts=pictures,
-        key=_key(names, colours),
+        "Failure-1: share of small objects that are missed. Failure-2: share of large objects' "
+        "pixels that are given to another class. For both, less is better. Intervals are of the "
+        "paired bootstrap over images: they are about these files, and another training would give "
+        "other files.",
+        [*blocks, _key(names, colours), Charts(drawn)],
     )
 
 
@@ -337,5 +286,50 @@ def _hundredfold(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _key(names: Sequence[str], colours: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name, colours[name]) for name in names]
+def _key(names: Sequence[str], colours: Mapping[str, str]) -> Legend:
+    return Legend([(name, colours[name]) for name in names])
+
+
+def gallery_section(
+    photos: Sequence["DifferingPhoto"], names: Sequence[str], spec: Spec
+) -> Section:
+    """The photos on which artifacts differ most, one row each; `names` are the artifacts' whose
+    masks the photos carry, two or more.
+
+    Below each mask stands its pixel accuracy on that photo.
+    """
+    first, second = names[:2]
+    return Section(
+        f"Where {second} and {first} differ most",
+        f"Photos by the share of pixels to which {second} gives another class than {first}; those "
+        "pixels are marked in the last picture. Below each mask: its pixel accuracy.",
+        [
+            class_legend(spec, ("differs", DIFFERENT)),
+            Gallery(
+                ["photo", "truth", *names, "differing pixels"], [_row(one, spec) for one in photos]
+            ),
+        ],
+    )
+
+
+def _row(one: "DifferingPhoto", spec: Spec) -> list[Picture]:
+    table = colour_table(spec)
+    step = -(-max(one.truth.shape) // LONGEST)
+    thin = slice(None, None, step)
+    masks = [
+        drawing(table[mask[thin, thin]], accuracy_text(mask, one.truth, spec)) for mask in one.masks
+    ]
+    marked = mark_differences(one.photo, one.masks[0] != one.masks[1], step)
+    return [
+        photo(one.photo[thin, thin], one.name),
+        drawing(table[one.truth[thin, thin]], "as drawn"),
+        *masks,
+        drawing(marked, f"{percent(one.differs)} % of pixels"),
+    ]
+
+
+def accuracy_text(mask: Pixels, truth: Pixels, spec: Spec) -> str:
+    """A mask's pixel accuracy in percent."""
+    valid = truth != spec.ignore_index
+    share = float((mask[valid] == truth[valid]).mean()) if valid.any() else None
+    return f"{percent(share)} %"

@@ -12,7 +12,7 @@ from srdeploy.validation import Settings, validated
 
 
 class Outcome(StrEnum):
-    """What is shown about two latencies, each with an error of at most 5 %."""
+    """What two latencies are shown to be, each claim with an error of at most 5 %."""
 
     EQUIVALENT = "EQUIVALENT"
     """The ratio lies within the margin."""
@@ -22,7 +22,7 @@ class Outcome(StrEnum):
     """Neither, with these runs."""
 
 
-class Verdict(Settings):
+class LatencyVerdict(Settings):
     """Two one-sided tests of one artifact's latency against the first's."""
 
     outcome: Outcome
@@ -41,7 +41,7 @@ class Verdict(Settings):
 
 
 class Quantiles(Settings):
-    """Of all runs; none is left out. Intervals by the bootstrap over rounds."""
+    """Quantiles of all runs; none is left out. Intervals by the bootstrap over rounds."""
 
     median: Interval
     p90: Interval
@@ -49,14 +49,14 @@ class Quantiles(Settings):
     p99: Interval
 
 
-class Timing(Settings):
-    """One measure of one artifact."""
+class Latency(Settings):
+    """One artifact's latency by one measure: end to end, or the GPU's own time."""
 
     quantiles: Quantiles
     ratio: Interval | None
     """To the first artifact's; None for the first itself."""
-    verdict: Verdict | None
-    """None for the first itself, and for rows that are there to be looked at."""
+    verdict: LatencyVerdict | None
+    """None for the first itself, and for rows for information."""
     round_ratios: tuple[float, ...] = ()
     """By round, what `ratio` is the geometric mean of; empty for the first itself."""
     rounds_ms: tuple[tuple[float, ...], ...]
@@ -87,11 +87,11 @@ class Row(Settings):
     backend: str
     device: str
     precision: str
-    """Of the arithmetic, as the runtime tells it."""
-    end_to_end: Timing
+    """Precision of the arithmetic, as the runtime reports it."""
+    end_to_end: Latency
     """From images in the host's memory to labels in the host's memory."""
-    device_time: Timing | None
-    """The GPU's own time on the same runs, without copies; None where it can't be told apart."""
+    device_time: Latency | None
+    """The GPU's own time on the same runs, without copies; None where it is not known."""
     images_per_s: float
     """At the median."""
     settled: bool
@@ -102,10 +102,10 @@ class Row(Settings):
     gmacs: float | None
     """10^9 multiply-accumulates of one run, whole batch; None where they can't be counted."""
     footprint: Footprint | None
-    """None where it was not asked for."""
+    """None where it was not requested."""
 
     @property
-    def timings(self) -> dict[str, Timing]:
+    def timings(self) -> dict[str, Latency]:
         """Its measures by name."""
         found = {"end to end": self.end_to_end}
         return found if self.device_time is None else {**found, "GPU": self.device_time}
@@ -115,9 +115,9 @@ class Cell(Settings):
     """Artifacts timed against each other under one setting; the first row is the baseline."""
 
     runtime: str
-    """As asked for, e.g. auto."""
+    """As requested, e.g. auto."""
     precision: str | None
-    """Of the arithmetic, as asked for; None: what the artifacts say."""
+    """Precision of the arithmetic, as requested; None: what the artifacts say."""
     batch: int
     size: tuple[int, int]
     """(height, width) of the images."""
@@ -129,12 +129,12 @@ class Cell(Settings):
     """By round, the ratios that `floor` is the mean of."""
     device_floor_rounds: tuple[float, ...] = ()
     margin: float
-    """As asked for."""
+    """As requested."""
     rounds: int
     blocks: int
     """Per round; every session ran twice in each."""
     seconds: float
-    """That measuring took."""
+    """Time that measuring took."""
     stopped: str
     """Why no more rounds were run."""
 
@@ -164,7 +164,7 @@ class AccuracyRow(Settings):
     """Share of labels equal to the first's; None for the first itself."""
 
 
-class Accuracy(Settings):
+class AccuracyResult(Settings):
     """Accuracy of all artifacts on one labelled split."""
 
     data: str
@@ -175,7 +175,7 @@ class Accuracy(Settings):
     """Names of the photos on which the labels of the second and the first differ most."""
 
 
-class Machine(Settings):
+class MachineReport(Settings):
     """The machine while it was measured."""
 
     figures: dict[str, str]
@@ -194,8 +194,8 @@ class BenchReport(Settings):
     threads: int | None
     """CPU threads as asked for; None: the runtime's default."""
     cells: tuple[Cell, ...]
-    accuracy: Accuracy | None
-    machine: Machine
+    accuracy: AccuracyResult | None
+    machine: MachineReport
 
     @property
     def passed(self) -> bool:
@@ -215,17 +215,17 @@ class BenchReport(Settings):
         return all(verdicts) and all(matches)
 
 
-# The cells of a benchmark that is under way, so that one that was stopped can go on.
+# The cells of a benchmark in progress, so that a stopped one can be resumed.
 
 NAME = "partial.json"
-"""Beside the report; gone when that is written."""
+"""File beside the report, until that is written."""
 
 
 class Partial(Settings):
     """What was asked for, and the cells measured so far, in the order of the settings."""
 
     request: dict[str, Any]
-    """As JSON: files' hashes, settings, plan. A cell is good for the same request alone."""
+    """As JSON: files' hashes, settings, plan. A cell is valid only for the same request."""
     cells: tuple[Cell, ...] = ()
 
 
@@ -251,13 +251,13 @@ class PartialFile:
                 if found.request.get(key) != value:
                     raise UserError(
                         f"--resume: {self._path} was of another benchmark ({key} differs): give "
-                        "the same arguments and files, or leave --resume away to begin anew"
+                        "the same arguments and files, or start anew without --resume"
                     )
             self._content = found
         return self._content.cells
 
     def add(self, cell: Cell) -> None:
-        """Keeps one more."""
+        """Keeps one more cell."""
         self._content = self._content.model_copy(update={"cells": (*self._content.cells, cell)})
         if self._path is not None:
             write_json(self._path, self._content.model_dump(mode="json"))

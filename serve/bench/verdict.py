@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from srdeploy.metrics import Interval
-from srdeploy.serve.bench.results import Outcome, Quantiles, Verdict
+from srdeploy.serve.bench.results import LatencyVerdict, Outcome, Quantiles
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,7 +30,7 @@ POWER = 0.9
 FLOOR_LIMIT = 2.0
 """A noise floor above this many margins: nothing can be called EQUIVALENT on such a machine."""
 MOST_ROUNDS_NEEDED = 10_000
-"""More rounds than this nobody runs: not to be shown."""
+"""Nobody runs more rounds than this: the ratio can't be shown."""
 RESAMPLES = 1000
 
 
@@ -59,7 +59,7 @@ def noise_floor(log_ratios: Sequence[float]) -> float:
     return math.exp(max(abs(low), abs(high))) - 1
 
 
-def judge(log_ratios: Sequence[float], floor: Sequence[float], margin: float) -> Verdict:
+def judge(log_ratios: Sequence[float], floor: Sequence[float], margin: float) -> LatencyVerdict:
     """The verdict on log ratios of rounds [n], beside those of the first artifact to itself [n].
 
     Tested against `margin`, or against the noise floor where that is larger; with a floor of more
@@ -88,7 +88,7 @@ def judge(log_ratios: Sequence[float], floor: Sequence[float], margin: float) ->
         needed = None if needed is None or noise is None else max(needed, noise)
         if needed is not None and needed <= len(values):
             needed = len(values) + 1  # bad luck: the chance was POWER, not certainty
-    return Verdict(
+    return LatencyVerdict(
         outcome=outcome,
         margin=tested,
         p_equivalent=p_equivalent,
@@ -135,7 +135,7 @@ def power(deviation: float, distance: float, margin: float, rounds: int) -> floa
 
 
 def enough(log_ratios: Sequence[float], margin: float) -> bool:
-    """Whether these rounds would show equality with probability POWER, going by their spread alone.
+    """Whether these rounds would show equality with probability POWER, judged only by spread.
 
     Deciding to stop must not look at the ratio itself: to go on until it happens to look equal
     would be wrong more often than ALPHA says.
@@ -221,7 +221,7 @@ def _reason(
     if outcome is Outcome.DIFFERENT:
         return f"the ratio lies {between}, beyond {100 * tested:.2g} %{raised}"
     if too_noisy:
-        text = f"two sessions of the first file alone may differ by {100 * tested:.2g} %"
+        text = f"two sessions of the same file may differ by {100 * tested:.2g} %"
     else:
         text = f"the ratio may lie anywhere {between}, and {100 * tested:.2g} % is the margin"
     if needed is None:

@@ -115,8 +115,8 @@ def bench(
     from srdeploy.artifacts.artifact import spec_from_classes
     from srdeploy.data import open_dataset, spec_for
     from srdeploy.serve.bench.entries import every_setting
-    from srdeploy.serve.bench.matrix import Bench
-    from srdeploy.serve.bench.measure import Plan
+    from srdeploy.serve.bench.matrix import Benchmark
+    from srdeploy.serve.bench.measure import BenchPlan
     from srdeploy.serve.bench.results import PartialFile
     from srdeploy.studies.bench_entries import entries_for
     from srdeploy.validation import parse_size
@@ -131,8 +131,8 @@ def bench(
     )
     partial = PartialFile(out, resume)
     dataset = open_dataset(data, split) if data is not None else None
-    plan = Plan(margin=margin / 100, budget_s=budget)
-    job = Bench(device, threads, plan, dataset, limit, costs)
+    plan = BenchPlan(margin=margin / 100, budget_s=budget)
+    job = Benchmark(device, threads, plan, dataset, limit, costs)
     with entries_for(
         artifacts,
         settings,
@@ -152,9 +152,10 @@ def bench(
     if as_json:
         console.print_json(report.model_dump(mode="json"))
     elif markdown:
-        from srdeploy.serve.bench.text import to_markdown
+        from srdeploy.pages.text import to_markdown
+        from srdeploy.serve.bench.page import bench_page
 
-        sys.stdout.write(to_markdown(report))
+        sys.stdout.write(to_markdown(bench_page(report)))
     else:
         _show(report)
     if not report.passed:
@@ -199,41 +200,29 @@ def _write(
     from srdeploy import console
     from srdeploy.files import write_json, write_whole
     from srdeploy.pages.report import write_report
+    from srdeploy.pages.text import to_markdown
     from srdeploy.serve.bench.page import bench_page
-    from srdeploy.serve.bench.text import to_markdown
 
+    page = bench_page(report, photos, spec)
     write_json(out / REPORT_JSON, report.model_dump(mode="json"))
     if markdown:
-        write_whole(out / REPORT_MARKDOWN, to_markdown(report))
-    write_report(bench_page(report, photos, spec), out / REPORT_HTML)
+        write_whole(out / REPORT_MARKDOWN, to_markdown(page))
+    write_report(page, out / REPORT_HTML)
     console.done(f"wrote {out / REPORT_HTML}: open it in a browser")
 
 
 def _show(report: "BenchReport") -> None:
     """Tables on stdout; verdicts and warnings, the last thing read, on stderr."""
     from srdeploy import console
-    from srdeploy.serve.bench.report_tables import answers, equal_labels, label, warnings
-    from srdeploy.serve.bench.results import Outcome
-    from srdeploy.serve.bench.text import tables
+    from srdeploy.pages.text import rich_table, tell_verdicts
+    from srdeploy.serve.bench.page import bench_verdicts
+    from srdeploy.serve.bench.tables import summary_tables, warnings
 
-    for table in tables(report):
-        console.print_table(table)
-    tellers = {Outcome.EQUIVALENT: console.done, Outcome.DIFFERENT: console.failed}
+    for table in summary_tables(report):
+        console.print_table(rich_table(table))
     for warning in warnings(report):
         console.warn(warning)
-    several = len(report.cells) > 1
-    for answer in answers(report):
-        where = f" ({label(answer.cell)})" if several else ""
-        tell = tellers.get(answer.verdict.outcome, console.warn)
-        tell(f"{answer.verdict.outcome}: {answer.claim}{where}: {answer.verdict.reason}")
-    for row in report.accuracy.rows if report.accuracy is not None else ():
-        if row.checkpoint is not None:
-            tell = console.done if row.checkpoint.passed else console.failed
-            tell(
-                f"{row.name} against its checkpoint {row.checkpoint.checkpoint}: "
-                f"{equal_labels(row.checkpoint.agreement)} % equal labels, "
-                f"{100 * row.checkpoint.miou_difference:+.3f} points of mIoU"
-            )
+    tell_verdicts(bench_verdicts(report))
 
 
 def register(app: typer.Typer) -> None:

@@ -1,5 +1,4 @@
-"""Charts as self-contained SVG text: readable on light and dark pages, and in print. Source of
-data: the caller."""
+"""Charts as self-contained SVG text: readable on light and dark pages, and in print."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ STYLE: dict[Any, Any] = {
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 Floats = npt.NDArray[np.float64]
 Colours = Mapping[str, str]
-"""CSS colour by the name of what is drawn. Charts that are given them carry no legend: the page
-has one for all of them."""
+"""CSS colour by the name of what is drawn. Charts that take them carry no legend: the page has one
+for all of them."""
 
 COLUMN = (5.0, 3.1)
 """Inches of a chart that stands in a page's column: its letters stay readable on a phone."""
@@ -74,42 +73,18 @@ def curves(series: Series, x: str, y: str) -> str:
     return _render(draw, x, y)
 
 
-def grouped_bars(
-    groups: Sequence[str], values: Mapping[str, Sequence[float | None]], y: str
-) -> str:
-    """One bar per group and name; None leaves a gap. Returns SVG text."""
-
-    def draw(axes: Axes) -> None:
-        places = np.arange(len(groups), dtype=np.float64)
-        width = 0.8 / max(1, len(values))
-        for index, (name, heights) in enumerate(values.items()):
-            offset = (index - (len(values) - 1) / 2) * width
-            tops = [np.nan if height is None else height for height in heights]
-            axes.bar(places + offset, tops, width, label=name, color=COLOURS[index % len(COLOURS)])
-        axes.set_xticks(places, groups, rotation=30, ha="right")
-        axes.grid(axis="x", visible=False)
-        axes.legend()
-
-    return _render(draw, "", y)
-
-
-def distributions(samples: Mapping[str, Floats], x: str, colours: Colours | None = None) -> str:
+def distributions(samples: Mapping[str, Floats], x: str, colours: Colours) -> str:
     """Empirical distribution functions, one per name: the share of runs at or below a value. The
     axis ends at the 99 % quantile of all. SVG text."""
 
     def draw(axes: Axes) -> None:
-        for index, (name, values) in enumerate(samples.items()):
-            colour = COLOURS[index % len(COLOURS)] if colours is None else colours[name]
-            axes.ecdf(values, label=name, color=colour, linewidth=1.8)
+        for name, values in samples.items():
+            axes.ecdf(values, color=colours[name], linewidth=1.8)
         # The slowest few runs of a shared machine would squeeze everything else to the left.
         everything = np.concatenate(list(samples.values()))
         axes.set_xlim(float(everything.min()) * 0.98, float(np.quantile(everything, 0.99)) * 1.02)
-        if colours is None:
-            axes.legend(loc="lower right")
 
-    if colours is None:
-        return _render(draw, x, "share of runs")
-    return _render(draw, x, "share of runs at or below", COLUMN)
+    return _render(draw, x, "share of runs at or below")
 
 
 def tails(samples: Mapping[str, Floats], x: str, colours: Colours) -> str:
@@ -127,7 +102,7 @@ def tails(samples: Mapping[str, Floats], x: str, colours: Colours) -> str:
         axes.set_ylim(0.5 / max(len(values) for values in samples.values()), 1.3)
         _span(axes, "x", everything)
 
-    return _render(draw, x, "share of runs slower than", COLUMN)
+    return _render(draw, x, "share of runs slower than")
 
 
 def over_time(rounds: Mapping[str, Sequence[Sequence[float]]], y: str, colours: Colours) -> str:
@@ -151,7 +126,7 @@ def over_time(rounds: Mapping[str, Sequence[Sequence[float]]], y: str, colours: 
             axes.axvline(edge, color="#7a7f8333", linewidth=0.8)
         _span(axes, "y", np.array([v for runs in rounds.values() for one in runs for v in one]))
 
-    return _render(draw, "round", y, COLUMN)
+    return _render(draw, "round", y)
 
 
 def ratios(found: Ratios, x: str) -> str:
@@ -183,7 +158,7 @@ def ratios(found: Ratios, x: str) -> str:
     return _render(draw, x, "", (COLUMN[0], 2.7))
 
 
-def lying_bars(
+def bars(
     groups: Sequence[str],
     values: Mapping[str, Sequence[float | None]],
     x: str,
@@ -282,7 +257,7 @@ def _span(axes: Axes, way: Literal["x", "y"], values: Floats) -> None:
 
 
 def _render(
-    draw: Callable[[Axes], None], x: str, y: str, size: tuple[float, float] = (6.4, 3.4)
+    draw: Callable[[Axes], None], x: str, y: str, size: tuple[float, float] = COLUMN
 ) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")

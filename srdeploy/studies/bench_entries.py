@@ -12,7 +12,7 @@ from srdeploy import console
 from srdeploy.artifacts.artifact import Artifact, open_artifact
 from srdeploy.errors import UserError
 from srdeploy.runtimes.registry import BACKENDS, choose_runtime, pick_artifact
-from srdeploy.serve.bench.entries import Entry, Setting, find_checkpoints, short_names
+from srdeploy.serve.bench.entries import BenchEntry, Setting, find_checkpoints, short_names
 from srdeploy.spec import Spec
 
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -40,7 +40,7 @@ def entries_for(
     builds: int = 1,
     device: str = "cpu",
     spec: Spec | None = None,
-) -> Iterator[list[Entry]]:
+) -> Iterator[list[BenchEntry]]:
     """The entries, in order; files made for them (other types, engine builds, a graph with its
     exits) live as long as the block.
 
@@ -56,7 +56,7 @@ def entries_for(
         entries = []
         for artifact, name, run in zip(opened, names, runs, strict=True):
             entries.append(
-                Entry(
+                BenchEntry(
                     name=name,
                     path=artifact.path,
                     checkpoint=run,
@@ -192,7 +192,7 @@ def _has_torch() -> bool:
     return found
 
 
-def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> Entry:
+def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> BenchEntry:
     from srdeploy.studies.with_exits import export_with_exits
 
     path = workshop.folder / "exits-left-in.onnx"
@@ -206,4 +206,4 @@ def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> E
             found = _converted(artifact, one.precision, workshop)
             if found is not None:
                 forms[one.runtime, one.precision] = found
-    return Entry(name="exits left in", path=path, judged=False, forms=forms)
+    return BenchEntry(name="exits left in", path=path, judged=False, forms=forms)

@@ -16,27 +16,30 @@ from srdeploy.export.certificate import Certificate, certify_files
 from srdeploy.export.pipeline import export_run
 from srdeploy.files import read_json, write_json
 from srdeploy.imaging import Pixels, colour_table, fit, restore
-from srdeploy.metrics import percent
 from srdeploy.pages import charts
 from srdeploy.pages.report import (
+    Charts,
+    Gallery,
     Picture,
     Report,
     Section,
     Table,
     Verdict,
     chart,
+    class_legend,
     drawing,
     photo,
     write_report,
 )
+from srdeploy.pages.text import tell_verdicts
 from srdeploy.runs import METRICS, STATE, NetworkConfig
 from srdeploy.runtimes.registry import open_runtime
-from srdeploy.serve.bench.entries import Entry, Setting
-from srdeploy.serve.bench.matrix import Bench
-from srdeploy.serve.bench.measure import Plan
-from srdeploy.serve.bench.page import bench_cards, bench_sections
-from srdeploy.serve.bench.report_tables import warnings
+from srdeploy.serve.bench.entries import BenchEntry, Setting
+from srdeploy.serve.bench.matrix import Benchmark
+from srdeploy.serve.bench.measure import BenchPlan
+from srdeploy.serve.bench.page import accuracy_text, bench_sections, bench_verdicts
 from srdeploy.serve.bench.results import BenchReport, CheckpointMatch
+from srdeploy.serve.bench.tables import warnings
 from srdeploy.serve.folders.predict import predict_photos
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.scheduling.planner import ModelSource
@@ -79,7 +82,7 @@ def demo_report(findings: DemoFindings) -> Report:
         verdicts=list(demo_verdicts(findings)),
         sections=[
             _pictures(findings),
-            *bench_sections(findings.bench, (), None),
+            *bench_sections(findings.bench),
             _certificates(findings),
             _training(findings),
         ],
@@ -103,7 +106,7 @@ def demo_verdicts(findings: DemoFindings) -> Iterator[Verdict]:
         "both certified" if certified else "not certified",
         certified,
     )
-    yield from bench_cards(findings.bench)
+    yield from bench_verdicts(findings.bench)
     left_in = findings.bench.cells[0].rows[2].end_to_end.ratio
     assert left_in is not None  # only the first artifact has none
     yield Verdict(
@@ -136,26 +139,17 @@ def _pictures(findings: DemoFindings) -> Section:
     header = ["photo", "truth", "baseline", "regulated"]
     header += [f"exit {i + 1}" for i in range(len(regulated.taps))]
     return Section(
-        title="What the networks see",
-        text=(
-            "Test photos and masks of the deployed files; exits 1 (shallowest) onward are what the "
-            "regulated network's stages said in training, and are not deployed. The figure below "
-            "each mask is its pixel accuracy."
-        ),
-        gallery_header=header,
-        gallery=rows,
-        legend=[
-            (name, f"rgb({red}, {green}, {blue})")
-            for name, (red, green, blue) in zip(spec.classes, spec.palette, strict=True)
-        ],
+        "What the networks see",
+        "Test photos and masks of the deployed files; exits 1 (shallowest) onward are what the "
+        "regulated network's stages said in training, and are not deployed. The figure below each "
+        "mask is its pixel accuracy.",
+        [class_legend(spec), Gallery(header, rows)],
     )
 
 
 def _mask(mask: Pixels, image: Pixels, truth: Pixels, spec: Spec) -> Picture:
     own = restore(mask, image.shape[0], image.shape[1])
-    valid = truth != spec.ignore_index
-    accuracy = float((own[valid] == truth[valid]).mean()) if valid.any() else None
-    return drawing(colour_table(spec)[own], f"{percent(accuracy)} %")
+    return drawing(colour_table(spec)[own], accuracy_text(own, truth, spec))
 
 
 def _certificates(findings: DemoFindings) -> Section:
@@ -168,7 +162,7 @@ def _certificates(findings: DemoFindings) -> Section:
         title="Certificates",
         text="Each export against a plain network built fresh from its name, and torch against the "
         "file on photos of the val split; then the two files against each other.",
-        tables=[
+        blocks=[
             Table(
                 name,
                 ("line", "verdict", "finding"),
@@ -194,14 +188,12 @@ def _training(findings: DemoFindings) -> Section:
                 xs, ys = terms.setdefault(name, ([], []))
                 xs.append(record["step"])
                 ys.append(value)
-    return Section(
-        title="Training",
-        charts=[
-            chart(charts.curves(loss, "step", "cross-entropy"), "The network's own loss"),
-            chart(charts.curves(miou, "step", "mIoU on val, %"), "Validation"),
-            chart(charts.curves(terms, "step", "loss"), "The regulated run's terms, unweighted"),
-        ],
-    )
+    drawn = [
+        chart("The network's own loss", charts.curves, loss, "step", "cross-entropy"),
+        chart("Validation", charts.curves, miou, "step", "mIoU on val, %"),
+        chart("The regulated run's terms, unweighted", charts.curves, terms, "step", "loss"),
+    ]
+    return Section("Training", blocks=[Charts(drawn)])
 
 
 # The demo: every stage of the main job on made-up data; a stage that is done is not redone.
@@ -259,12 +251,7 @@ def run_demo(out: Path, *, steps: int, seed: int, force: bool) -> DemoOutcome:
     write_report(demo_report(findings), report)
     passed = _passed(exports, same_graph, bench)
     _say_stage("done", "what came out")
-    for verdict in demo_verdicts(findings):
-        if verdict.passed is not None:
-            tell = console.done if verdict.passed else console.failed
-        else:
-            tell = console.warn if verdict.undecided else console.say
-        tell(f"{verdict.figure}: {verdict.claim}")
+    tell_verdicts(demo_verdicts(findings))
     console.done(f"wrote {report}: open it in a browser")
     return DemoOutcome(report, passed, _summary(report, passed, findings))
 
@@ -327,9 +314,11 @@ def _train(kind: str, data: Path, folder: Path, steps: int, seed: int) -> None:
 def _bench(out: Path, data: Path, command: str) -> BenchReport:
     left_in = out / "deploy" / "exits-left-in.onnx"
     export_with_exits(out / "runs" / "regulated", left_in)
-    entries = [Entry(kind, out / "deploy" / kind, checkpoint=out / "runs" / kind) for kind in KINDS]
-    entries.append(Entry("exits left in", left_in, judged=False))
-    job = Bench(plan=Plan(budget_s=BENCH_SECONDS), dataset=open_dataset(data, "test"))
+    entries = [
+        BenchEntry(kind, out / "deploy" / kind, checkpoint=out / "runs" / kind) for kind in KINDS
+    ]
+    entries.append(BenchEntry("exits left in", left_in, judged=False))
+    job = Benchmark(plan=BenchPlan(budget_s=BENCH_SECONDS), dataset=open_dataset(data, "test"))
     report, _ = job.run(entries, [Setting("onnxruntime", None, 1, (240, 320))], command)
     return report
 

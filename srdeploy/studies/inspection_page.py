@@ -1,7 +1,6 @@
 """The cells of an inspection, as pictures and words; page and figure lay them out."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePath
 
@@ -9,9 +8,23 @@ import numpy as np
 from PIL import Image
 
 from srdeploy.environment import describe_environment
-from srdeploy.files import write_whole
 from srdeploy.imaging import Pixels, overlay, restore
-from srdeploy.pages.report import drawing, photo, render_page
+from srdeploy.pages.report import (
+    Bar,
+    Bars,
+    Block,
+    Gallery,
+    Legend,
+    Picture,
+    Report,
+    Section,
+    Text,
+    class_legend,
+    css,
+    drawing,
+    photo,
+    write_report,
+)
 from srdeploy.spec import Spec
 from srdeploy.studies.inspection import PRESENT, Accuracy, PhotoView, RunView
 from srdeploy.train.pictures import ExitView
@@ -103,11 +116,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-# An inspection as one self-contained HTML page: light and dark, phone and desk, no external
-# resources.
+# The page.
 
-COLUMN_REM = 12
-"""Width of a column in rem: six of them, and the rows' names, fit on a screen of 1280 pixels."""
+COLUMN_REM = 10.5
+"""Least width of a column in rem: seven fit on a screen of 1280 pixels."""
 READING = (
     "Each column is an exit, from the shallowest on. An exit reads the feature map of one stage of "
     "the network, segments the image from it and says which classes are in the image. Exits exist "
@@ -120,103 +132,24 @@ READING = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A picture; `source` is a data URI."""
-
-    source: str
-    alt: str
-    caption: str
-    height: int
-    cells: bool = False
-    """Enlarged without smoothing."""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One class's score of one exit."""
-
-    name: str
-    percent: str
-    figure: str
-    colour: str
-    present: bool
-
-
-@dataclass(frozen=True)
-class Column:
-    """One exit."""
-
-    heading: str
-    name: str
-    shape: str
-    heat: Cell
-    mask: Cell | None
-    bars: tuple[Bar, ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One run on one photo."""
-
-    title: str
-    note: str
-    photo: Cell
-    truth: Cell | None
-    columns: tuple[Column, ...]
-    has_scores: bool
-
-
-@dataclass(frozen=True)
-class PhotoSection:
-    """One photo and the runs on it."""
-
-    name: str
-    size: str
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the template shows."""
-
-    title: str
-    lead: str
-    photos: tuple[PhotoSection, ...]
-    legend: tuple[tuple[str, str], ...]
-    presence_note: str
-    reading: tuple[str, ...]
-    scale: tuple[str, ...]
-    command: str
-    environment: dict[str, str]
-    width: int = 320
-    """Nominal width of a picture, which its height goes with: the page keeps its place for it."""
-    column_rem: int = COLUMN_REM
-
-
 def write_page(views: Sequence[PhotoView], path: Path, command: str, blend: float) -> None:
     """Writes the page to `path` in one step. Raises UserError where that fails."""
-    page = inspection_page(views, command, blend)
-    write_whole(path, render_page("srdeploy.pages", "inspection.html", page=page))
+    write_report(inspection_page(views, command, blend), path)
 
 
-def inspection_page(views: Sequence[PhotoView], command: str, blend: float) -> Page:
+def inspection_page(views: Sequence[PhotoView], command: str, blend: float) -> Report:
     """The page as data."""
-    import matplotlib
-
-    spec = views[0].runs[-1].subject.run.spec
-    runs = run_titles(views[0])
-    ends = matplotlib.colormaps[COLOURS](np.linspace(0, 1, 9), bytes=True)
-    return Page(
+    photos = views[0].path.name if len(views) == 1 else f"{len(views)} photos"
+    sections = [_section(view, blend, first=view is views[0]) for view in views]
+    reading = Section("How to read it", blocks=[_heat_legend(), *map(Text, READING)])
+    return Report(
         title="What each exit sees",
-        lead=" · ".join([*runs, _photos(views)]),
-        photos=tuple(_section(view, blend) for view in views),
-        legend=tuple((name, _css(spec, index)) for index, name in enumerate(spec.classes)),
-        presence_note=presence_note(views[0]),
-        reading=READING,
-        scale=tuple(f"rgb({r}, {g}, {b})" for r, g, b, _ in np.asarray(ends).tolist()),
+        lead=" · ".join([*run_titles(views[0]), photos]),
+        verdicts=(),
+        sections=[*sections, reading],
         command=command,
         environment=describe_environment(("torch", "numpy", "pillow", "matplotlib")),
+        wide=True,
     )
 
 
@@ -229,90 +162,64 @@ def presence_note(view: PhotoView) -> str:
     )
 
 
-def _photos(views: Sequence[PhotoView]) -> str:
-    return views[0].path.name if len(views) == 1 else f"{len(views)} photos"
+def _heat_legend() -> Legend:
+    """The colours of the maps as a gradient."""
+    ends = ", ".join(css((r, g, b)) for r, g, b in _heat_table()[::32].tolist())
+    return Legend([("colours of the maps: least to most", f"linear-gradient(to right, {ends})")])
 
 
-def _section(view: PhotoView, blend: float) -> PhotoSection:
+def _section(view: PhotoView, blend: float, first: bool) -> Section:
     height, width = view.size
-    titles = run_titles(view)
-    return PhotoSection(
-        name=view.path.name,
-        size=f"{width}x{height}",
-        blocks=tuple(
-            _block(view, run, title, blend) for run, title in zip(view.runs, titles, strict=True)
-        ),
-    )
+    blocks: list[Block] = [class_legend(view.runs[-1].subject.run.spec)] if first else []
+    for run, title in zip(view.runs, run_titles(view), strict=True):
+        blocks.append(_exits(view, run, title, blend))
+    return Section(view.path.name, f"{width}x{height}", blocks)
 
 
-def _block(view: PhotoView, run: RunView, title: str, blend: float) -> Block:
-    spec = run.subject.run.spec
-    name = view.path.name
+def _exits(view: PhotoView, run: RunView, title: str, blend: float) -> Gallery:
+    """One run on one photo: a column per exit; rows of maps, segmentations and class scores."""
+    spec, name = run.subject.run.spec, view.path.name
     truth = None
     if view.truth is not None:
         painted = mask_picture(view.truth, view.photo, spec)
-        truth = _photograph(painted, f"{name}: ground truth", "ground truth")
-    return Block(
-        title=title,
-        note=run.subject.note,
-        photo=_photograph(view.photo, name, ""),
-        truth=truth,
-        columns=tuple(_columns(view, run, title, blend)),
-        has_scores=any(exit.presence is not None for exit in run.exits),
-    )
-
-
-def _columns(view: PhotoView, run: RunView, title: str, blend: float) -> Iterator[Column]:
-    spec = run.subject.run.spec
+        truth = photo(painted, "ground truth", f"{name}: ground truth")
+    header = ["photo"]
+    maps: list[Picture | Bars | Text | None] = [photo(view.photo, "", name)]
+    masks: list[Picture | Bars | Text | None] = [truth]
+    scores: list[Picture | Bars | Text | None] = [Text(presence_note(view), soft=True)]
     for index, (exit, accuracy) in enumerate(zip(run.exits, run.accuracy, strict=True)):
-        head = heading(index, exit)
-        about = f"{view.path.name}, {title}, {head}"
-        heat = heat_picture(exit, view.photo, blend)
-        source = (drawing if blend == 0 else photo)(heat, "").source
-        mask = None
-        if exit.labels is not None:
+        about = f"{name}, {title}, {heading(index, exit)}"
+        called = exit.name if exit.role != "output" else "deployed"
+        header.append(f"{heading(index, exit)}\n{called}\n{shape_line(exit)}")
+        picture = drawing if blend == 0 else photo
+        shown = heat_line(exit)
+        maps.append(picture(heat_picture(exit, view.photo, blend), shown, f"{about}: {shown}"))
+        if exit.labels is None:
+            masks.append(Text("no segmenter was trained here", soft=True))
+        else:
             painted = mask_picture(exit.labels, view.photo, spec)
             figures = "; ".join(mask_lines(exit, accuracy))
-            mask = _photograph(painted, f"{about}: segmentation. {figures}".strip(), figures)
-        yield Column(
-            heading=head,
-            name=exit.name if exit.role != "output" else "deployed",
-            shape=shape_line(exit),
-            heat=Cell(
-                source,
-                f"{about}: {heat_line(exit)}",
-                heat_line(exit),
-                _height(heat),
-                cells=blend == 0,
-            ),
-            mask=mask,
-            bars=tuple(_bars(view, exit.presence, spec)),
-        )
+            masks.append(photo(painted, figures, f"{about}: segmentation. {figures}".strip()))
+        if exit.presence is None:
+            scores.append(Text("no classifier here", soft=True))
+        else:
+            scores.append(_scores(view, exit.presence, spec))
+    rows, titles = [maps, masks], ["maps", "segmentation"]
+    if any(exit.presence is not None for exit in run.exits):
+        rows.append(scores)
+        titles.append("classes")
+    return Gallery(header, rows, titles, title, run.subject.note, COLUMN_REM)
 
 
-def _bars(view: PhotoView, presence: tuple[float, ...] | None, spec: Spec) -> Iterator[Bar]:
-    if presence is None:
-        return
-    for index in view.classes:
-        score = presence[index]
-        yield Bar(
-            name=spec.classes[index],
-            percent=f"{100 * score:.1f}",
-            figure=f"{score:.2f}",
-            colour=_css(spec, index),
-            present=index in view.present,
-        )
-
-
-def _photograph(image: Pixels, alt: str, caption: str) -> Cell:
-    return Cell(photo(image, "").source, alt, caption, _height(image))
-
-
-def _height(image: Pixels) -> int:
-    height: int = round(Page.width * image.shape[0] / image.shape[1])
-    return max(1, height)
-
-
-def _css(spec: Spec, index: int) -> str:
-    red, green, blue = spec.palette[index]
-    return f"rgb({red}, {green}, {blue})"
+def _scores(view: PhotoView, presence: Sequence[float], spec: Spec) -> Bars:
+    return Bars(
+        [
+            Bar(
+                spec.classes[index],
+                f"{presence[index]:.2f}",
+                [("score", 100 * presence[index], css(spec.palette[index]))],
+                strong=index in view.present,
+            )
+            for index in view.classes
+        ]
+    )

@@ -433,13 +433,13 @@ def test_a_browser_shows_the_page_and_enlarges_its_pictures(
         page.on("request", lambda request: asked.append(request.url))
         page.goto(out.as_uri())
         broken = page.evaluate(
-            "async () => { const all = [...document.querySelectorAll('.exits img')];"
+            "async () => { const all = [...document.querySelectorAll('.gallery img')];"
             " all.forEach(i => i.loading = 'eager');"
             " await Promise.all(all.map(i => i.decode().catch(() => 0)));"
             " return all.filter(i => !i.naturalWidth).length; }"
         )
         overflow = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
-        button = page.locator(".exits button").nth(1)
+        button = page.locator(".gallery button").nth(1)
         small = button.bounding_box()
         button.focus()
         page.keyboard.press("Enter")

@@ -10,17 +10,27 @@ import pytest
 
 from srdeploy.pages import charts
 from srdeploy.pages.report import (
+    DIFFERENT,
+    Bar,
+    Bars,
+    Charts,
+    Code,
+    Gallery,
+    Legend,
     Picture,
     Report,
     Section,
     Table,
+    Text,
     Verdict,
     chart,
     drawing,
+    mark_differences,
     photo,
     render,
     write_report,
 )
+from srdeploy.pages.text import to_markdown
 
 
 class Resources(HTMLParser):
@@ -41,6 +51,9 @@ class Resources(HTMLParser):
 def report() -> Report:
     picture = np.zeros((24, 32, 3), np.uint8)
     latencies = {"a": np.linspace(1.0, 2.0, 50), "b": np.linspace(1.1, 2.1, 50)}
+    colours = {"a": "#0072b2", "b": "#e69f00"}
+    strong = Bar("sky", "0.25", [("score", 25, "blue")], strong=True)
+    loss = {"loss": ([0.0, 1.0, 2.0], [3.0, 2.0, 1.0])}
     return Report(
         title="A <b>report</b>",
         lead="What was compared.",
@@ -54,26 +67,38 @@ def report() -> Report:
             Section(
                 title="Everything",
                 text="One of each.",
-                tables=[
+                blocks=[
                     Table(
                         "IoU",
                         ("class", "IoU"),
                         [("road", "0.91\n[0.90, 0.92]"), ("sky", "0.95")],
                         links=["all", ""],
-                    )
-                ],
-                charts=[
-                    chart(
-                        charts.curves({"loss": ([0, 1, 2], [3.0, 2.0, 1.0])}, "step", "loss"),
-                        "Loss",
                     ),
-                    chart(charts.distributions(latencies, "ms"), "Latency"),
-                    chart(charts.grouped_bars(["road", "sky"], {"a": [0.5, None]}, "IoU"), "IoU"),
+                    Text("A remark.", soft=True),
+                    Code("srdeploy convert --keep 'a'"),
+                    Legend([("a", "#0072b2")]),
+                    Charts(
+                        [
+                            chart("Loss", charts.curves, loss, "step", "loss"),
+                            chart("Latency", charts.distributions, latencies, "ms", colours),
+                            chart("IoU", charts.bars, ["road"], {"a": [0.5]}, "IoU", colours),
+                        ]
+                    ),
+                    Bars([Bar("road", "+1.00", [("old", 90, "red"), ("new", 91, "blue")], "gray")]),
+                    Gallery(
+                        ["photo", "mask\nstride 4"],
+                        [
+                            [photo(picture, "photo 1"), drawing(picture, "mask 1")],
+                            [
+                                None,
+                                Bars([strong]),
+                            ],
+                        ],
+                        titles=["pictures", "scores"],
+                        title="Run 1",
+                        remark="Trained without classifiers.",
+                    ),
                 ],
-                gallery_header=["photo", "mask"],
-                gallery=[[photo(picture, "photo 1"), drawing(picture, "mask 1")]],
-                legend=[("road", "rgb(1, 2, 3)")],
-                key=[("a", "#0072b2")],
                 anchor="all",
             )
         ],
@@ -115,7 +140,29 @@ def test_a_row_leads_to_its_section_where_it_has_a_link(report: Report) -> None:
     assert '<section id="all">' in page
 
 
-def test_the_key_of_the_charts_stands_before_them(report: Report) -> None:
+def test_a_gallery_shows_pictures_bars_and_empty_cells(report: Report) -> None:
+    page = render(report)
+    assert '<th scope="col">mask<small>stride 4</small></th>' in page
+    assert "<h3>Run 1</h3>" in page
+    assert page.index("<span>pictures</span>") < page.index('alt="mask 1"')
+    assert "<td></td>" in page
+    assert '<li class="strong"><span title="sky">sky</span>' in page
+    assert 'aria-label="score 25.00 %"' in page
+
+
+def test_markdown_shows_all_but_pictures(report: Report) -> None:
+    text = to_markdown(report)
+    assert text.startswith("## A \\<b\\>report\\</b\\>\n\nWhat was compared.\n\n")
+    assert "- **✓ identical** same graph\n- **✗ 3 differ** same labels" in text
+    assert "- **? not shown** equally fast. 40 more rounds." in text
+    assert "| road | 0.91 \\[0.90, 0.92\\] |" in text
+    assert "A remark.\n\n```sh\nsrdeploy convert --keep 'a'\n```" in text
+    assert "mask 1" not in text
+    pictures = replace(report, sections=[Section("Pictures", blocks=[Charts([])])])
+    assert "Pictures" not in to_markdown(pictures)
+
+
+def test_the_legend_of_the_charts_stands_before_them(report: Report) -> None:
     page = render(report)
     assert page.index('<i style="background: #0072b2"></i>a') < page.index('<div class="charts">')
 
@@ -126,14 +173,25 @@ def test_the_same_report_is_the_same_page(report: Report, tmp_path: Path) -> Non
 
 
 def test_a_chart_of_the_same_values_is_the_same_text() -> None:
-    bars = [charts.grouped_bars(["x"], {"a": [1.0]}, "y") for _ in range(2)]
-    assert bars[0] == bars[1]
+    drawn = [charts.curves({"a": ([0.0, 1.0], [1.0, 2.0])}, "x", "y") for _ in range(2)]
+    assert drawn[0] == drawn[1]
 
 
-def test_more_artifacts_than_colours_are_all_drawn() -> None:
-    samples = {f"artifact {i}": np.linspace(1.0 + i, 2.0 + i, 9) for i in range(8)}
-    drawn = charts.distributions(samples, "ms")
-    assert [name for name in samples if f">{name}<" in drawn] == [*samples]
+def test_differing_pixels_are_marked_on_the_gray_photo_and_no_others() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (7, 9, 3), dtype=np.uint8)
+    differs = np.zeros((7, 9), np.bool_)
+    differs[2, 3] = differs[6, 8] = True
+    marked = mark_differences(image, differs)
+    assert np.array_equal((marked == DIFFERENT).all(axis=2), differs)
+    assert (marked[~differs] == marked[~differs][:, :1]).all()
+
+
+def test_thinning_loses_no_differing_pixel() -> None:
+    differs = np.zeros((40, 48), np.bool_)
+    differs[37, 46] = True
+    marked = mark_differences(np.zeros((40, 48, 3), np.uint8), differs, 7)
+    assert np.argwhere((marked == DIFFERENT).all(axis=2)).tolist() == [[5, 6]]
 
 
 def texts(svg: str) -> list[str]:
@@ -174,7 +232,7 @@ def test_a_margin_is_shaded_only_where_one_was_asked_for() -> None:
 
 def test_a_class_without_a_value_leaves_a_gap_and_dollars_are_no_formula() -> None:
     colours = {"a": "#0072b2"}
-    drawn = charts.lying_bars(["$x$", "y"], {"a": [50.0, None]}, "IoU", colours)
+    drawn = charts.bars(["$x$", "y"], {"a": [50.0, None]}, "IoU", colours)
     assert drawn.count("fill: #0072b2") == 1
     assert {"$x$", "y"} <= {*texts(drawn)}
 
@@ -210,7 +268,7 @@ def test_a_browser_shows_every_picture_without_errors_or_sideways_scrolling(
         page.on("request", lambda request: asked.append(request.url))
         page.goto((tmp_path / "report.html").as_uri())
         broken = page.evaluate(
-            "async () => { const all = [...document.images];"
+            "async () => { const all = [...document.querySelectorAll('main img')];"
             " all.forEach(i => i.loading = 'eager');"
             " await Promise.all(all.map(i => i.decode().catch(() => 0)));"
             " return all.filter(i => !i.naturalWidth).length; }"

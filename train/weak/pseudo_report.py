@@ -202,6 +202,7 @@ def _worst_page(
         )
         shown |= {one.tagged.background, *tags}
     scored = worst[0].scores is not None
+    legend = page.Legend([(spec.classes[i], page.css(spec.palette[i])) for i in sorted(shown)])
     order = "lowest mIoU of the pseudo mask" if scored else "largest share of ignored pixels"
     return page.Report(
         title="Where pseudo masks are worst",
@@ -212,16 +213,8 @@ def _worst_page(
         ),
         verdicts=_figures(report),
         sections=[
-            page.Section(title="Splits", tables=[_table(report)]),
-            page.Section(
-                title="Photos",
-                gallery_header=header,
-                gallery=gallery,
-                legend=[
-                    (spec.classes[i], "rgb({}, {}, {})".format(*spec.palette[i]))
-                    for i in sorted(shown)
-                ],
-            ),
+            page.Section("Splits", blocks=[_table(report)]),
+            page.Section("Photos", blocks=[legend, page.Gallery(header, gallery)]),
         ],
         command=f"srdeploy pseudo {run.classifier.data} --out {mirror.folder}",
     )

@@ -19,7 +19,7 @@ from tests.export.engines.uses import NAMES, read_uses
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "export" / "engines").glob("*.py")) + sorted(
-    (ROOT / "srdeploy" / "runtimes" / "trt").glob("*.py")
+    (ROOT / "srdeploy" / "runtimes" / "trt").glob("[ers]*.py")
 )
 DESCRIBE = Path(__file__).with_name("describe_bindings.py")
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")

@@ -8,18 +8,18 @@ import pytest
 
 from srdeploy.metrics import Interval, Scores
 from srdeploy.serve.bench.results import (
-    Accuracy,
+    AccuracyResult,
     AccuracyRow,
     BenchReport,
     Cell,
     CheckpointMatch,
     Footprint,
-    Machine,
+    Latency,
+    LatencyVerdict,
+    MachineReport,
     Outcome,
     Quantiles,
     Row,
-    Timing,
-    Verdict,
 )
 
 ROUNDS, RUNS = 12, 24
@@ -46,7 +46,7 @@ def by_round(mean: Interval, seed: int) -> tuple[float, ...]:
 
 def timing(
     typical: float, seed: int, ratio: Interval | None = None, outcome: Outcome | None = None
-) -> Timing:
+) -> Latency:
     """Latencies near `typical` ms with drift and a heavy tail, like a shared machine's."""
     rng = np.random.default_rng(seed)
     drift = 1 + 0.01 * np.sin(np.arange(ROUNDS))[:, None]
@@ -57,7 +57,7 @@ def timing(
     spans = (around(float(q), 0.004) for q in np.quantile(rounds, (0.5, 0.9, 0.95, 0.99)))
     verdict = None
     if outcome is not None:
-        verdict = Verdict(
+        verdict = LatencyVerdict(
             outcome=outcome,
             margin=0.01 if outcome is Outcome.EQUIVALENT else 0.0125,
             p_equivalent=0.0007 if outcome is Outcome.EQUIVALENT else 0.31,
@@ -65,7 +65,7 @@ def timing(
             rounds_needed=31 if outcome is Outcome.NOT_SHOWN else None,
             reason=REASONS[outcome],
         )
-    return Timing(
+    return Latency(
         quantiles=Quantiles(**dict(zip(("median", "p90", "p95", "p99"), spans, strict=True))),
         ratio=ratio,
         verdict=verdict,
@@ -74,7 +74,7 @@ def timing(
     )
 
 
-def row(name: str, end_to_end: Timing, device_time: Timing | None = None, **other: Any) -> Row:
+def row(name: str, end_to_end: Latency, device_time: Latency | None = None, **other: Any) -> Row:
     gpu = device_time is not None
     values: dict[str, Any] = {
         "name": name,
@@ -181,7 +181,7 @@ def scores(gain: float, classes: tuple[str, ...]) -> Scores:
     )
 
 
-def accuracy(names: tuple[str, str, str], classes: tuple[str, ...]) -> Accuracy:
+def accuracy(names: tuple[str, str, str], classes: tuple[str, ...]) -> AccuracyResult:
     gains = {
         "miou": Interval(value=0.0123, low=0.0051, high=0.0198),
         "failure1": Interval(value=-0.031, low=-0.052, high=-0.011),
@@ -192,7 +192,7 @@ def accuracy(names: tuple[str, str, str], classes: tuple[str, ...]) -> Accuracy:
     lost = matched.model_copy(
         update={"checkpoint": "runs/baseline", "agreement": 0.97, "passed": False}
     )
-    return Accuracy(
+    return AccuracyResult(
         data="data/camvid",
         split="test",
         images=101,
@@ -233,7 +233,7 @@ def make_report() -> Factory:
             "threads": 2,
             "cells": (cpu_cell(names), gpu_cell(names)),
             "accuracy": accuracy(names, classes),
-            "machine": Machine(
+            "machine": MachineReport(
                 figures={
                     "CPU governor": "powersave",
                     "CPU time of other processes": "3.1 %",

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from srdeploy.serve.bench import machine
-from srdeploy.serve.bench.machine import CpuState, MachineWatch
-from srdeploy.serve.bench.results import Machine
+from srdeploy.serve.bench.machine import CpuState, MachineMonitor
+from srdeploy.serve.bench.results import MachineReport
 
 CORES = list(range(4))
 START = CpuState(
@@ -32,14 +32,14 @@ QUIET = replace(START, total=1100, busy=441, own=90)
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MachineReport]:
     """What a watch says whose CPU went from START to the given state."""
 
-    def watch(end: CpuState, start: CpuState = START, threads: int | None = None) -> Machine:
+    def watch(end: CpuState, start: CpuState = START, threads: int | None = None) -> MachineReport:
         states = [start, end]
         monkeypatch.setattr(CpuState, "now", lambda cores: states.pop(0))
         monkeypatch.setattr("os.sched_getaffinity", lambda _: set(CORES))
-        with MachineWatch("cpu", threads) as watch:
+        with MachineMonitor("cpu", threads) as watch:
             watch.sample()
         return watch.report()
 
@@ -71,7 +71,7 @@ def used_by(other: "subprocess.Popen[bytes]") -> tuple[float, float]:
 
 def test_on_a_cpu_the_report_says_nothing_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with MachineWatch("cpu", threads=1) as watch:
+    with MachineMonitor("cpu", threads=1) as watch:
         watch.sample()
         found = watch.report()
     assert found.figures["CPU cores"].endswith(f"of {psutil.cpu_count()} usable")
@@ -80,7 +80,7 @@ def test_on_a_cpu_the_report_says_nothing_of_gpus(monkeypatch: pytest.MonkeyPatc
     assert not [text for text in (*found.figures, *found.warnings) if "GPU" in text]
 
 
-def test_a_quiet_machine_has_figures_and_no_warnings(watched: Callable[..., Machine]) -> None:
+def test_a_quiet_machine_has_figures_and_no_warnings(watched: Callable[..., MachineReport]) -> None:
     found = watched(QUIET)
     assert found.warnings == ()
     assert found.figures["CPU time of other processes"] == "1.0 %"
@@ -101,20 +101,20 @@ def test_a_quiet_machine_has_figures_and_no_warnings(watched: Callable[..., Mach
     ],
 )
 def test_what_makes_times_weak_is_a_warning(
-    watched: Callable[..., Machine], change: dict[str, Any], expected: str
+    watched: Callable[..., MachineReport], change: dict[str, Any], expected: str
 ) -> None:
     (warning,) = watched(replace(QUIET, **change), start=replace(START, periods=(100, 2))).warnings
     assert warning.startswith(expected)
 
 
-def test_more_threads_than_cores_are_a_warning(watched: Callable[..., Machine]) -> None:
+def test_more_threads_than_cores_are_a_warning(watched: Callable[..., MachineReport]) -> None:
     assert watched(QUIET, threads=4).warnings == ()
     assert watched(QUIET, threads=8).warnings == (
         "8 threads share 4 cores: take at most 4 threads",
     )
 
 
-def test_too_short_a_time_tells_no_shares(watched: Callable[..., Machine]) -> None:
+def test_too_short_a_time_tells_no_shares(watched: Callable[..., MachineReport]) -> None:
     found = watched(replace(START, total=START.total + 0.1, busy=START.busy + 0.1))
     assert found.warnings == ()
     assert "CPU time of other processes" not in found.figures

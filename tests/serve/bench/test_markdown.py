@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from srdeploy.serve.bench.report_tables import equal_labels
+from srdeploy.pages.text import rich_table, to_markdown
+from srdeploy.serve.bench.page import bench_page
 from srdeploy.serve.bench.results import BenchReport
-from srdeploy.serve.bench.text import tables, to_markdown
+from srdeploy.serve.bench.tables import equal_labels, summary_tables
 
 Factory = Callable[..., BenchReport]
 
@@ -18,37 +19,50 @@ def pipes(line: str) -> int:
     return len(re.findall(r"(?<!\\)\|", line))
 
 
+def markdown(report: BenchReport) -> str:
+    return to_markdown(bench_page(report))
+
+
 def in_terminal(report: BenchReport, width: int = 120) -> str:
     from rich.console import Console
 
     file = io.StringIO()
     console = Console(file=file, width=width, highlight=False)
-    for table in tables(report):
-        console.print(table)
+    for table in summary_tables(report):
+        console.print(rich_table(table))
     return file.getvalue()
 
 
 def test_verdicts_come_first_with_ratio_margin_and_reason(bench_report: BenchReport) -> None:
-    lines = [line for line in to_markdown(bench_report).splitlines() if line.startswith("- **")]
+    lines = [line for line in markdown(bench_report).splitlines() if line.startswith("- **")]
     starts = [line.split("**")[1] for line in lines]
-    assert starts == ["✓ EQUIVALENT", "? NOT SHOWN", "✗ DIFFERENT", "✗ DIFFERS", "✓ matches"]
-    assert r"ratio 1.001 \[0.998, 1.004\], margin 1 %. The ratio lies between 0.9982" in lines[0]
+    assert starts == [
+        "✓ EQUIVALENT",
+        "? NOT SHOWN",
+        "✗ DIFFERENT",
+        "✗ DIFFERS",
+        "✓ matches",
+        "+1.23 mIoU",
+    ]
+    assert r"ratio 1.001 \[0.998, 1.004\], margin 1 %: regulated against baseline" in lines[0]
+    assert ". The ratio lies between 0.9982" in lines[0]
     assert "about 31 rounds would tell, 12 were run." in lines[1]
 
 
 def test_warnings_environment_command_and_gain_are_there(bench_report: BenchReport) -> None:
-    text = to_markdown(bench_report)
+    text = markdown(bench_report)
     assert "> - The CPU's governor is powersave" in text
     assert f"```sh\n{bench_report.command}\n```" in text
     assert "| onnxruntime | 1.24.1 |" in text
-    assert r"mIoU gain in points \[95 %\]: +1.23 \[+0.51, +1.98\]" in text
+    gain = r"**+1.23 mIoU** points \[95 %\]: +1.23 \[+0.51, +1.98\], regulated over baseline"
+    assert gain in text
 
 
 def test_every_table_has_as_many_cells_in_each_row(make_report: Factory) -> None:
     nasty = make_report(names=("base|line", r"regu\|lated", "exits\nleft in"))
     for report in (make_report(), nasty):
-        blocks = re.findall(r"(?:^\|.*\n)+", to_markdown(report), re.M)
-        assert len(blocks) == 10
+        blocks = re.findall(r"(?:^\|.*\n)+", markdown(report), re.M)
+        assert len(blocks) == 11
         for block in blocks:
             lines = block.splitlines()
             assert set(lines[1]) <= set("|:- ")
@@ -56,14 +70,14 @@ def test_every_table_has_as_many_cells_in_each_row(make_report: Factory) -> None
 
 
 def test_a_name_cannot_become_markup(make_report: Factory) -> None:
-    text = to_markdown(make_report(names=("`a`", "<img src=x>", "*b* [c](d)")))
+    text = markdown(make_report(names=("`a`", "<img src=x>", "*b* [c](d)")))
     outside = text.split("### Command")[0]
     assert not re.search(r"(?<!\\)[`<]", outside)
     assert r"\*b\* \[c\](d)" in outside
 
 
 def test_a_fence_in_the_command_does_not_end_the_block(make_report: Factory) -> None:
-    text = to_markdown(make_report(command="srdeploy bench '```'"))
+    text = markdown(make_report(command="srdeploy bench '```'"))
     assert text.endswith("````sh\nsrdeploy bench '```'\n````\n")
 
 

@@ -12,30 +12,30 @@ from srdeploy.data import open_dataset
 from srdeploy.errors import UserError
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.bench.entries import (
-    Entry,
+    BenchEntry,
     Setting,
     bench_images,
     every_setting,
     short_names,
 )
-from srdeploy.serve.bench.matrix import Bench
-from srdeploy.serve.bench.measure import Measured, Plan, measure
+from srdeploy.serve.bench.matrix import Benchmark
+from srdeploy.serve.bench.measure import BenchPlan, Measurements, measure
 from srdeploy.serve.bench.results import BenchReport, Outcome, PartialFile
 from srdeploy.spec import Spec
 
 MakeGraph = Callable[..., Path]
 
 AUTO = Setting("auto", None, 1, None)
-BRIEF = Plan(budget_s=0.5)
+BRIEF = BenchPlan(budget_s=0.5)
 
 
-def entries(*paths: Path) -> list[Entry]:
-    return [Entry(name, path) for name, path in zip(short_names(paths), paths, strict=True)]
+def entries(*paths: Path) -> list[BenchEntry]:
+    return [BenchEntry(name, path) for name, path in zip(short_names(paths), paths, strict=True)]
 
 
 def test_a_slower_graph_is_different_and_the_first_has_no_verdict(make_graph: MakeGraph) -> None:
     quick, slow = make_graph("quick.onnx", work=2), make_graph("slow.onnx", work=20)
-    job = Bench(threads=1, plan=Plan(budget_s=4), costs=False)
+    job = Benchmark(threads=1, plan=BenchPlan(budget_s=4), costs=False)
     report, photos = job.run(
         entries(quick, slow), [Setting("auto", None, 1, (128, 128))], "srdeploy bench"
     )
@@ -61,14 +61,14 @@ def test_a_slower_graph_is_different_and_the_first_has_no_verdict(make_graph: Ma
 
 
 def test_the_report_survives_its_json(make_graph: MakeGraph) -> None:
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     report, _ = job.run(entries(make_graph("a.onnx"), make_graph("b.onnx")), [AUTO], "srdeploy x")
     assert BenchReport.model_validate_json(report.model_dump_json()) == report
 
 
 def test_every_setting_gets_a_cell(make_graph: MakeGraph) -> None:
     settings = every_setting(["onnxruntime", "openvino"], [None], [1, 2], [(32, 40)])
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     report, _ = job.run(entries(make_graph()), settings, "srdeploy bench")
     assert [(cell.runtime, cell.batch, cell.size) for cell in report.cells] == [
         ("onnxruntime", 1, (32, 40)),
@@ -81,7 +81,7 @@ def test_every_setting_gets_a_cell(make_graph: MakeGraph) -> None:
 
 def test_costs_are_those_of_each_artifact(make_graph: MakeGraph) -> None:
     small, large = make_graph("small.onnx"), make_graph("large.onnx", work=3)
-    job = Bench(threads=1, plan=BRIEF)
+    job = Benchmark(threads=1, plan=BRIEF)
     report, _ = job.run(entries(small, large), [Setting("auto", None, 2, (32, 32))], "srdeploy")
     first, other = report.cells[0].rows
     assert first.gmacs == pytest.approx(2 * 32 * 32 * 9 / 1e9)
@@ -94,8 +94,10 @@ def test_accuracy_is_scored_but_not_of_rows_to_be_looked_at(
     make_graph: MakeGraph, tiny_data: Path
 ) -> None:
     a, b = make_graph("a.onnx"), make_graph("b.onnx")
-    extra = Entry("with more outputs", make_graph("both.onnx", output="both"), judged=False)
-    job = Bench(threads=1, plan=BRIEF, dataset=open_dataset(tiny_data, "val"), limit=2, costs=False)
+    extra = BenchEntry("with more outputs", make_graph("both.onnx", output="both"), judged=False)
+    job = Benchmark(
+        threads=1, plan=BRIEF, dataset=open_dataset(tiny_data, "val"), limit=2, costs=False
+    )
     report, _ = job.run([*entries(a, b), extra], [AUTO], "srdeploy bench")
     names = [row.name for row in report.cells[0].rows]
     assert names == ["a.onnx", "b.onnx", "with more outputs"]
@@ -113,8 +115,10 @@ def test_an_export_is_held_against_its_checkpoint_and_torch_runs_that(
     run_folder: Path, exported: dict[str, Path], tiny_data: Path
 ) -> None:
     graph = exported["uint8-labels"]
-    entry = Entry("export", graph, checkpoint=run_folder, forms={("torch", None): (run_folder,)})
-    job = Bench(threads=1, plan=BRIEF, dataset=open_dataset(tiny_data, "val"), costs=False)
+    entry = BenchEntry(
+        "export", graph, checkpoint=run_folder, forms={("torch", None): (run_folder,)}
+    )
+    job = Benchmark(threads=1, plan=BRIEF, dataset=open_dataset(tiny_data, "val"), costs=False)
     settings = every_setting(["onnxruntime", "torch"], [None], [1], [None])
     report, _ = job.run([entry], settings, "srdeploy bench")
     graphs, torches = (cell.rows[0] for cell in report.cells)
@@ -130,9 +134,9 @@ def test_an_export_is_held_against_its_checkpoint_and_torch_runs_that(
 def test_a_graph_with_exits_stands_beside_graphs_and_not_beside_torch(
     run_folder: Path, exported: dict[str, Path], with_exits: Path
 ) -> None:
-    plain = Entry("plain", exported["uint8-labels"], forms={("torch", None): (run_folder,)})
-    left_in = Entry("exits left in", with_exits, judged=False)
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    plain = BenchEntry("plain", exported["uint8-labels"], forms={("torch", None): (run_folder,)})
+    left_in = BenchEntry("exits left in", with_exits, judged=False)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     settings = every_setting(["onnxruntime", "torch"], [None], [1], [(40, 48)])
     report, _ = job.run([plain, left_in], settings, "srdeploy bench")
     graphs, torches = report.cells
@@ -143,7 +147,7 @@ def test_a_graph_with_exits_stands_beside_graphs_and_not_beside_torch(
 
 def test_builds_of_one_artifact_take_turns(make_graph: MakeGraph) -> None:
     builds = tuple(make_graph(f"{number}/model.onnx") for number in range(3))
-    entry = Entry("engine", builds[0], forms={("tensorrt", None): builds})
+    entry = BenchEntry("engine", builds[0], forms={("tensorrt", None): builds})
     setting = Setting("tensorrt", None, 1, None)
     assert [entry.file(setting, opening) for opening in range(4)] == [*builds, builds[0]]
     assert entry.file(AUTO, 1) == builds[0]
@@ -157,7 +161,7 @@ def test_what_cannot_run_is_said_before_anything_is_timed(
 
     monkeypatch.setattr("srdeploy.serve.bench.matrix.measure", never)
     fixed = make_graph("fixed.onnx", size=(1, 64, 64))
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     settings = every_setting(["auto"], [None], [1, 2], [(64, 64)])
     with pytest.raises(UserError, match="alone, not"):
         job.run(entries(make_graph(), fixed), settings, "srdeploy bench")
@@ -166,14 +170,14 @@ def test_what_cannot_run_is_said_before_anything_is_timed(
 def test_a_foreign_graph_is_timed_with_the_classes_given_for_it(
     make_graph: MakeGraph, tiny_spec: Spec
 ) -> None:
-    foreign = Entry("foreign", make_graph("foreign.onnx", spec=None), spec=tiny_spec)
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    foreign = BenchEntry("foreign", make_graph("foreign.onnx", spec=None), spec=tiny_spec)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     report, _ = job.run([*entries(make_graph()), foreign], [AUTO], "srdeploy bench")
     assert [row.name for row in report.cells[0].rows] == ["colour.onnx", "foreign"]
 
 
 def test_a_fixed_shape_sets_the_size(make_graph: MakeGraph) -> None:
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     report, _ = job.run(entries(make_graph(size=(1, 64, 32))), [AUTO], "srdeploy bench")
     assert report.cells[0].size == (64, 32)
 
@@ -199,12 +203,12 @@ def test_names_are_short_where_that_tells_them_apart() -> None:
 def test_a_stopped_benchmark_goes_on_with_the_settings_that_are_left(
     make_graph: MakeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     chosen = entries(make_graph())
     settings = every_setting(["auto"], [None], [1, 2], [(32, 32)])
     calls: list[int] = []
 
-    def stopped_at_the_second(*arguments: Any, **options: Any) -> Measured:
+    def stopped_at_the_second(*arguments: Any, **options: Any) -> Measurements:
         calls.append(arguments[1].shape[0])
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -225,7 +229,7 @@ def test_a_stopped_benchmark_goes_on_with_the_settings_that_are_left(
 
 def test_only_the_same_benchmark_is_resumed(make_graph: MakeGraph, tmp_path: Path) -> None:
     chosen = entries(make_graph())
-    job = Bench(threads=1, plan=BRIEF, costs=False)
+    job = Benchmark(threads=1, plan=BRIEF, costs=False)
     job.run(chosen, [AUTO], "srdeploy bench", PartialFile(tmp_path, resume=False))
     make_graph(work=1)  # another graph under the same name
     with pytest.raises(UserError, match="of another benchmark .files differs"):
@@ -241,7 +245,7 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
 
 def test_what_is_not_shown_says_which_budget_would_show_it(make_graph: MakeGraph) -> None:
     chosen = entries(make_graph("a.onnx"), make_graph("b.onnx"))
-    job = Bench(threads=1, plan=Plan(margin=1e-3, budget_s=0.5), costs=False)
+    job = Benchmark(threads=1, plan=BenchPlan(margin=1e-3, budget_s=0.5), costs=False)
     report, _ = job.run(chosen, [AUTO], "srdeploy bench")
     (cell,) = report.cells
     verdict = cell.rows[1].end_to_end.verdict

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from srdeploy.imaging import Pixels
 from srdeploy.runtimes.registry import open_runtime
-from srdeploy.serve.bench.measure import MOST_BLOCKS, Plan, Side, block_order, measure
+from srdeploy.serve.bench.measure import MOST_BLOCKS, BenchPlan, TimedArtifact, block_order, measure
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 MakeGraph = Callable[..., Path]
@@ -64,8 +64,8 @@ def side(
     noise: float = 0.01,
     device: float | None = None,
     judged: bool = True,
-) -> Side:
-    return Side(
+) -> TimedArtifact:
+    return TimedArtifact(
         name, lambda opening: Fake(clock, name, opening, seconds, noise, device), judged=judged
     )
 
@@ -83,7 +83,9 @@ def test_blocks_take_turns_in_who_starts() -> None:
 
 def test_every_round_has_fresh_sessions_and_two_of_the_first() -> None:
     clock = Clock()
-    found = measure([side(clock, "a"), side(clock, "b")], IMAGES, Plan(), clock=lambda: clock.now)
+    found = measure(
+        [side(clock, "a"), side(clock, "b")], IMAGES, BenchPlan(), clock=lambda: clock.now
+    )
     rounds = len(found.end_to_end)
     assert {opening for name, opening in clock.log if name == "a"} == set(range(2 * rounds))
     assert {opening for name, opening in clock.log if name == "b"} == set(range(rounds))
@@ -100,17 +102,17 @@ def test_sessions_take_turns_in_being_opened_first() -> None:
             return super().__enter__()
 
     sides = [
-        Side("a", lambda opening: Noted(clock, "a", opening, 0.1, 0.0, None)),
-        Side("b", lambda opening: Noted(clock, "b", opening, 0.1, 0.0, None)),
+        TimedArtifact("a", lambda opening: Noted(clock, "a", opening, 0.1, 0.0, None)),
+        TimedArtifact("b", lambda opening: Noted(clock, "b", opening, 0.1, 0.0, None)),
     ]
-    measure(sides, IMAGES, Plan(), clock=lambda: clock.now)
+    measure(sides, IMAGES, BenchPlan(), clock=lambda: clock.now)
     assert opened[:9] == ["a0", "a1", "b", "a1", "b", "a0", "b", "a0", "a1"]
 
 
 def test_every_timed_run_is_kept_in_the_order_of_the_blocks() -> None:
     clock = Clock()
     found = measure(
-        [side(clock, "a"), side(clock, "b", 0.2)], IMAGES, Plan(), clock=lambda: clock.now
+        [side(clock, "a"), side(clock, "b", 0.2)], IMAGES, BenchPlan(), clock=lambda: clock.now
     )
     first = found.end_to_end[0]
     assert first.shape == (3, found.blocks, 2)
@@ -124,7 +126,7 @@ def test_every_timed_run_is_kept_in_the_order_of_the_blocks() -> None:
 def test_the_ratio_is_found_and_the_twins_is_one() -> None:
     clock = Clock()
     found = measure(
-        [side(clock, "a"), side(clock, "b", 0.12)], IMAGES, Plan(), clock=lambda: clock.now
+        [side(clock, "a"), side(clock, "b", 0.12)], IMAGES, BenchPlan(), clock=lambda: clock.now
     )
     assert np.exp(np.mean(found.ratios(2))) == pytest.approx(1.2, rel=0.02)
     assert np.exp(np.mean(found.ratios(1))) == pytest.approx(1.0, rel=0.02)
@@ -132,7 +134,7 @@ def test_the_ratio_is_found_and_the_twins_is_one() -> None:
 
 def test_measuring_stops_when_the_spread_is_small_enough() -> None:
     clock = Clock()
-    plan = Plan(budget_s=1e6)
+    plan = BenchPlan(budget_s=1e6)
     calm = measure(
         [side(clock, "a", noise=0.003), side(clock, "b", noise=0.003)],
         IMAGES,
@@ -156,10 +158,10 @@ def test_a_row_without_verdict_does_not_prolong_the_measuring() -> None:
     found = measure(
         [side(clock, "a", noise=0.003), side(clock, "b", noise=2.0, judged=False)],
         IMAGES,
-        Plan(budget_s=1e6),
+        BenchPlan(budget_s=1e6),
         clock=lambda: clock.now,
     )
-    assert len(found.end_to_end) == Plan().least_rounds
+    assert len(found.end_to_end) == BenchPlan().least_rounds
 
 
 def test_a_row_without_verdict_runs_in_the_first_rounds_alone() -> None:
@@ -169,8 +171,8 @@ def test_a_row_without_verdict_runs_in_the_first_rounds_alone() -> None:
         side(clock, "b", 0.2, judged=False),
         side(clock, "c", noise=0.03),
     ]
-    found = measure(sides, IMAGES, Plan(budget_s=1e6), clock=lambda: clock.now)
-    rounds, least = len(found.end_to_end), Plan().least_rounds
+    found = measure(sides, IMAGES, BenchPlan(budget_s=1e6), clock=lambda: clock.now)
+    rounds, least = len(found.end_to_end), BenchPlan().least_rounds
     assert rounds > least
     assert {opening for name, opening in clock.log if name == "b"} == set(range(least))
     assert len(found.ratios(2)) == len(found.runs((2,))) == least
@@ -183,7 +185,7 @@ def test_the_budget_is_kept_and_named() -> None:
     found = measure(
         [side(clock, "a", noise=0.5), side(clock, "b", noise=0.5)],
         IMAGES,
-        Plan(budget_s=30),
+        BenchPlan(budget_s=30),
         clock=lambda: clock.now,
     )
     assert "30 s" in found.stopped
@@ -192,21 +194,23 @@ def test_the_budget_is_kept_and_named() -> None:
 
 def test_two_rounds_are_run_whatever_the_budget() -> None:
     clock = Clock()
-    found = measure([side(clock, "a", 50.0)], IMAGES, Plan(budget_s=1), clock=lambda: clock.now)
+    found = measure(
+        [side(clock, "a", 50.0)], IMAGES, BenchPlan(budget_s=1), clock=lambda: clock.now
+    )
     assert len(found.end_to_end) == 2
     assert found.blocks == 1  # a run of a minute: more blocks would take an hour
 
 
 def test_quick_artifacts_get_many_blocks_per_round() -> None:
     clock = Clock()
-    found = measure([side(clock, "a", 0.001)], IMAGES, Plan(), clock=lambda: clock.now)
+    found = measure([side(clock, "a", 0.001)], IMAGES, BenchPlan(), clock=lambda: clock.now)
     assert found.blocks == MOST_BLOCKS
 
 
 def test_a_small_budget_has_rounds_enough_all_the_same() -> None:
     clock = Clock()
     sides = [side(clock, "a", 0.01, noise=0.05), side(clock, "b", 0.01, noise=0.05)]
-    found = measure(sides, IMAGES, Plan(budget_s=4), clock=lambda: clock.now)
+    found = measure(sides, IMAGES, BenchPlan(budget_s=4), clock=lambda: clock.now)
     assert len(found.end_to_end) >= 4
     assert found.seconds < 4 * 1.3
 
@@ -222,8 +226,8 @@ def test_warming_up_goes_on_while_runs_get_faster_and_is_not_timed() -> None:
             clock.now += 0.1 * max(0, 10 - self.runs)
             return super().timed_run(images)
 
-    slow = Side("a", lambda opening: Slowish(clock, "a", opening, 0.1, 0.0, None))
-    found = measure([slow], IMAGES, Plan(), clock=lambda: clock.now)
+    slow = TimedArtifact("a", lambda opening: Slowish(clock, "a", opening, 0.1, 0.0, None))
+    found = measure([slow], IMAGES, BenchPlan(), clock=lambda: clock.now)
     assert found.settled == [True, True]
     assert max(max(one) for one in found.runs((0, 1))) == pytest.approx(100)
 
@@ -239,19 +243,19 @@ def test_a_session_that_never_ceases_to_get_faster_is_reported() -> None:
             self.seconds = 0.9**self.runs
             return super().timed_run(images)
 
-    sides = [side(clock, "a"), Side("b", lambda n: Faster(clock, "b", n, 1.0, 0.0, None))]
-    found = measure(sides, IMAGES, Plan(budget_s=20), clock=lambda: clock.now)
+    sides = [side(clock, "a"), TimedArtifact("b", lambda n: Faster(clock, "b", n, 1.0, 0.0, None))]
+    found = measure(sides, IMAGES, BenchPlan(budget_s=20), clock=lambda: clock.now)
     assert found.settled == [True, True, False]
 
 
 def test_the_devices_own_time_is_kept_apart_where_every_session_tells_it() -> None:
     clock = Clock()
     told = [side(clock, "a", device=7.0), side(clock, "b", device=14.0)]
-    found = measure(told, IMAGES, Plan(), clock=lambda: clock.now)
+    found = measure(told, IMAGES, BenchPlan(), clock=lambda: clock.now)
     assert found.ratios(2, device=True) == pytest.approx([np.log(2)] * len(found.end_to_end))
     assert found.runs((2,), device=True)[0][0] == 14.0
     silent = [side(clock, "a", device=7.0), side(clock, "b")]
-    assert measure(silent, IMAGES, Plan(), clock=lambda: clock.now).device is None
+    assert measure(silent, IMAGES, BenchPlan(), clock=lambda: clock.now).device is None
 
 
 def test_the_machine_is_looked_at_after_each_round_while_its_sessions_are_open() -> None:
@@ -260,7 +264,7 @@ def test_the_machine_is_looked_at_after_each_round_while_its_sessions_are_open()
     found = measure(
         [side(clock, "a")],
         IMAGES,
-        Plan(),
+        BenchPlan(),
         sample=lambda: seen.append(len(clock.log) if clock.open else 0),
         clock=lambda: clock.now,
     )
@@ -273,8 +277,8 @@ def test_a_graph_with_more_work_is_found_slower_and_its_twin_is_not(make_graph: 
     quick, slow = make_graph("quick.onnx", work=2), make_graph("slow.onnx", work=20)
     images = np.zeros((1, 128, 128, 3), np.uint8)
     sides = [
-        Side("quick", lambda _: open_runtime(quick, threads=1)),
-        Side("slow", lambda _: open_runtime(slow, threads=1)),
+        TimedArtifact("quick", lambda _: open_runtime(quick, threads=1)),
+        TimedArtifact("slow", lambda _: open_runtime(slow, threads=1)),
     ]
-    found = measure(sides, images, Plan(budget_s=2))
+    found = measure(sides, images, BenchPlan(budget_s=2))
     assert np.mean(found.ratios(2)) > np.log(2) > np.mean(found.ratios(1))

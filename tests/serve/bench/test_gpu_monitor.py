@@ -1,4 +1,4 @@
-"""What a GPU did while it was measured, told by a driver of ours."""
+"""What a GPU did while it was measured, reported by a fake driver."""
 
 import inspect
 import sys
@@ -9,9 +9,10 @@ import pytest
 
 from srdeploy.errors import UserError
 from srdeploy.runtimes import gpus
-from srdeploy.serve.bench import machine
-from srdeploy.serve.bench.machine import MachineWatch, process_memory
-from srdeploy.serve.bench.results import Machine
+from srdeploy.serve.bench import gpu_monitor
+from srdeploy.serve.bench.gpu_monitor import process_memory
+from srdeploy.serve.bench.machine import MachineMonitor
+from srdeploy.serve.bench.results import MachineReport
 from tests.serve.bench.fake_nvml import FakeNvml, process
 
 
@@ -20,18 +21,18 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     """The GPU of this machine, CUDA's cuda:0."""
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(machine, "pci_bus_id", lambda index: f"0000:{index:02}:00.0")
+    monkeypatch.setattr(gpu_monitor, "pci_bus_id", lambda index: f"0000:{index:02}:00.0")
     return fake
 
 
-def on_gpu(samples: int = 3) -> Machine:
-    with MachineWatch("cuda") as watch:
+def on_gpu(samples: int = 3) -> MachineReport:
+    with MachineMonitor("cuda") as watch:
         for _ in range(samples):
             watch.sample()
     return watch.report()
 
 
-def about_gpu(found: Machine) -> list[str]:
+def about_gpu(found: MachineReport) -> list[str]:
     """Whatever this machine's CPU does meanwhile is left out."""
     return [one for one in found.warnings if "GPU" in one]
 
@@ -129,7 +130,7 @@ def test_foreign_process_numbers_tell_nothing_of_others(nvml: FakeNvml) -> None:
 
 
 def test_cudas_number_of_the_gpu_is_the_one_that_counts(nvml: FakeNvml) -> None:
-    with MachineWatch("cuda:1"):
+    with MachineMonitor("cuda:1"):
         assert nvml.opened == 1
     assert nvml.asked_for == ["0000:01:00.0"]
 
@@ -148,7 +149,7 @@ def test_without_nvml_the_watch_warns(nvml: FakeNvml, monkeypatch: pytest.Monkey
 
 
 def test_a_report_can_be_had_before_the_end_and_after_it(nvml: FakeNvml) -> None:
-    with MachineWatch("cuda") as watch:
+    with MachineMonitor("cuda") as watch:
         watch.sample()
         within = watch.report().figures["GPU SM clock"]
     assert watch.report().figures["GPU SM clock"] == within

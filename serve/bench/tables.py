@@ -1,5 +1,8 @@
-"""What a benchmark has to say, in words: the page, the Markdown text and the terminal say it
-alike."""
+"""What a benchmark has to say: its sentences, and its tables.
+
+The page, the Markdown text and the terminal show these alike. A line break in a cell separates an
+estimate from its interval.
+"""
 
 import math
 from collections import Counter
@@ -9,14 +12,14 @@ from dataclasses import dataclass
 from srdeploy.metrics import Interval, percent
 from srdeploy.pages.report import Table
 from srdeploy.serve.bench.results import (
-    Accuracy,
+    AccuracyResult,
     BenchReport,
     Cell,
     Footprint,
+    Latency,
+    LatencyVerdict,
     Outcome,
     Row,
-    Timing,
-    Verdict,
 )
 
 MARKS = {
@@ -25,17 +28,19 @@ MARKS = {
     Outcome.NOT_SHOWN: "? NOT SHOWN",
 }
 MATCHES = {True: "✓ matches", False: "✗ DIFFERS"}
+GAINS = (("miou", "mIoU"), ("failure1", "Failure-1"), ("failure2", "Failure-2"))
+"""Keys of AccuracyRow.gains with their names, in the tables' order."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class LatencyComparison:
     """One verdict of the benchmark, with where it was found."""
 
     cell: Cell
     row: Row
     measure: str
     ratio: Interval
-    verdict: Verdict
+    verdict: LatencyVerdict
 
     @property
     def claim(self) -> str:
@@ -43,18 +48,18 @@ class Answer:
         return f"{self.row.name} against {self.cell.rows[0].name}, {self.measure}"
 
 
-def answers(report: BenchReport) -> list[Answer]:
+def comparisons(report: BenchReport) -> list[LatencyComparison]:
     """Every verdict on latency, in the order of cells, rows and measures."""
     found = []
     for cell in report.cells:
         for row, measure, timing in measures(cell):
             if timing.verdict is not None:
                 assert timing.ratio is not None  # a verdict is about a ratio
-                found.append(Answer(cell, row, measure, timing.ratio, timing.verdict))
+                found.append(LatencyComparison(cell, row, measure, timing.ratio, timing.verdict))
     return found
 
 
-def measures(cell: Cell) -> Iterator[tuple[Row, str, Timing]]:
+def measures(cell: Cell) -> Iterator[tuple[Row, str, Latency]]:
     """Every row under every measure, the measures one after the other."""
     for name in ("end to end", "GPU"):
         for row in cell.rows:
@@ -63,7 +68,7 @@ def measures(cell: Cell) -> Iterator[tuple[Row, str, Timing]]:
 
 
 def warnings(report: BenchReport) -> list[str]:
-    """What makes the figures weak, in sentences: of the machine, and of sessions that never became
+    """What makes the figures unreliable, in sentences: the machine, and sessions that never became
     steady."""
     found = [sentence(warning) for warning in report.machine.warnings]
     unsettled = Counter(row.name for cell in report.cells for row in cell.rows if not row.settled)
@@ -138,7 +143,7 @@ def conditions(report: BenchReport) -> str:
 
 
 def design(cell: Cell) -> str:
-    """How the cell was measured: rounds, blocks, seconds, floor, margin, who never settled."""
+    """How the cell was measured: rounds, blocks, seconds, floor, margin, unsteady sessions."""
     unsettled = [row.name for row in cell.rows if not row.settled]
     floor = f"noise floor, the first against itself: {cell.floor}"
     if cell.device_floor is not None:
@@ -147,7 +152,7 @@ def design(cell: Cell) -> str:
         f"{cell.rounds} rounds of freshly opened sessions, {cell.blocks} interleaved blocks each, "
         f"two runs per artifact and block; {cell.seconds:.0f} s; stopped: {cell.stopped}; {floor}; "
         f"margin asked for: {margin_text(cell.margin)}; ratios are of runs of the same moment, and "
-        "medians of all runs, so that the two part where the machine's own speed changed"
+        "medians of all runs, so the two can disagree if the machine's speed drifted"
         + (f"; never steady while warming up: {', '.join(unsettled)}" if unsettled else "")
     )
 
@@ -157,42 +162,59 @@ def milliseconds(typical: float) -> str:
     return ".2f" if typical >= 10 else ".3f"
 
 
-# A benchmark's tables: the page, the Markdown text and the terminal show these alike. A line break
-# in a cell parts an estimate from its interval.
-
-GAINS = (("miou", "mIoU"), ("failure1", "Failure-1"), ("failure2", "Failure-2"))
-"""Keys of AccuracyRow.gains with their names, in the tables' order."""
+def summary_tables(report: BenchReport) -> list[Table]:
+    """For the terminal: latency and cost of each cell, then the accuracy where it was scored."""
+    found: list[Table | None] = []
+    for cell in report.cells:
+        found += [short_latency_table(cell), cost_table(cell)]
+    if report.accuracy is not None:
+        found += [accuracy_table(report.accuracy), checkpoint_table(report.accuracy)]
+    return [table for table in found if table is not None]
 
 
 def latency_table(cell: Cell) -> Table:
-    """Quantiles with intervals, ratio and throughput; one row per artifact and measure. What all
-    rows have in common stands in the caption."""
-    several = len({measure for _, measure, _ in measures(cell)}) > 1
-    common = {ways(row) for row in cell.rows}
+    """Quantiles with intervals, ratio and throughput; one row per artifact and measure."""
     rows = []
     for row, measure, timing in measures(cell):
         spans = timing.quantiles
+        form = milliseconds(spans.median.value)
         quantiles = (spans.median, spans.p90, spans.p95, spans.p99)
         rows.append(
             (
-                row.name,
-                *((measure,) if several else ()),
-                *((ways(row).replace(", ", "\n", 1),) if len(common) > 1 else ()),
-                *(broken(one, milliseconds(spans.median.value)) for one in quantiles),
+                _row_name(cell, row, measure),
+                *(broken(one, form) for one in quantiles),
                 ratio_text(timing.ratio),
-                f"{row.images_per_s:.1f}" if measure == "end to end" else "-",
+                _throughput(row, measure),
             )
         )
-    where = f"; {common.pop()}" if len(common) == 1 else ""
     return Table(
-        f"Milliseconds per run of {cell.batch}, with 95 % intervals{where}",
-        (
-            "artifact",
-            *(("measure",) if several else ()),
-            *(("runs in",) if len(common) > 1 else ()),
-            *("median", "p90", "p95", "p99", "ratio [95 %]", "images/s"),
-        ),
+        f"Milliseconds per run of {cell.batch}, with 95 % intervals{_common_way(cell)}",
+        ("artifact", "median", "p90", "p95", "p99", "ratio [95 %]", "images/s"),
         rows,
+    )
+
+
+def short_latency_table(cell: Cell) -> Table:
+    """`latency_table` for 120 columns: verdicts instead of intervals of quantiles."""
+    rows = []
+    for row, measure, timing in measures(cell):
+        spans = timing.quantiles
+        form = milliseconds(spans.median.value)
+        verdict = "-" if timing.verdict is None else MARKS[timing.verdict.outcome]
+        rows.append(
+            (
+                _row_name(cell, row, measure),
+                *(format(one.value, form) for one in (spans.median, spans.p90, spans.p99)),
+                ratio_text(timing.ratio).replace("\n", " "),
+                verdict,
+                _throughput(row, measure),
+            )
+        )
+    return Table(
+        f"Latency: {label(cell)}{_common_way(cell)}",
+        ("artifact", "median ms", "p90", "p99", "ratio [95 %]", "verdict", "images/s"),
+        rows,
+        note=sentence(design(cell)),
     )
 
 
@@ -254,19 +276,7 @@ def cost_table(cell: Cell) -> Table:
     )
 
 
-def _footprint(found: Footprint | None) -> tuple[str, str, str, str, str]:
-    if found is None:
-        return ("-", "-", "-", "-", "-")
-    return (
-        f"{found.own_mib:.0f}",
-        f"{found.peak_mib:.0f}",
-        "-" if found.device_mib is None else f"{found.device_mib:.0f}",
-        f"{found.import_s:.2f}",
-        f"{found.first_inference_s:.2f}",
-    )
-
-
-def accuracy_table(accuracy: Accuracy) -> Table:
+def accuracy_table(accuracy: AccuracyResult) -> Table:
     """Scores in percent, and below each its gain over the first artifact with the interval."""
     rows = []
     for row in accuracy.rows:
@@ -287,7 +297,7 @@ def accuracy_table(accuracy: Accuracy) -> Table:
     )
 
 
-def checkpoint_table(accuracy: Accuracy) -> Table | None:
+def checkpoint_table(accuracy: AccuracyResult) -> Table | None:
     """Exports against the checkpoints that they were made from; None where none is known."""
     rows = [
         (
@@ -336,3 +346,33 @@ def overview_table(report: BenchReport, anchors: Sequence[str] = ()) -> Table:
                 links.append(anchors[index] if place == 0 else "")
     header = ("setting", "artifact", "median ms", "ratio [95 %]", "verdict", "images/s")
     return Table("Latency end to end", header, rows, links=links)
+
+
+def _row_name(cell: Cell, row: Row, measure: str) -> str:
+    """The artifact's name, with the measure and with what it ran in where rows differ in these."""
+    name = (
+        row.name if all(one.device_time is None for one in cell.rows) else f"{row.name}, {measure}"
+    )
+    return name if _common_way(cell) else f"{name}\n{ways(row)}"
+
+
+def _common_way(cell: Cell) -> str:
+    """What all rows ran in, for a caption; empty where they differ."""
+    found = {ways(row) for row in cell.rows}
+    return f"; {found.pop()}" if len(found) == 1 else ""
+
+
+def _throughput(row: Row, measure: str) -> str:
+    return f"{row.images_per_s:.1f}" if measure == "end to end" else "-"
+
+
+def _footprint(found: Footprint | None) -> tuple[str, str, str, str, str]:
+    if found is None:
+        return ("-", "-", "-", "-", "-")
+    return (
+        f"{found.own_mib:.0f}",
+        f"{found.peak_mib:.0f}",
+        "-" if found.device_mib is None else f"{found.device_mib:.0f}",
+        f"{found.import_s:.2f}",
+        f"{found.first_inference_s:.2f}",
+    )
