@@ -1,6 +1,7 @@
 """The table of runtimes: what a new backend has to touch."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,8 @@ from srdeploy.runtimes.registry import BACKENDS, Backend, choosing_precision, op
 from srdeploy.serve.bench.entries import Setting
 from srdeploy.spec import Spec
 from srdeploy.studies.doctor_probes import graph_probe
-from tests.serve.conftest import MakeGraph
 
+MakeGraph = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("srdeploy", "train", "export", "serve")
 
