@@ -1,6 +1,7 @@
 """Damaged and hostile images, the same for the same seed: for decoders that strangers feed."""
 
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -27,6 +28,8 @@ PHOTO_FORMATS: dict[str, dict[str, Any]] = {
     "mpo": {"format": "MPO", "save_all": True},
 }
 OTHER_FORMATS = ("GIF", "ICO", "TGA", "PPM", "PDF", "EPS", "JPEG2000", "SGI", "PCX", "IM", "DDS")
+STAMPS = {"PDF": dict.fromkeys(("creationDate", "modDate"), time.gmtime(0))}
+"""Options of the formats that would otherwise note the second in which they were written."""
 
 
 def corpus(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -122,7 +125,7 @@ def _whole(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
             yield f"{format} {width}x{height}", _saved(Image.new("L", (width, height)), format)
     yield "clear palette", _saved(photo.convert("P"), format="PNG", transparency=bytes(range(256)))
     for format in OTHER_FORMATS:
-        yield format, _saved(photo, format=format)
+        yield format, _saved(photo, format=format, **STAMPS.get(format, {}))
 
 
 def _in_mode(photo: Image.Image, mode: str) -> Image.Image:
