@@ -151,7 +151,7 @@ def test_sigterm_answers_what_was_taken_in_and_ends_well(
 ) -> None:
     policy = InputPolicy(smallest=(32, 32), usual=(64, 64), largest=(512, 512))
     spec = tiny_spec.model_copy(update={"input": policy})
-    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 0.5)
+    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 3)
     crowd = Crowd(server, 6, 512, polite=True)
     while len(crowd.answers) < 6:
         time.sleep(0.02)
