@@ -3,6 +3,7 @@ learn."""
 
 import json
 import os
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -75,6 +76,15 @@ def loud() -> Iterator[None]:
     console.set_quiet(False)
     yield
     console.set_quiet(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a seed of its own is the same whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:  # importing it takes seconds, and not all tests need it
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture

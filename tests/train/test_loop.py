@@ -211,13 +211,33 @@ def test_a_network_learns_the_tiny_set(tiny_data: Path, tmp_path: Path) -> None:
     assert result.best_miou > 0.45
 
 
-def start_process(folder: Path, data: Path, steps: int) -> subprocess.Popen[str]:
+HELD = """
+import sys, time
+from pathlib import Path
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from srdeploy.cli.main import main
+
+go_on, steps = Path(sys.argv.pop(1)), iter(range(1, 1000))
+
+def hold(*_):
+    if next(steps) == 17:
+        while not go_on.exists():
+            time.sleep(0.01)
+
+register_optimizer_step_post_hook(hold)
+main()
+"""
+"""`srdeploy` that holds in step 17 until its first argument exists: the blow always comes in time,
+however late this process gets its turn."""
+
+
+def start_process(folder: Path, data: Path, steps: int, go_on: Path) -> subprocess.Popen[str]:
     settings = [
         *("network.options.width=4", "regulation.width=8", "warm_up=2", "log_every=3"),
         "val_every=5",
     ]
     command = [
-        *(sys.executable, "-m", "srdeploy", "train", str(data), "--out", str(folder)),
+        *(sys.executable, "-c", HELD, str(go_on), "train", str(data), "--out", str(folder)),
         *("--network", "unet", "--batch", "2", "--crop", "32x40", "--lr", "0.05"),
         *("--workers", "1", "--device", "cpu", "--steps", str(steps)),
     ]
@@ -252,9 +272,11 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tiny_data: Path, tmp_path: Path, uninterrupted: Path, blow: signal.Signals
 ) -> None:
     folder = tmp_path / "stopped"
-    process = start_process(folder, tiny_data, steps=30)
+    go_on = tmp_path / "go-on"
+    process = start_process(folder, tiny_data, steps=30, go_on=go_on)
     wait_for_step(process, folder, 12)
     process.send_signal(blow)
+    go_on.touch()
     _, errors = process.communicate(timeout=120)
     reached = int(read_state(folder / STATE)["step"])
     assert 10 <= reached < 30

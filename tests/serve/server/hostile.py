@@ -27,8 +27,9 @@ PHOTO_FORMATS: dict[str, dict[str, Any]] = {
     "bigtiff": {"format": "TIFF", "big_tiff": True},
     "mpo": {"format": "MPO", "save_all": True},
 }
-EPOCH = time.gmtime(0)
 OTHER_FORMATS = ("GIF", "ICO", "TGA", "PPM", "PDF", "EPS", "JPEG2000", "SGI", "PCX", "IM", "DDS")
+STAMPS = {"PDF": dict.fromkeys(("creationDate", "modDate"), time.gmtime(0))}
+"""Options of the formats that would otherwise note the second in which they were written."""
 
 
 def corpus(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -124,9 +125,7 @@ def _whole(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
             yield f"{format} {width}x{height}", _saved(Image.new("L", (width, height)), format)
     yield "clear palette", _saved(photo.convert("P"), format="PNG", transparency=bytes(range(256)))
     for format in OTHER_FORMATS:
-        # A PDF carries the second of its making unless told another.
-        dates = {"creationDate": EPOCH, "modDate": EPOCH} if format == "PDF" else {}
-        yield format, _saved(photo, format=format, **dates)
+        yield format, _saved(photo, format=format, **STAMPS.get(format, {}))
 
 
 def _in_mode(photo: Image.Image, mode: str) -> Image.Image:

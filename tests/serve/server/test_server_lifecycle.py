@@ -151,7 +151,7 @@ def test_sigterm_drains_in_flight_requests(
 ) -> None:
     policy = InputPolicy(smallest=(32, 32), usual=(64, 64), largest=(512, 512))
     spec = tiny_spec.model_copy(update={"input": policy})
-    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 2)
+    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 3)
     crowd = Crowd(server, 6, 512, polite=True)
     while len(crowd.answers) < 6:
         time.sleep(0.02)
@@ -172,8 +172,8 @@ def test_sigterm_drains_in_flight_requests(
 def test_a_reload_under_load_drops_no_request_and_others_need_the_key(
     start: Callable[..., LiveServer], make_graph: MakeGraph, tmp_path: Path
 ) -> None:
-    limit = ("--timeout", 3)
-    server = start(make_graph(), *ONE, *limit, "--host", "0.0.0.0", SRDEPLOY_API_KEY=KEY)
+    graph = make_graph()
+    server = start(graph, *ONE, "--host", "0.0.0.0", SRDEPLOY_API_KEY=KEY)
     port = server.url.rsplit(":", 1)[1]
     server.url = f"http://127.0.0.1:{port}"
     ask = {"content": photo(48)}
@@ -188,11 +188,16 @@ def test_a_reload_under_load_drops_no_request_and_others_need_the_key(
     assert server.get("/metrics").status_code == server.get("/v1/models").status_code == 401
     assert server.get("/v2/health/ready").status_code == server.get("/").status_code == 200
 
-    # A body that never comes holds its place for the time limit and no longer.
-    head = f"POST /v1/segment HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\nContent-Length: 99\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(port)), timeout=30) as connection:
+    # A body that never comes holds its place for the time limit and no longer. Another
+    # server: the limit must not strike the requests of a busy machine.
+    hasty = start(graph, *ONE, "--timeout", 1, SRDEPLOY_API_KEY=KEY)
+    hasty_port = int(hasty.url.rsplit(":", 1)[1])
+    head = "POST /v1/segment HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"X-API-Key: {KEY}\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", hasty_port), timeout=30) as connection:
         connection.sendall(head.encode() + b"slow")
         assert b" 504 " in connection.recv(4096)
+    hasty.kill()
 
     statuses: list[int] = []
     stop = threading.Event()
