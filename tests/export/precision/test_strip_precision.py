@@ -7,10 +7,11 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from srdeploy.export.certificate import identity_lines, opset_of
+from srdeploy.export.certificate import identity_lines
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.precision.stage import types_line
 from srdeploy.export.precision.strip_precision import strip_precision
+from srdeploy.graph.signature import opset_of
 from srdeploy.precision import HalfPrecision
 
 
