@@ -16,6 +16,7 @@ from srdeploy.errors import UserError
 from srdeploy.export.digest import graph_digest
 from srdeploy.export.isomorphism import compare_graphs
 from srdeploy.files import explain_os_error, sha256_of, write_json
+from srdeploy.graph.signature import opset_of
 from srdeploy.validation import Settings
 
 CERTIFICATE = "certificate.json"
@@ -152,11 +153,6 @@ def read_model(path: Path) -> ModelProto:
     except OSError as error:
         raise explain_os_error(error, path) from error
     return model
-
-
-def opset_of(model: ModelProto) -> int:
-    """Version of ONNX's own operators that the model is written in; 0 where it names none."""
-    return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
 
 
 def _verdict(equal: bool) -> str:

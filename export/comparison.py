@@ -14,6 +14,8 @@ from onnx import ModelProto, TensorProto
 from PIL import Image
 
 from srdeploy.errors import UserError
+from srdeploy.graph.index import GraphIndex
+from srdeploy.graph.operators import COMPARING
 from srdeploy.imaging import Pixels
 from srdeploy.precision import Precision
 from srdeploy.spec import InputPolicy
@@ -40,10 +42,10 @@ def expose_logits(file: Path, target: Path) -> None:
     model = onnx.load(str(file))
     graph = model.graph
     if all(value.name != "logits" for value in graph.output):
-        makers = {name: node for node in graph.node for name in node.output}
-        node = makers.get("labels")
+        index = GraphIndex(graph)
+        node = index.producer_of("labels")
         while node is not None and node.op_type != "ArgMax":
-            node = makers.get(node.input[0])
+            node = index.producer_of(node.input[0])
         if node is None:
             raise UserError(f"{file}: its labels do not come from an ArgMax: nothing to compare")
         exposed = onnx.helper.make_node("Cast", [node.input[0]], ["logits"], to=TensorProto.FLOAT)
@@ -121,9 +123,8 @@ def compares_features(model: ModelProto) -> bool:
         for value in (*inferred.input, *inferred.value_info, *inferred.output)
     }
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-    comparing = ("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal", "TopK")
     for node in inferred.node:
-        if node.op_type in comparing and types.get(node.input[0]) in floats:
+        if node.op_type in COMPARING and types.get(node.input[0]) in floats:
             return True
         if node.op_type == "MaxPool" and len(node.output) > 1:
             return True

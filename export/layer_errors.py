@@ -15,6 +15,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from srdeploy.errors import UserError
+from srdeploy.graph.index import GraphIndex
 from srdeploy.graph.signature import signature_of
 from srdeploy.imaging import Pixels, normalise
 from srdeploy.runtimes.onnx_runtime import first_line, import_onnxruntime, ort_errors
@@ -144,7 +145,7 @@ def _comparable(reference: ModelProto, candidate: ModelProto) -> list[NodeProto]
         for value in (*inferred.value_info, *inferred.output)
         if value.type.tensor_type.elem_type == TensorProto.FLOAT
     }
-    there = {name for node in candidate.graph.node for name in node.output}
+    there = GraphIndex(candidate.graph).producer.keys()
     return [
         node
         for node in reference.graph.node

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
@@ -27,6 +27,8 @@ from srdeploy.deployable import InputKind, OutputKind
 from srdeploy.errors import UserError
 from srdeploy.export.lowering import lowered_in_place
 from srdeploy.files import write_whole
+from srdeploy.graph.index import Names, bodies_of, captured_by
+from srdeploy.graph.operators import MODULE_LAYERS
 from srdeploy.graph.signature import INPUT_KEY, OUTPUT_KEY, VERSION_KEY
 from srdeploy.spec import ONNX_KEY, Spec
 
@@ -97,7 +99,6 @@ def _merge_integer_constants(graph: ir.Graph) -> None:
 
 PRODUCER = "srdeploy"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 
 def canonicalise(model: ModelProto, parameters: Collection[str]) -> None:
@@ -114,10 +115,9 @@ def canonicalise(model: ModelProto, parameters: Collection[str]) -> None:
     opsets = sorted(model.opset_import, key=lambda opset: opset.domain)
     del model.opset_import[:]
     model.opset_import.extend(opsets)
-    names = _Names(parameters)
-    names.reserve(value.name for value in (*model.graph.input, *model.graph.output))
+    names = Names(value.name for value in (*model.graph.input, *model.graph.output))
     model.graph.name = PRODUCER
-    _rename(model.graph, names, {}, "")
+    _rename(model.graph, names, frozenset(parameters), {}, "")
     _strip(model.graph)
     for function in model.functions:
         function.ClearField("metadata_props")
@@ -125,25 +125,13 @@ def canonicalise(model: ModelProto, parameters: Collection[str]) -> None:
             node.ClearField("metadata_props")
 
 
-class _Names:
-    """Hands out names, each once."""
-
-    def __init__(self, parameters: Collection[str]) -> None:
-        self.parameters = frozenset(parameters)
-        self._taken: set[str] = set()
-
-    def reserve(self, names: Iterator[str]) -> None:
-        self._taken.update(names)
-
-    def fresh(self, wish: str) -> str:
-        name, count = wish, 1
-        while name in self._taken:
-            name, count = f"{wish}_{count}", count + 1
-        self._taken.add(name)
-        return name
-
-
-def _rename(graph: GraphProto, names: _Names, outer: dict[str, str], path: str) -> None:
+def _rename(
+    graph: GraphProto,
+    names: Names,
+    parameters: Collection[str],
+    outer: dict[str, str],
+    path: str,
+) -> None:
     """Gives every node and value of `graph` its name; `outer` maps the names of enclosing
     graphs.
     """
@@ -152,21 +140,21 @@ def _rename(graph: GraphProto, names: _Names, outer: dict[str, str], path: str) 
         values[value.name] = value.name if not path else names.fresh(f"{path}/{value.name}")
     constants = {tensor.name for tensor in graph.initializer} - set(values)
     for tensor in graph.initializer:
-        if tensor.name in names.parameters and tensor.name not in values:
+        if tensor.name in parameters and tensor.name not in values:
             values[tensor.name] = names.fresh(tensor.name)
             constants.discard(tensor.name)
     used: list[str] = []
     for node in graph.node:
-        node.name = names.fresh(_wish(node, names.parameters, path))
+        node.name = names.fresh(_wish(node, parameters, path))
         for index, name in enumerate(node.input):
             if name in constants and name not in values:
-                values[name] = names.fresh(_constant_wish(node, index, names.parameters))
+                values[name] = names.fresh(_constant_wish(node, index, parameters))
             if name:
                 node.input[index] = values[name]
                 used.append(values[name])
         # Values of enclosing graphs that only a body reads need their name before the body is
         # visited.
-        for name in _free_names(node):
+        for name in captured_by(node):
             if name in constants and name not in values:
                 values[name] = names.fresh(f"{node.name}_const")
             used.append(values.get(name, name))
@@ -174,8 +162,8 @@ def _rename(graph: GraphProto, names: _Names, outer: dict[str, str], path: str) 
             if name and name not in values:
                 values[name] = names.fresh(f"{node.name}_out" + (str(index) if index else ""))
             node.output[index] = values[name] if name else ""
-        for body in _bodies(node):
-            _rename(body, names, values, node.name)
+        for body in bodies_of(node):
+            _rename(body, names, parameters, values, node.name)
         attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
         del node.attribute[:]
         node.attribute.extend(attributes)
@@ -191,7 +179,7 @@ def _rename(graph: GraphProto, names: _Names, outer: dict[str, str], path: str) 
 
 def _constant_wish(node: NodeProto, index: int, parameters: Collection[str]) -> str:
     """Name of a constant that the module does not name: after the node that reads it first."""
-    weight = node.input[1] if node.op_type in _WEIGHTED and index == 2 else ""
+    weight = node.input[1] if node.op_type in MODULE_LAYERS and index == 2 else ""
     if weight in parameters:
         # Folding BatchNorm into a convolution without a bias made this one: it is that
         # convolution's bias.
@@ -202,7 +190,7 @@ def _constant_wish(node: NodeProto, index: int, parameters: Collection[str]) -> 
 def _wish(node: NodeProto, parameters: Collection[str], path: str) -> str:
     """module/path/Operator. A weighted operator belongs to the module that owns its weight."""
     scope = _scope(node)
-    if node.op_type in _WEIGHTED and len(node.input) > 1 and node.input[1] in parameters:
+    if node.op_type in MODULE_LAYERS and len(node.input) > 1 and node.input[1] in parameters:
         scope = node.input[1].rpartition(".")[0]
     parts = [path] if path else []
     return "/".join([*parts, *(part for part in scope.split(".") if part), node.op_type])
@@ -218,25 +206,6 @@ def _scope(node: NodeProto) -> str:
             modules = [scope for scope in scopes[:-1] if not scope.startswith("_empty_nn_module")]
             return modules[-1] if modules else ""
     return ""
-
-
-def _bodies(node: NodeProto) -> Iterator[GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def _free_names(node: NodeProto) -> Iterator[str]:
-    """Names that the node's bodies read from enclosing graphs, in order of use."""
-    for body in _bodies(node):
-        own = {value.name for value in body.input} | {t.name for t in body.initializer}
-        own |= {name for inner in body.node for name in inner.output}
-        for inner in body.node:
-            for name in (*inner.input, *_free_names(inner)):
-                if name and name not in own:
-                    yield name
 
 
 def _strip(graph: GraphProto) -> None:
@@ -256,7 +225,7 @@ def _strip(graph: GraphProto) -> None:
         node.ClearField("doc_string")
         for attribute in node.attribute:
             attribute.ClearField("doc_string")
-        for body in _bodies(node):
+        for body in bodies_of(node):
             _strip(body)
 
 

@@ -6,18 +6,16 @@ import onnx
 from onnx import GraphProto, NodeProto, TensorProto
 
 from srdeploy.errors import UserError
-from srdeploy.export.digest import MEASURING
 from srdeploy.export.precision.tensor_types import (
     FLOAT,
     HALF_TYPES,
     LARGEST,
-    bodies_of,
-    captured_by,
     formals_of,
     in_16_bits,
-    label_of,
 )
 from srdeploy.export.precision.zones import follows_precision
+from srdeploy.graph.index import GraphIndex, Names, bodies_of, captured_by, label_of, names_in
+from srdeploy.graph.operators import MEASURING
 from srdeploy.precision import HalfPrecision
 
 
@@ -38,11 +36,10 @@ class Conversion:
     ) -> None:
         self.graph, self.precision, self.half = graph, precision, HALF_TYPES[precision]
         self._types = types
-        self._nodes = list(graph.node)
-        self._formals = {index: formals_of(self._nodes[index], opset) for index in chosen}
-        self._outputs = {value.name for value in graph.output}
-        self._names = Names(graph)
-        self._maker: dict[str, int] = {}
+        index = GraphIndex(graph)
+        self._nodes, self._outputs, self._producer = index.nodes, index.outputs, index.producer
+        self._formals = {node: formals_of(self._nodes[node], opset) for node in chosen}
+        self._names = Names(names_in(graph))
         self._made_in: dict[str, int] = {}
         """Element type in which a node gives a float value."""
         self._as: dict[tuple[str, int], str] = {}
@@ -62,12 +59,12 @@ class Conversion:
             for body in bodies_of(node):
                 _rename_reads(body, renamed)
         for name in self._outputs & self._made_in.keys():
-            self._value_as(name, FLOAT, self._nodes[self._maker[name]])
+            self._value_as(name, FLOAT, self._nodes[self._producer[name]])
         ordered = list(self._casts.get(-1, []))
         for index, node in enumerate(self._nodes):
             for position, name in enumerate(node.output):
                 node.output[position] = (
-                    self._as.get((name, self.half), name) if name in (self._outputs) else name
+                    self._as.get((name, self.half), name) if name in self._outputs else name
                 )
             ordered += [node, *self._casts.get(index, [])]
         del self.graph.node[:]
@@ -84,7 +81,7 @@ class Conversion:
         for position, name in enumerate(node.output):
             if not name or self._types[name] != FLOAT:
                 continue
-            self._maker[name], self._made_in[name] = index, FLOAT
+            self._made_in[name] = FLOAT
             if formals is not None and follows_precision(
                 node, "output", position, formals[1][position], self.half
             ):
@@ -153,8 +150,8 @@ class Conversion:
         return self._as[name, element_type]
 
     def _cast(self, name: str, element_type: int, reader: NodeProto) -> str:
-        """Casts the value right after it was made; the cast is named after its maker."""
-        index = self._maker.get(name, -1)
+        """Casts the value right after it was made; the cast is named after its producer."""
+        index = self._producer.get(name, -1)
         label = label_of(self._nodes[index] if index >= 0 else reader)
         source = self._as.get((name, self.half), name)
         suffix = self.precision if element_type == self.half else "fp32"
@@ -164,30 +161,6 @@ class Conversion:
         )
         self._casts.setdefault(index, []).append(cast)
         return result
-
-
-class Names:
-    """Hands out names that the graph and its bodies do not have, for nodes and for values."""
-
-    def __init__(self, graph: GraphProto) -> None:
-        self._taken = set(_names_in(graph))
-
-    def fresh(self, wish: str) -> str:
-        name, count = wish, 1
-        while name in self._taken:
-            name, count = f"{wish}_{count}", count + 1
-        self._taken.add(name)
-        return name
-
-
-def _names_in(graph: GraphProto) -> Iterator[str]:
-    yield from (value.name for value in (*graph.input, *graph.output))
-    yield from (tensor.name for tensor in graph.initializer)
-    yield from (tensor.values.name for tensor in graph.sparse_initializer)
-    for node in graph.node:
-        yield from (node.name, *node.output)
-        for body in bodies_of(node):
-            yield from _names_in(body)
 
 
 def _rename_reads(body: GraphProto, renamed: dict[str, str]) -> None:

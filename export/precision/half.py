@@ -7,18 +7,17 @@ import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from srdeploy.errors import UserError
-from srdeploy.export.certificate import opset_of
-from srdeploy.export.precision.conversion import Conversion, Names
+from srdeploy.export.precision.conversion import Conversion
 from srdeploy.export.precision.tensor_types import (
     FLOAT,
     HALF_TYPES,
-    bodies_of,
-    captured_by,
     element_types,
     in_32_bits,
-    label_of,
 )
-from srdeploy.export.precision.zones import LEARNT, holds_learnt, is_named, nodes_in_16_bits
+from srdeploy.export.precision.zones import holds_network, is_named, nodes_in_16_bits
+from srdeploy.graph.index import Names, bodies_of, captured_by, label_of, names_in
+from srdeploy.graph.operators import NETWORK, SELECTING, is_constant
+from srdeploy.graph.signature import opset_of
 from srdeploy.graph.subgraph import real_inputs
 from srdeploy.precision import PRECISION_KEY, HalfPrecision
 
@@ -36,15 +35,6 @@ def inlined(model: ModelProto) -> ModelProto:
 
 _HALVES = frozenset(HALF_TYPES.values())
 
-_SELECTING = frozenset(
-    ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Concat", "Split")
-    + ("Slice", "Gather", "GatherElements", "GatherND", "Expand", "Tile", "Pad", "Where")
-    + ("Relu", "Clip", "Min", "Max", "MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin")
-    + ("DepthToSpace", "SpaceToDepth", "TopK", "Dropout", "Neg", "Abs")
-)
-"""Operators whose results are among their operands' values, but for the sign, and therefore
-rounded already."""
-
 
 def emulate(model: ModelProto) -> ModelProto:
     """A copy of `model` in float32 in which every tensor that `model` stores in 16 bits is rounded.
@@ -58,7 +48,7 @@ def emulate(model: ModelProto) -> ModelProto:
     graph = float_model.graph
     for node in graph.node:
         _refuse_half_bodies(node, types)
-    names = Names(graph)
+    names = Names(names_in(graph))
     starts: list[NodeProto] = []
     ends: list[NodeProto] = []
     renamed: dict[str, str] = {}
@@ -91,9 +81,7 @@ def _rounded(
     node: NodeProto, types: dict[str, int], renamed: dict[str, str], names: Names
 ) -> list[NodeProto]:
     """The node in float32, and after it the casts that round its 16-bit results."""
-    selects = node.op_type in _SELECTING or (
-        node.op_type == "Constant" and node.domain in ("", "ai.onnx")
-    )
+    selects = node.op_type in SELECTING or is_constant(node.op_type, node.domain)
     _retype_attributes(node)
     label = label_of(node)
     casts: list[NodeProto] = []
@@ -167,7 +155,7 @@ def to_half(model: ModelProto, precision: HalfPrecision, keep: Collection[str] =
     opset = opset_of(typed)
     types = element_types(typed)
     chosen = nodes_in_16_bits(graph, types, opset, half, keep)
-    if not any(graph.node[index].op_type in LEARNT for index in chosen):
+    if not any(graph.node[index].op_type in NETWORK for index in chosen):
         raise UserError(
             f"no weighted operator of the graph can be converted to {precision}: it holds none in "
             "float32, or --keep names them all"
@@ -244,7 +232,7 @@ def _store_constants(graph: GraphProto) -> None:
 
 
 def _constant_of(node: NodeProto) -> TensorProto | None:
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+    if not is_constant(node.op_type, node.domain):
         return None
     (attribute,) = node.attribute
     value = onnx.helper.get_attribute_value(attribute)
@@ -264,7 +252,7 @@ def _refuse_weights_in_bodies(
     graph: GraphProto, precision: HalfPrecision, keep: Collection[str]
 ) -> None:
     for node in graph.node:
-        if holds_learnt(node) and not any(is_named(node, pattern) for pattern in keep):
+        if holds_network(node) and not any(is_named(node, pattern) for pattern in keep):
             raise UserError(
                 f"node '{label_of(node)}' ({node.op_type}) holds weighted operators in its body, "
                 f"which can't be converted to {precision}: name it with --keep to leave it in "

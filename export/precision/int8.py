@@ -13,11 +13,11 @@ from srdeploy import console
 from srdeploy.data.dataset import LAYOUTS
 from srdeploy.data.pairs import photos_below
 from srdeploy.errors import UserError
-from srdeploy.export.certificate import opset_of
-from srdeploy.export.precision.placement import WEIGHTED, Placement, is_weighted, place
+from srdeploy.export.precision.placement import Placement, is_weighted, place
 from srdeploy.export.precision.qdq import write_rounding
 from srdeploy.export.precision.zones import kept_nodes
-from srdeploy.graph.signature import Signature, signature_of
+from srdeploy.graph.operators import LAYERS, QUANTISING
+from srdeploy.graph.signature import Signature, opset_of, signature_of
 from srdeploy.imaging import PHOTO_SUFFIXES, Pixels, fit, normalise, read_photo
 from srdeploy.precision import PRECISION_KEY, TARGET_KEY, Target
 from srdeploy.runtimes.onnx_runtime import first_line, import_onnxruntime, ort_errors
@@ -262,7 +262,7 @@ def _check_pictures(pictures: Sequence[Pixels]) -> None:
 def _check_graph(model: ModelProto) -> None:
     graph = model.graph
     for node in graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger"):
+        if node.op_type in (*QUANTISING, "QLinearConv", "ConvInteger"):
             raise UserError(
                 f"the graph is quantised already (node '{node.name}', {node.op_type}): "
                 "give the fp32 export"
@@ -271,7 +271,7 @@ def _check_graph(model: ModelProto) -> None:
     weighted = [node for node in graph.node if is_weighted(node, stored)]
     if not weighted:
         raise UserError(
-            f"the graph has no {', '.join(WEIGHTED[:-1])} or {WEIGHTED[-1]} with stored weights: "
+            f"the graph has no {', '.join(LAYERS[:-1])} or {LAYERS[-1]} with stored weights: "
             "there is nothing to quantise"
         )
     for node in weighted:

@@ -25,19 +25,12 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
+from srdeploy.graph.index import GraphIndex
+from srdeploy.graph.operators import COMPARING, LAYERS, MEASURING, MOVING, PASSING
 from srdeploy.precision import Target
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""Operators whose second operand is a kernel or matrix."""
-
-_COMPARING = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK")
-_MEASURING = ("Shape", "Size")
 _ACTIVATIONS = ("Relu", "Clip")
 """Rounding their result absorbs them: its range ends where theirs does."""
-_MOVING = ("MaxPool", "Resize", "Slice", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
-"""Their results hold values of their first operand, or lie between them."""
-_PASSING = (*_MOVING, "Pad", "Expand", "Where", "DepthToSpace", "SpaceToDepth")
-"""Through these a value reaches a comparison as it is."""
 _JOINING = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
 """Computed in int8 by onnxruntime, with a scale of the result's own."""
 _FLOAT_ON_CPU = ("ConvTranspose",)
@@ -55,7 +48,7 @@ class Placement:
     reads: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """By value that is rounded: who reads it rounded, as (node, operand)."""
     shapes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """By value that is rounded: who asks for its shape alone, and can ask the int8 value."""
+    """By value that is rounded: who only asks for its shape, and can ask the int8 value."""
     same_scale: dict[str, str] = field(default_factory=dict)
     """By rounded value: the rounded value whose scale it has."""
 
@@ -79,7 +72,7 @@ def place(model: ModelProto, target: Target, keep: Collection[int], ends: bool) 
 
 def is_weighted(node: NodeProto, stored: Collection[str]) -> bool:
     """Whether the node's second operand is a stored kernel or matrix."""
-    return node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in stored
+    return node.op_type in LAYERS and len(node.input) > 1 and node.input[1] in stored
 
 
 def output_axis(node: NodeProto) -> int:
@@ -93,27 +86,21 @@ def output_axis(node: NodeProto) -> int:
 def is_moving(node: NodeProto) -> bool:
     """Whether its results lie between values of its first operand."""
     modes = {a.name: a.s for a in node.attribute}
-    return node.op_type in _MOVING and modes.get("mode") != b"cubic"
+    return node.op_type in MOVING and modes.get("mode") != b"cubic"
 
 
-class _Graph:
-    """Makers and readers of values, and what lies behind and before weights."""
+class _Graph(GraphIndex):
+    """Producers and consumers of values, and what lies behind and before weights."""
 
     def __init__(self, model: ModelProto) -> None:
+        super().__init__(model.graph)
         graph = onnx.shape_inference.infer_shapes(model).graph
-        self.nodes: list[NodeProto] = list(model.graph.node)
-        self.stored = {tensor.name for tensor in graph.initializer}
-        self.outputs = {value.name for value in graph.output}
-        self.maker = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
-        self.readers: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for index, node in enumerate(self.nodes):
-            for operand, name in enumerate(node.input):
-                self.readers[name].append((index, operand))
         values = (*graph.input, *graph.value_info, *graph.output)
         self.floats = {
             value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT
         } - self.stored
-        self.weighted = {i for i, node in enumerate(self.nodes) if is_weighted(node, self.stored)}
+        dense = {tensor.name for tensor in graph.initializer}
+        self.weighted = {i for i, node in enumerate(self.nodes) if is_weighted(node, dense)}
         self.behind: set[str] = set()
         """Values that a weighted operator comes before."""
         for index, node in enumerate(self.nodes):
@@ -145,16 +132,16 @@ class _Graph:
         waiting = [self.nodes[index].input[0] for index in last]
         while waiting:
             name = waiting.pop()
-            maker = self.maker.get(name)
-            if maker is None or maker in found or name in inner:
+            producer = self.producer.get(name)
+            if producer is None or producer in found or name in inner:
                 continue
-            found.add(maker)
-            if maker not in self.weighted:
-                waiting += self._floats_read(self.nodes[maker])
+            found.add(producer)
+            if producer not in self.weighted:
+                waiting += self._floats_read(self.nodes[producer])
         return found if any(self.nodes[index].op_type == "Add" for index in found) else set()
 
     def unshared(self, chosen: Collection[int], biases: bool) -> list[int]:
-        """Those of `chosen` whose kernel is read by them alone and along one axis: one kernel
+        """Those of `chosen` whose kernel is only read by them and along one axis: one kernel
         becomes int8 for all its readers or for none. biases: and whose bias nothing else reads,
         because in int32 it has the scale of each reader's input."""
         left = set(chosen)
@@ -167,10 +154,10 @@ class _Graph:
     def _may_round(self, index: int, left: Collection[int], biases: bool) -> bool:
         node = self.nodes[index]
         axis = output_axis(node)
-        for reader, operand in self.readers[node.input[1]]:
+        for reader, operand in self.uses[node.input[1]]:
             if reader not in left or operand != 1 or output_axis(self.nodes[reader]) != axis:
                 return False
-        return not biases or len(node.input) < 3 or len(self.readers[node.input[2]]) == 1
+        return not biases or len(node.input) < 3 or len(self.uses[node.input[2]]) == 1
 
     def between(self, node: NodeProto) -> bool:
         """Whether what the node reads and makes are floats behind weights and before others."""
@@ -182,27 +169,27 @@ class _Graph:
         found = {
             name
             for node in self.nodes
-            if node.op_type in _COMPARING or (node.op_type == "MaxPool" and len(node.output) > 1)
+            if node.op_type in COMPARING or (node.op_type == "MaxPool" and len(node.output) > 1)
             for name in self._floats_read(node)
         }
         waiting = list(found)
         while waiting:
-            maker = self.maker.get(waiting.pop())
-            if maker is not None and self.nodes[maker].op_type in _PASSING:
-                more = set(self._floats_read(self.nodes[maker])) - found
+            producer = self.producer.get(waiting.pop())
+            if producer is not None and self.nodes[producer].op_type in PASSING:
+                more = set(self._floats_read(self.nodes[producer])) - found
                 found |= more
                 waiting += more
         return found
 
-    def sole_reader(self, name: str) -> NodeProto | None:
-        readers = self.readers[name]
+    def sole_consumer(self, name: str) -> NodeProto | None:
+        readers = self.uses[name]
         if len(readers) == 1 and name not in self.outputs:
             return self.nodes[readers[0][0]]
         return None
 
     def after_activation(self, name: str) -> str:
-        """The value itself, or that of the activation which alone reads it."""
-        reader = self.sole_reader(name)
+        """The value itself, or that of the activation which is its only consumer."""
+        reader = self.sole_consumer(name)
         if reader is not None and reader.op_type in _ACTIVATIONS and reader.input[0] == name:
             return str(reader.output[0])
         return name
@@ -226,9 +213,9 @@ def _for_tensorrt(graph: _Graph, chosen: list[int], keep: Collection[int]) -> Pl
         if node.op_type != "Add" or index in keep or not graph.between(node):
             continue
         # TensorRT fuses the convolution that runs last; the other operand is read as int8.
-        order = sorted((0, 1), key=lambda operand: graph.maker[node.input[operand]])
+        order = sorted((0, 1), key=lambda operand: graph.producer[node.input[operand]])
         late = node.input[order[1]]
-        if late in fused and graph.sole_reader(late) is not None:
+        if late in fused and graph.sole_consumer(late) is not None:
             reads[node.input[order[0]]].append((index, order[0]))
     placement.reads = dict(reads)
     return placement
@@ -261,10 +248,10 @@ def _for_cpu(graph: _Graph, chosen: list[int], keep: Collection[int]) -> Placeme
                 rounded.add(node.output[0])
                 placement.same_scale[node.output[0]] = reads[0]
     for name in sorted(rounded):
-        readers = graph.readers[name]
+        readers = graph.uses[name]
         if name in compared:  # the comparison and all but weighted operators read it as it is
             readers = [(i, operand) for i, operand in readers if i in chosen]
-        asking = [r for r in readers if graph.nodes[r[0]].op_type in _MEASURING]
+        asking = [r for r in readers if graph.nodes[r[0]].op_type in MEASURING]
         placement.shapes[name] = asking
         placement.reads[name] = [reader for reader in readers if reader not in asking]
     return placement

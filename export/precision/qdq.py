@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto, helper
 from onnx.numpy_helper import from_array, to_array
 
 from srdeploy.export.precision.placement import Placement, output_axis
+from srdeploy.graph.index import GraphIndex
 from srdeploy.precision import Target
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -74,11 +75,11 @@ class _Writer:
 
     def write(self) -> None:
         nodes = [NodeProto.FromString(node.SerializeToString()) for node in self._graph.node]
-        made = {name for node in nodes for name in node.output}
+        produced = GraphIndex(self._graph).producer
         read = {i: nodes[i].input[0] for i in self._placement.weighted}
         least = self._least_scales(nodes) if self._target == "cpu" else {}
         for name in self._placement.reads:
-            if name not in made:
+            if name not in produced:
                 self._round(name, nodes)
         for index, node in enumerate(nodes):
             if index in read:

@@ -8,12 +8,13 @@ from onnx import ModelProto
 from pydantic import Field
 
 from srdeploy.errors import UserError
-from srdeploy.export.certificate import Line, identity_lines, opset_of, read_model
+from srdeploy.export.certificate import Line, identity_lines, read_model
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.precision.int8 import calibration_pictures, to_int8
-from srdeploy.export.precision.untyped import untyped
+from srdeploy.export.precision.strip_precision import strip_precision
 from srdeploy.export.verify import verification_line
 from srdeploy.files import write_whole
+from srdeploy.graph.signature import opset_of
 from srdeploy.imaging import Pixels
 from srdeploy.precision import Precision, Target
 from srdeploy.spec import Spec
@@ -119,7 +120,7 @@ def convert(model: ModelProto, spec: Spec, options: TypeOptions) -> ModelProto:
 
 def types_line(certified: ModelProto, typed: ModelProto) -> Line:
     """The line `types`: with casts and quantisation taken out, is `typed` the certified graph?"""
-    plain = untyped(typed, opset_of(certified))
+    plain = strip_precision(typed, opset_of(certified))
     identity, oracles, survivors = identity_lines(certified, plain)
     passed = bool(identity.passed and oracles.passed and survivors.passed)
     kinds = _weight_types(typed)

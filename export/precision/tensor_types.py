@@ -1,17 +1,18 @@
 """Element types of a graph's tensors, which of them ONNX allows where, and 16-bit weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 from onnx.defs import OpSchema
 from onnx.numpy_helper import to_array
 
 from srdeploy.errors import UserError
-from srdeploy.export.certificate import opset_of
+from srdeploy.graph.index import label_of
+from srdeploy.graph.signature import opset_of
 from srdeploy.precision import HalfPrecision
 
 FLOAT = int(TensorProto.FLOAT)
@@ -64,38 +65,6 @@ def element_types(model: ModelProto) -> dict[str, int]:
                     "in the graph's value_info, or deploy the graph in fp32"
                 )
     return types
-
-
-def label_of(node: NodeProto) -> str:
-    """The node's name; that of its first result where it has none."""
-    return node.name or next((name for name in node.output if name), node.op_type)
-
-
-def bodies_of(node: NodeProto) -> Iterator[GraphProto]:
-    """Sub-graphs that the node holds: branches of If, bodies of Loop and Scan."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def captured_by(node: NodeProto) -> list[str]:
-    """What the node's bodies take from the graph around them."""
-    names: dict[str, None] = {}
-    for body in bodies_of(node):
-        made = {value.name for value in body.input} | {t.name for t in body.initializer}
-        made |= {t.values.name for t in body.sparse_initializer}
-        made |= {name for inner in body.node for name in inner.output}
-        inside = [name for inner in body.node for name in reads_of(inner)]
-        inside += [value.name for value in body.output]
-        names.update(dict.fromkeys(name for name in inside if name not in made))
-    return list(names)
-
-
-def reads_of(node: NodeProto) -> list[str]:
-    """What the node reads, itself or in its bodies."""
-    return list(dict.fromkeys([*(name for name in node.input if name), *captured_by(node)]))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which nodes of a graph compute in 16 bits, decided by its structure alone.
+"""Which nodes of a graph compute in 16 bits, decided only by its structure.
 
 In float32 stay: what comes before the first weighted operator (the images as numbers, and their
 normalisation), what comes after the last ones (sums, resizes and the argmax of logits: 16 bits
@@ -7,25 +7,16 @@ were asked for. No value of a weight is looked at, so that two trainings get one
 """
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
 from onnx import GraphProto, NodeProto, TensorProto
 from onnx.helper import get_attribute_value
 
 from srdeploy.errors import UserError
-from srdeploy.export.digest import MEASURING, RESIZING, WEIGHTED
-from srdeploy.export.precision.tensor_types import (
-    FLOAT,
-    Formal,
-    bodies_of,
-    formals_of,
-    label_of,
-    reads_of,
-)
-
-LEARNT = WEIGHTED | {"Attention", "Einsum"}
-"""Operators that the network consists of: the others before and after them are no part of it."""
+from srdeploy.export.precision.tensor_types import FLOAT, Formal, formals_of
+from srdeploy.graph.index import GraphIndex, bodies_of, label_of
+from srdeploy.graph.operators import MEASURING, NETWORK, RESIZING
 
 FLOAT32_OPERATORS = frozenset(
     # Sums over a whole image: 65504 is reached by 256 x 256 pixels of value 1, and a bfloat16 sum
@@ -85,58 +76,43 @@ def nodes_in_16_bits(
         if not _loses_too_much(graph.node[index], flow.fed)
     }
     _return_to_float32(graph, flow, chosen)
-    # Weights computed from weights go with their readers.
+    # Weights computed from weights go with their consumers.
     for index in sorted(able & flow.constant, reverse=True):
-        readers = flow.readers(index)
+        consumers = flow.consumers(index)
         lossy = graph.node[index].op_type in FLOAT32_OPERATORS or flow.gives_output(index)
-        if readers and readers <= chosen and not lossy:
+        if consumers and consumers <= chosen and not lossy:
             chosen.add(index)
     return chosen
 
 
-class _Flow:
+class _Flow(GraphIndex):
     """Where each node stands between images and outputs."""
 
     def __init__(self, graph: GraphProto) -> None:
-        stored = {tensor.name for tensor in graph.initializer}
-        stored |= {tensor.values.name for tensor in graph.sparse_initializer}
-        self.fed = {value.name for value in graph.input} - stored
+        super().__init__(graph)
+        self.fed = set(self.inputs)
         """Values that depend on what the images show, not on their shape alone."""
         self.late: set[int] = set()
         """Nodes at or after a weighted operator, of what the images show."""
         self.constant: set[int] = set()
-        """Nodes that compute from stored tensors alone."""
+        """Nodes that compute only from stored tensors."""
         self.tail: set[int] = set()
         """Nodes after which no weighted operator comes."""
-        self._outputs = {value.name for value in graph.output}
-        self._nodes: Sequence[NodeProto] = graph.node
-        self._readers: dict[str, set[int]] = {}
-        self.makers: dict[str, int] = {}
-        fixed, after = set(stored), set[str]()
-        for index, node in enumerate(graph.node):
-            reads = reads_of(node)
-            for name in reads:
-                self._readers.setdefault(name, set()).add(index)
-            self.makers.update(dict.fromkeys(node.output, index))
-            if node.op_type not in MEASURING and not self.fed.isdisjoint(reads):
+        fixed, after = set(self.stored), set[str]()
+        for index, (node, reads) in enumerate(zip(self.nodes, self.reads, strict=True)):
+            if node.op_type in MEASURING:
+                continue
+            if not self.fed.isdisjoint(reads):
                 self.fed.update(name for name in node.output if name)
-                if _is_learnt(node) or not after.isdisjoint(reads):
+                if _is_network(node) or not after.isdisjoint(reads):
                     self.late.add(index)
                     after.update(name for name in node.output if name)
-            elif node.op_type not in MEASURING and fixed.issuperset(reads):
+            elif fixed.issuperset(reads):
                 self.constant.add(index)
                 fixed.update(node.output)
-        for index in range(len(graph.node) - 1, -1, -1):
-            readers = self.readers(index)
-            if readers <= self.tail and not _is_learnt(graph.node[index]):
+        for index in reversed(range(len(self.nodes))):
+            if self.consumers(index) <= self.tail and not _is_network(self.nodes[index]):
                 self.tail.add(index)
-
-    def readers(self, index: int) -> set[int]:
-        """Nodes that read a result of this one."""
-        return {r for name in self._nodes[index].output for r in self._readers.get(name, ())}
-
-    def gives_output(self, index: int) -> bool:
-        return not self._outputs.isdisjoint(self._nodes[index].output)
 
 
 def is_named(node: NodeProto, pattern: str) -> bool:
@@ -190,33 +166,33 @@ def _loses_too_much(node: NodeProto, fed: Collection[str]) -> bool:
 
 
 def _return_to_float32(graph: GraphProto, flow: _Flow, chosen: set[int]) -> None:
-    """Takes out of `chosen` what stands between float32 nodes alone, such as the small number that
+    """Takes out of `chosen` what stands only between float32 nodes, such as the small number that
     is added to a variance: 16 bits there would cost two casts and gain nothing."""
-    inside = {index for index in chosen if not _is_learnt(graph.node[index])}
+    inside = {index for index in chosen if not _is_network(graph.node[index])}
     settled = False
     while not settled:
         before = len(inside)
         for index in sorted(inside):
-            reads = [n for n in reads_of(graph.node[index]) if n in flow.fed]
-            makers = {flow.makers[name] for name in reads if name in flow.makers}
-            if not makers or any(m in chosen and m not in inside for m in makers):
+            reads = [name for name in flow.reads[index] if name in flow.fed]
+            producers = {flow.producer[name] for name in reads if name in flow.producer}
+            if not producers or any(p in chosen and p not in inside for p in producers):
                 inside.discard(index)
         for index in sorted(inside, reverse=True):
-            readers = flow.readers(index)
-            if not readers or any(r in chosen and r not in inside for r in readers):
+            consumers = flow.consumers(index)
+            if not consumers or any(c in chosen and c not in inside for c in consumers):
                 inside.discard(index)
         settled = len(inside) == before
     chosen -= inside
 
 
-def _is_learnt(node: NodeProto) -> bool:
+def _is_network(node: NodeProto) -> bool:
     """Whether the node, or one in its bodies, is a weighted operator."""
-    return node.op_type in LEARNT or holds_learnt(node)
+    return node.op_type in NETWORK or holds_network(node)
 
 
-def holds_learnt(node: NodeProto) -> bool:
+def holds_network(node: NodeProto) -> bool:
     """Whether a body of the node holds a weighted operator."""
-    return any(_is_learnt(inner) for body in bodies_of(node) for inner in body.node)
+    return any(_is_network(inner) for body in bodies_of(node) for inner in body.node)
 
 
 def _attribute(node: NodeProto, name: str, default: int) -> int:

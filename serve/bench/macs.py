@@ -17,6 +17,7 @@ import numpy as np
 from srdeploy.artifacts.artifact import Artifact, read_sidecar
 from srdeploy.errors import MissingPackageError
 from srdeploy.files import sha256_of
+from srdeploy.graph.operators import MULTIPLYING
 from srdeploy.graph.signature import Signature
 from srdeploy.runs import build_network, leave_out_auxiliary, open_run
 from srdeploy.runtimes.onnx_runtime import import_onnxruntime, ort_errors
@@ -70,7 +71,7 @@ def _counted(file: Path, signature: Signature, batch: int, size: tuple[int, int]
             inputs = event["input_type_shape"]
             output = event["output_type_shape"][0]
             total += count(_shape(inputs[left]), _shape(inputs[right]), _shape(output))
-        elif any(part in kind for part in _WEIGHTED):
+        elif any(part in kind for part in MULTIPLYING):
             return None
     return total
 
@@ -163,5 +164,3 @@ _COUNTED: dict[str, tuple[Callable[[Shape, Shape, Shape], int], int, int]] = {
     "QLinearMatMul": (_product, 0, 3),
 }
 """Kind of layer -> how it is counted, and which of its inputs are the two that are multiplied."""
-_WEIGHTED = ("Conv", "MatMul", "Gemm", "Einsum", "Attention", "LSTM", "GRU", "RNN")
-"""Parts of the names of all layers that multiply matrices, also those of other tools."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
+from srdeploy.graph.operators import QUANTISING
 from srdeploy.spec import ONNX_KEY, InputPolicy, Spec
 from srdeploy.validation import validated
 
@@ -211,6 +212,11 @@ def is_logits(value: "onnx.ValueInfoProto") -> bool:
     )
 
 
+def opset_of(model: "onnx.ModelProto") -> int:
+    """Version of ONNX's own operators that the model is written in; 0 where it names none."""
+    return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+
+
 def _describe(value: "onnx.ValueInfoProto") -> str:
     import onnx
 
@@ -246,7 +252,7 @@ def _count_weights(model: "onnx.ModelProto") -> int:
     names = set()
     steps = set()
     for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op_type in QUANTISING:
             steps.update(node.input[1:])
             if node.op_type == "DequantizeLinear":
                 names.add(node.input[0])

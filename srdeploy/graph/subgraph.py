@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 from onnx import (
     AttributeProto,
     FunctionProto,
-    GraphProto,
     ModelProto,
     NodeProto,
     TensorProto,
     ValueInfoProto,
 )
 
+from srdeploy.graph.index import GraphIndex, bodies_of, captured_by
 from srdeploy.graph.signature import is_weight
 
 FunctionKey: TypeAlias = tuple[str, str, str]
@@ -59,7 +59,7 @@ class Size:
 def ancestors(model: ModelProto, keep: Collection[str]) -> Part:
     """The part of `model` that the outputs `keep` need, found from them upstream."""
     graph = model.graph
-    maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    producer = GraphIndex(graph).producer
     nodes: set[int] = set()
     values: set[str] = set()
     waiting = list(keep)
@@ -68,12 +68,12 @@ def ancestors(model: ModelProto, keep: Collection[str]) -> Part:
         if name in values:
             continue
         values.add(name)
-        index = maker.get(name)
+        index = producer.get(name)
         if index is not None and index not in nodes:
             nodes.add(index)
             node = graph.node[index]
             values.update(other for other in node.output if other)
-            waiting.extend(other for other in (*node.input, *_captured(node)) if other)
+            waiting.extend(other for other in (*node.input, *captured_by(node)) if other)
     for annotation in graph.quantization_annotation:
         if annotation.tensor_name in values:
             values.update(entry.value for entry in annotation.quant_parameter_tensor_names)
@@ -88,7 +88,7 @@ def peeled(model: ModelProto, keep: Collection[str]) -> Part:
     readers: Counter[str] = Counter(keep)
     for names in reads:
         readers.update(names)
-    owner = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    producer = {name: i for i, node in enumerate(graph.node) for name in node.output}
     alive = set(range(len(graph.node)))
     doomed = [i for i, node in enumerate(graph.node) if not any(readers[n] for n in node.output)]
     while doomed:
@@ -98,10 +98,10 @@ def peeled(model: ModelProto, keep: Collection[str]) -> Part:
         alive.remove(index)
         for name in reads[index]:
             readers[name] -= 1
-            if not readers[name] and name in owner:
-                above = graph.node[owner[name]]
+            if not readers[name] and name in producer:
+                above = graph.node[producer[name]]
                 if not any(readers[other] for other in above.output):
-                    doomed.append(owner[name])
+                    doomed.append(producer[name])
     values = {name for name, count in readers.items() if count}
     values.update(name for index in alive for name in graph.node[index].output if name)
     scales = [
@@ -194,28 +194,6 @@ def _retain(field: Any, kept: Sequence[Any]) -> None:
         field.extend(kept)
 
 
-def _bodies(node: NodeProto) -> Iterator[GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def _captured(node: NodeProto) -> set[str]:
-    """Names that the node's bodies take from the graphs around them: read there, not made there."""
-    names: set[str] = set()
-    for body in _bodies(node):
-        made = {value.name for value in body.input} | {t.name for t in body.initializer}
-        made |= {t.values.name for t in body.sparse_initializer}
-        made |= {name for inner in body.node for name in inner.output}
-        read = {value.name for value in body.output}
-        for inner in body.node:
-            read |= set(inner.input) | _captured(inner)
-        names |= read - made - {""}
-    return names
-
-
 def _called(
     functions: Iterable[FunctionProto], nodes: Iterable[NodeProto]
 ) -> frozenset[FunctionKey]:
@@ -225,7 +203,7 @@ def _called(
     waiting = list(nodes)
     while waiting and known:
         node = waiting.pop()
-        waiting.extend(inner for body in _bodies(node) for inner in body.node)
+        waiting.extend(inner for body in bodies_of(node) for inner in body.node)
         key = (node.domain, node.op_type, node.overload)
         if key in known and key not in found:
             found.add(key)
@@ -274,7 +252,7 @@ def _without_uncalled(model: ModelProto, alive: Collection[int]) -> frozenset[Fu
 def _with_nested(node: NodeProto) -> Iterator[NodeProto]:
     """The node, and all nodes in its bodies."""
     yield node
-    for body in _bodies(node):
+    for body in bodies_of(node):
         for inner in body.node:
             yield from _with_nested(inner)
 
@@ -285,7 +263,7 @@ def _tensors_within(node: NodeProto) -> Iterator[TensorProto]:
         if attribute.type == AttributeProto.TENSOR:
             yield attribute.t
         yield from attribute.tensors
-    for body in _bodies(node):
+    for body in bodies_of(node):
         yield from body.initializer
         yield from (tensor.values for tensor in body.sparse_initializer)
         for inner in body.node:

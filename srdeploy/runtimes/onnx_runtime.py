@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from srdeploy.artifacts.artifact import Artifact
 from srdeploy.errors import MissingPackageError, UserError
+from srdeploy.graph.operators import LAYERS
 from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import ImageShapeError, parse_device
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
@@ -43,10 +44,6 @@ _NEEDS = {
     "cuda": "the driver and the CUDA libraries",
     "tensorrt": "the driver, the CUDA libraries and TensorRT 10 (pip install 'tensorrt<11')",
 }
-
-_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-"""Layers that must lie on the provider that was asked for. Shape arithmetic may stay on the CPU,
-where onnxruntime puts it on purpose."""
 
 
 def require_offered(ort: Any, provider: Provider, device: str) -> None:
@@ -114,7 +111,8 @@ def require_provider(session: Any, provider: Provider, device: str) -> None:
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     ]
-    stray = [one for one in placed if one[0] != NAMES[provider] and one[1] in _WEIGHTED]
+    # Shape arithmetic may stay on the CPU, where onnxruntime puts it on purpose.
+    stray = [one for one in placed if one[0] != NAMES[provider] and one[1] in LAYERS]
     if stray:
         elsewhere, kind, name = stray[0]
         raise UserError(
@@ -168,7 +166,6 @@ if TYPE_CHECKING:
     import onnx
 
 _NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _BY_INTEGERS = ("QLinear", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QGemm")
 
 
@@ -188,9 +185,9 @@ def layer_types(path: Path) -> set[str]:
         types |= dict.fromkeys(node.output, _type_of_output(node, types))
         if node.op_type.startswith(_BY_INTEGERS):
             # QLinearAdd and the like are no layers with weights.
-            if any(kind in node.op_type for kind in _LAYERS):
+            if any(kind in node.op_type for kind in LAYERS):
                 found.add("int8")
-        elif node.op_type.endswith(_LAYERS):
+        elif node.op_type.endswith(LAYERS):
             found.add(_NAMES[onnx.TensorProto.DataType.Name(types[node.input[1]])])
     return found
 

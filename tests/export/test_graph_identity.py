@@ -301,6 +301,49 @@ def test_bodies_of_control_flow_are_compared_inside() -> None:
     assert "(Abs) stands against" in (comparison.first_difference or "")
 
 
+def test_the_output_of_a_body_may_be_a_value_from_outside_it() -> None:
+    def passed_on(name: str) -> Callable[[ModelProto], None]:
+        def edit(model: ModelProto) -> None:
+            _branch(model, "Relu", "Abs")
+            body = next(a for a in model.graph.node[-1].attribute if a.name == "else_branch").g
+            del body.node[:]
+            body.output[0].name = name
+
+        return edit
+
+    assert compare_graphs(small(passed_on("r")), small(passed_on("r")))
+    assert graph_digest(small(passed_on("r"))) != graph_digest(small(passed_on("c")))
+    assert not compare_graphs(small(passed_on("r")), small(passed_on("c")))
+
+
+def _sparse(values: tuple[float, ...], places: tuple[int, ...]) -> Callable[[ModelProto], None]:
+    """The scale of the images as a sparse initialiser."""
+
+    def edit(model: ModelProto) -> None:
+        (scale,) = [t for t in model.graph.initializer if t.name == "scale"]
+        model.graph.initializer.remove(scale)
+        model.graph.sparse_initializer.append(
+            helper.make_sparse_tensor(
+                numpy_helper.from_array(np.array(values, np.float32), "scale"),
+                numpy_helper.from_array(np.array(places, np.int64), "places"),
+                [3, 1, 1],
+            )
+        )
+
+    return edit
+
+
+def test_a_sparse_initialiser_counts_as_the_dense_one_that_it_stands_for() -> None:
+    dense = small(_set("scale", np.array([0.5, 0, 2], np.float32).reshape(3, 1, 1)))
+    sparse = small(_sparse((0.5, 2), (0, 2)))
+    assert graph_digest(dense) == graph_digest(sparse)
+    assert compare_graphs(dense, sparse), compare_graphs(dense, sparse).first_difference
+    assert compare_graphs(sparse, sparse)
+    for other in (_sparse((0.5, 3), (0, 2)), _sparse((0.5, 2), (0, 1))):
+        assert graph_digest(sparse) != graph_digest(small(other))
+        assert "initialiser 'scale'" in str(compare_graphs(sparse, small(other)).first_difference)
+
+
 def _resized(model: ModelProto, scales: tuple[float, ...], region: tuple[float, ...]) -> None:
     """Ends in a Resize that takes its scales and its region from initialisers."""
     for name, values in (("scales", scales), ("region", region)):

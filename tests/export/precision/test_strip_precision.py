@@ -7,10 +7,11 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from srdeploy.export.certificate import identity_lines, opset_of
+from srdeploy.export.certificate import identity_lines
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.precision.stage import types_line
-from srdeploy.export.precision.untyped import untyped
+from srdeploy.export.precision.strip_precision import strip_precision
+from srdeploy.graph.signature import opset_of
 from srdeploy.precision import HalfPrecision
 
 
@@ -72,13 +73,13 @@ def test_a_graph_of_16_bits_is_the_certified_one_without_its_casts(
 ) -> None:
     typed = to_half(certified, precision)
     assert not same(certified, typed)
-    assert same(certified, untyped(typed, opset_of(certified)))
+    assert same(certified, strip_precision(typed, opset_of(certified)))
     line = types_line(certified, typed)
     assert line.passed, line.detail
 
 
 def test_an_output_keeps_its_name_and_weights_their_values(certified: ModelProto) -> None:
-    plain = untyped(to_half(certified, "fp16", ["network/head/*"]), opset_of(certified))
+    plain = strip_precision(to_half(certified, "fp16", ["network/head/*"]), opset_of(certified))
     onnx.checker.check_model(plain, full_check=True)
     assert [v.name for v in plain.graph.output] == [v.name for v in certified.graph.output]
     before = {t.name: numpy_helper.to_array(t) for t in certified.graph.initializer}
@@ -90,7 +91,7 @@ def test_an_output_keeps_its_name_and_weights_their_values(certified: ModelProto
 
 def test_a_quantised_graph_is_the_certified_one_with_dequantised_weights() -> None:
     plain, typed = quantised_by_hand()
-    found = untyped(typed, 20)
+    found = strip_precision(typed, 20)
     onnx.checker.check_model(found, full_check=True)
     assert same(plain, found)
     (weight,) = found.graph.initializer
