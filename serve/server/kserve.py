@@ -37,28 +37,17 @@ _ImagesShape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class RequestedOutput:
-    """One output tensor that the client asks for."""
-
-    name: str
-    binary: bool
-    """Whether it is binary data after the answer's JSON, rather than numbers in it."""
-
-
-@dataclass(frozen=True)
 class InferRequest:
     """One request to run a model."""
 
     images: Pixels
     """uint8 [N, H, W, 3], read-only: the body's own memory if it is binary."""
-    outputs: tuple[RequestedOutput, ...]
-    """All outputs if the client named none."""
+    binary: bool
+    """Whether the labels are binary data after the answer's JSON, rather than numbers in it."""
     id: str | None
     """Any text. It goes only into the answer's JSON: a header could not hold it."""
     timeout_s: float | None
     """How long the client waits, in seconds; None: not given."""
-    binary_data_output: bool
-    """Whether outputs are binary unless they say otherwise."""
 
 
 def server_metadata() -> dict[str, Any]:
@@ -138,18 +127,16 @@ def parse_infer(
         check_version(model, version)
     parameters = request.child("parameters")
     _refuse_sequences(parameters)
-    binary = parameters.optional("binary_data_output", bool) or False
-    outputs = _read_outputs(request, binary)
+    binary = _read_outputs(request, parameters)
     inputs = request.required("inputs", list)
     if len(inputs) != 1:
         raise BadRequest(f'inputs has {len(inputs)} tensors, one is needed: "{INPUT}"')
     (tensor,) = request.children("inputs")
     return InferRequest(
         images=_read_images(tensor, payload, model, limits),
-        outputs=outputs,
+        binary=binary,
         id=request.optional("id", str),
         timeout_s=_read_timeout(parameters),
-        binary_data_output=binary,
     )
 
 
@@ -157,20 +144,15 @@ def format_infer(
     request: InferRequest, model: ModelMetadata, labels: Pixels
 ) -> tuple[bytes, dict[str, str]]:
     """The answer's body and headers for labels uint8 [N, H, W], in the requested form."""
-    (wanted,) = request.outputs
-    output: dict[str, Any] = {
-        "name": wanted.name,
-        "datatype": DATATYPE,
-        "shape": list(labels.shape),
-    }
-    if wanted.binary:
+    output: dict[str, Any] = {"name": OUTPUT, "datatype": DATATYPE, "shape": list(labels.shape)}
+    if request.binary:
         output["parameters"] = {"binary_data_size": labels.size}
     answer: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
     if request.id is not None:
         answer["id"] = request.id
     answer["outputs"] = [output]
     text = json.dumps(answer, separators=(",", ":")).encode()
-    if wanted.binary:
+    if request.binary:
         headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
         return b"".join((text, np.ascontiguousarray(labels).data)), headers
     end = b"}]}"  # of the output, the outputs and the answer: the values go before it
@@ -178,17 +160,18 @@ def format_infer(
     return body, {"Content-Type": "application/json"}
 
 
-def _read_outputs(request: JsonObject, binary: bool) -> tuple[RequestedOutput, ...]:
-    outputs: list[RequestedOutput] = []
-    for wanted in request.children("outputs"):
-        name = wanted.required("name", str)
+def _read_outputs(request: JsonObject, parameters: JsonObject) -> bool:
+    """Whether the labels, the only output, are asked for as binary data."""
+    binary = parameters.optional("binary_data_output", bool) or False
+    for index, output in enumerate(request.children("outputs")):
+        name = output.required("name", str)
         if name != OUTPUT:
             raise BadRequest(
-                f'{wanted.path("name")}: {shown(name)} was asked for, "{OUTPUT}" is there'
+                f'{output.path("name")}: {shown(name)} was asked for, "{OUTPUT}" is there'
             )
-        if outputs:
-            raise BadRequest(f'{wanted.path("name")}: "{OUTPUT}" is asked for twice')
-        parameters = wanted.child("parameters")
+        if index:
+            raise BadRequest(f'{output.path("name")}: "{OUTPUT}" is asked for twice')
+        parameters = output.child("parameters")
         _refuse_shared_memory(parameters)
         if parameters.optional("classification", int):
             raise BadRequest(
@@ -196,8 +179,8 @@ def _read_outputs(request: JsonObject, binary: bool) -> tuple[RequestedOutput, .
                 "without scores: leave it out"
             )
         own = parameters.optional("binary_data", bool)
-        outputs.append(RequestedOutput(name, binary if own is None else own))
-    return tuple(outputs) or (RequestedOutput(OUTPUT, binary),)
+        binary = binary if own is None else own
+    return binary
 
 
 def _refuse_sequences(parameters: JsonObject) -> None:

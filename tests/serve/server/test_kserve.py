@@ -18,7 +18,6 @@ from srdeploy.serve.server.admission import BadRequest, NotFound, Refusal, TooLa
 from srdeploy.serve.server.config import ServerLimits
 from srdeploy.serve.server.kserve import (
     InferRequest,
-    RequestedOutput,
     check_version,
     format_infer,
     model_metadata,
@@ -115,16 +114,15 @@ def test_what_tritons_client_sends_is_read(
     np.testing.assert_array_equal(request.images, images)
     assert request.id == "photo 1"
     assert request.timeout_s == 0.25
-    # Its default: all outputs, in binary.
-    assert request.outputs == (RequestedOutput("labels", out_binary is not False),)
-    assert request.binary_data_output == (out_binary is None)
+    # Its default is binary.
+    assert request.binary == (out_binary is not False)
 
 
 @settings(max_examples=60, deadline=None)
 @given(LABELS, st.booleans(), st.none() | st.text(max_size=8))
 def test_tritons_client_reads_the_answer(labels: Pixels, binary: bool, id: str | None) -> None:
     images = np.zeros((*labels.shape, 3), np.uint8)
-    request = InferRequest(images, (RequestedOutput("labels", binary),), id, None, binary)
+    request = InferRequest(images, binary, id, None)
     body, headers = format_infer(request, replace(MODEL, version="3"), labels)
     length = headers.get("Inference-Header-Content-Length")
     assert (length is not None) == binary
@@ -144,8 +142,7 @@ def test_tritons_client_reads_the_answer(labels: Pixels, binary: bool, id: str |
 def test_labels_that_do_not_lie_in_one_piece_are_written_in_order() -> None:
     labels = np.arange(48, dtype=np.uint8).reshape(2, 4, 6)[:, ::-1, ::2]
     for binary in (True, False):
-        wanted = (RequestedOutput("labels", binary),)
-        request = InferRequest(np.zeros((2, 4, 3, 3), np.uint8), wanted, None, None, binary)
+        request = InferRequest(np.zeros((2, 4, 3, 3), np.uint8), binary, None, None)
         body, headers = format_infer(request, MODEL, labels)
         length = headers.get("Inference-Header-Content-Length")
         result = triton.InferenceServerClient.parse_response_body(
@@ -185,7 +182,7 @@ def test_answers_are_json_unless_binary_was_asked_for() -> None:
         (plain(parameters={"binary_data_output": True}, outputs=[wanted]), False),
         (plain(outputs=[{"name": "labels", "parameters": {"binary_data": True}}]), True),
     ):
-        assert parse(joined(request)[0]).outputs == (RequestedOutput("labels", is_binary),)
+        assert parse(joined(request)[0]).binary == is_binary
 
 
 def test_what_may_be_left_out_may_be_null_and_unknown_parameters_are_passed_over() -> None:
@@ -198,7 +195,7 @@ def test_what_may_be_left_out_may_be_null_and_unknown_parameters_are_passed_over
         parameters={"priority": 2, "own": "value", "sequence_id": 0, "timeout": 0},
     )
     read = parse(joined(request)[0])
-    assert (read.id, read.timeout_s, read.binary_data_output) == (None, None, False)
+    assert (read.id, read.timeout_s, read.binary) == (None, None, False)
 
 
 def test_a_length_of_the_whole_body_means_that_no_binary_data_follow() -> None:
