@@ -24,7 +24,7 @@ from srdeploy.runs import EXITS, STATE, WEIGHTS
 from srdeploy.train.regulation import SelfRegulation
 
 
-class Average:
+class EMA:
     """A float32 shadow of a module's parameters and buffers, as of when it was made.
 
     Normalisation's statistics are averaged along, so that they fit the weights beside them; what is
@@ -130,7 +130,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     items: str,
-    average: Average | None = None,
+    ema: EMA | None = None,
 ) -> None:
     """Writes state.pt. The old one stays until the new one is whole; raises UserError (full
     disk)."""
@@ -146,7 +146,7 @@ def save_state(
         "best_miou": progress.best_miou,
         "best_step": progress.best_step,
         "items": items,
-        "ema": None if average is None else average.shadow,
+        "ema": None if ema is None else ema.shadow,
     }
     write_state(folder / STATE, state)
 
@@ -168,9 +168,9 @@ def load_state(
     regulated: SelfRegulation,
     optimizer: torch.optim.Optimizer,
     items: str,
-    average: Average | None = None,
+    ema: EMA | None = None,
 ) -> Progress:
-    """Puts state.pt into the network, exits, optimizer, average and torch's random numbers; returns
+    """Puts state.pt into the network, exits, optimizer, EMA and torch's random numbers; returns
     how far it was.
 
     Raises UserError where the file is truncated, of another network, or of another list of photos.
@@ -187,8 +187,8 @@ def load_state(
         if regulated.exits is not None:
             regulated.exits.load_state_dict(state["exits"])
         optimizer.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.load(state.get("ema") or {})
+        if ema is not None:
+            ema.load(state.get("ema") or {})
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: does not fit this network ({_first_line(error)}): was it written by another "

@@ -31,7 +31,7 @@ class Compiled:
         # which are new ones each time.
         self._hooks = [
             network.get_submodule(name).register_forward_hook(partial(_keep, self._kept, name))
-            for name in (*regulated.taps, *regulated.own_exits)
+            for name in (*regulated.taps, *regulated.auxiliary_heads)
         ]
         self._run_network = torch.compile(self._collect, dynamic=False)
         self._run_exits = None

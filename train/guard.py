@@ -21,7 +21,7 @@ SHOWN = 4
 """Photos that are named; the rest are counted."""
 
 
-class Guard:
+class DivergenceGuard:
     """Looks at every step's terms: on the CPU at once, elsewhere by a flag on the device, which
     `check` reads."""
 

@@ -22,7 +22,7 @@ from srdeploy.metrics import Score, Scores
 from srdeploy.runs import STATE
 from srdeploy.spec import Spec
 from srdeploy.train.checkpoint import (
-    Average,
+    EMA,
     Progress,
     items_digest,
     load_state,
@@ -33,15 +33,15 @@ from srdeploy.train.compiled import compiled, require_compiler
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.device import deterministic
 from srdeploy.train.distributed import ALONE, Parallel, World, lost
-from srdeploy.train.guard import NORM, Guard, explain_failure
+from srdeploy.train.guard import NORM, DivergenceGuard, explain_failure
 from srdeploy.train.loader import batches
 from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
 from srdeploy.train.pictures import save_predictions
-from srdeploy.train.recorder import Recorder, Window
+from srdeploy.train.recorder import Recorder, RunningMeans
 from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import (
     PREDICTIONS,
-    Job,
+    TrainingJob,
     describe,
     prepare,
     remove_torn,
@@ -145,8 +145,8 @@ def train(
     if config.compile:
         require_compiler(device, world.size)
     optimizer = make_optimizer(regulated, config)
-    average = None if config.ema is None else Average(regulated, config.ema)
-    guard = Guard(config, job.samples)
+    ema = None if config.ema is None else EMA(regulated, config.ema)
+    guard = DivergenceGuard(config, job.samples)
     normalise = Normalise(job.spec).to(device)
     items = items_digest(job.training)
     world.require_same(items, "other photos")
@@ -157,7 +157,7 @@ def train(
     progress = Progress()
     if has_state:
         require_same_spec(folder, job.spec)
-        progress = load_state(folder, regulated, optimizer, items, average)
+        progress = load_state(folder, regulated, optimizer, items, ema)
         if progress.step >= config.steps:
             console.done(f"{folder} is finished already: {progress.step} steps")
             return _result(folder, progress, config, began)
@@ -187,7 +187,7 @@ def train(
         ) as stream,
     ):
         task = bar.add_task("training", total=config.steps, completed=progress.step, losses="")
-        window = Window()
+        running = RunningMeans()
         stopping = False
         while progress.step < config.steps and not stopping:
             # One step of SGD on batch x accumulate images.
@@ -218,10 +218,10 @@ def train(
             if config.clip is not None:
                 terms[NORM] /= world.size  # all have the same, and parts are added up
             optimizer.step()
-            window.add(terms)
+            running.add(terms)
             progress.step += 1
-            if average is not None:
-                average.update(progress.step)
+            if ema is not None:
+                ema.update(progress.step)
             bar.advance(task)
 
             # Losses, live and on record. Before every checkpoint too, so that no sum outlives it.
@@ -232,8 +232,8 @@ def train(
             validating = last or progress.step % config.val_every == 0
             if saving or validating or progress.step % config.log_every == 0:
                 guard.check()
-                means = window.means(world)
-                images_per_s = window.rate() * config.batch * config.accumulate
+                means = running.means(world)
+                images_per_s = running.rate() * config.batch * config.accumulate
                 loss, norm = means.pop("total"), means.pop(NORM, None)
                 recorder.train(progress.step, rate, loss, means, images_per_s, norm)
                 live = _live(loss, means, images_per_s)
@@ -241,19 +241,19 @@ def train(
                 bar.update(task, losses=live if wide else f"loss {loss:.3f}")
                 if bar.disable:
                     console.say(f"step {progress.step}/{config.steps}: {live}")
-                window = Window()
+                running = RunningMeans()
 
             # Validation; the best weights so far become the run's network.
             if validating:
-                with nullcontext() if average is None else average.in_place():
+                with nullcontext() if ema is None else ema.in_place():
                     _validate(folder, config, job, progress, recorder, bar)
-                window = Window()
+                running = RunningMeans()
 
             # The checkpoint comes last: whatever it counts as done is on the disk by now.
             if saving:
                 if world.leads:
-                    save_state(folder, regulated, optimizer, progress, items, average)
-                window = Window()
+                    save_state(folder, regulated, optimizer, progress, items, ema)
+                running = RunningMeans()
 
     result = _result(folder, progress, config, began)
     _say_how_it_ended(result, config)
@@ -263,7 +263,7 @@ def train(
 def _validate(
     folder: Path,
     config: TrainConfig,
-    job: Job,
+    job: TrainingJob,
     progress: Progress,
     recorder: Recorder,
     bar: RichProgress,

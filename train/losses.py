@@ -286,8 +286,8 @@ def _coarser(a: Tensor, b: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """Ground truth of a batch, as all losses of network and exits see it."""
+class Targets:
+    """Ground targets of a batch, as all losses of network and exits see it."""
 
     labels: Tensor
     """int64 [N, H, W]: 0 .. classes - 1, or ignore_index."""
@@ -303,7 +303,7 @@ class Truth:
         """Which pixels count, bool [N, H, W]."""
         return self.labels != self.ignore_index
 
-    def shrunk(self, size: tuple[int, int]) -> "Truth":
+    def shrunk(self, size: tuple[int, int]) -> "Targets":
         """At `size` (h, w): each cell takes the pixel under its centre."""
         sure = None if self.confidence is None else losses.shrink_labels(self.confidence, size)
         return replace(self, labels=losses.shrink_labels(self.labels, size), confidence=sure)
@@ -319,7 +319,7 @@ class Truth:
     def exits_cross_entropy(self, logits: Sequence[Tensor], proportion: bool) -> Tensor:
         """Sum of the exits' cross-entropies, each at its own size against labels brought there: the
         nearest, or the cells' proportions of classes."""
-        nearest: dict[tuple[int, int], Truth] = {}  # most exits share one size
+        nearest: dict[tuple[int, int], Targets] = {}  # most exits share one size
         counts: dict[tuple[int, int], Tensor] = {}
         found = []
         for one in logits:
@@ -352,8 +352,8 @@ def truth_of(
     ignore_index: int,
     class_weights: Tensor | None = None,
     confidence: Tensor | None = None,
-) -> Truth:
-    """The truth of labels (uint8 or int64 [N, H, W]) and their confidence (uint8 [N, H, W]).
+) -> Targets:
+    """The targets of labels (uint8 or int64 [N, H, W]) and their confidence (uint8 [N, H, W]).
 
     Raises UserError for a confidence of another shape or type, and on the CPU for ids that are no
     class.
@@ -368,7 +368,7 @@ def truth_of(
             )
         # Nothing may be learnt from such a pixel: not even that its class is in the image.
         labels = torch.where(confidence > 0, labels, ignore_index)
-    return Truth(labels, classes, ignore_index, class_weights, confidence)
+    return Targets(labels, classes, ignore_index, class_weights, confidence)
 
 
 def _check_ids(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -389,7 +389,7 @@ def _check_ids(labels: Tensor, classes: int, ignore_index: int) -> None:
 def from_shallowest(
     logits: Sequence[Tensor],
     hidden: Sequence[Tensor | None],
-    truth: Truth,
+    targets: Targets,
     settings: RegulationConfig,
 ) -> Tensor:
     """SR-F: the shallowest exit teaches all deeper ones -> scalar.
@@ -406,7 +406,7 @@ def from_shallowest(
     found = []
     for deeper in maps[1:]:
         student, teacher = join(deeper, maps[0])
-        here = truth.shrunk((student.shape[2], student.shape[3]))
+        here = targets.shrunk((student.shape[2], student.shape[3]))
         valid, sure = here.valid, here.confidence
         trusted = None
         if settings.srf_where == "right" and form != "feature":
@@ -422,11 +422,11 @@ def from_shallowest(
 
 
 def from_deepest(
-    class_logits: Sequence[Tensor], truth: Truth, settings: RegulationConfig
+    class_logits: Sequence[Tensor], targets: Targets, settings: RegulationConfig
 ) -> Tensor:
     """SR-L: the network's own classifier teaches the exits' -> scalar. class_logits: [N, K] each,
     shallow to deep."""
-    labelled = truth.labelled_images()
+    labelled = targets.labelled_images()
     *students, teacher = class_logits
     return losses.added(
         [losses.class_feedback(one, teacher, labelled, settings.temperature) for one in students]

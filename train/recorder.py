@@ -150,7 +150,7 @@ def read_metrics(path: Path, torn: bool = False) -> list[dict[str, Any]]:
 # Sums of loss terms between two records, which cost the device no wait.
 
 
-class Window:
+class RunningMeans:
     """Sums of the loss terms since the last record; they stay on the device until they are read."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from srdeploy.train.exits import (
     given_taps,
     make_exits,
 )
-from srdeploy.train.losses import Truth, from_deepest, from_shallowest, truth_of
+from srdeploy.train.losses import Targets, from_deepest, from_shallowest, truth_of
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.train.schedule import ramp
 
@@ -32,21 +32,23 @@ AUXILIARY_WEIGHT = 0.4
 """Loss weight of a foreign network's auxiliary head, as PSPNet and FCN trainings have it."""
 
 
-def find_own_exits(
+def find_auxiliary_heads(
     network: nn.Module,
     classes: int,
     wanted: Literal["auto"] | Mapping[str, float],
     size: Size,
 ) -> dict[str, float]:
-    """Names and loss weights of the heads: `wanted`, or for "auto" the network's `own_exits`, else
-    its auxiliary heads that run in training and give maps of `classes` channels.
+    """Names and loss weights of the heads: `wanted`, or for "auto" the network's `auxiliary_heads`,
+    else its auxiliary heads that run in training and give maps of `classes` channels.
 
     Raises UserError for a module that the network lacks and for a weight that is no number >= 0.
     """
     if isinstance(wanted, str):
         if wanted != "auto":
-            raise UserError(f"own_exits is '{wanted}': give \"auto\" or names with loss weights")
-        named = getattr(network, "own_exits", None)
+            raise UserError(
+                f"auxiliary_heads is '{wanted}': give \"auto\" or names with loss weights"
+            )
+        named = getattr(network, "auxiliary_heads", None)
         if not isinstance(named, Mapping):
             heads = find_auxiliary(network, size)
             return {h.name: AUXILIARY_WEIGHT for h in heads if h.runs and h.classes == classes}
@@ -59,7 +61,7 @@ def find_own_exits(
 
 
 def check_classes(
-    network: nn.Module, classes: int, own_exits: Mapping[str, float], size: Size
+    network: nn.Module, classes: int, auxiliary_heads: Mapping[str, float], size: Size
 ) -> None:
     """Raises UserError where the main logits or an own exit have another number of channels than
     there are classes, and where an own exit does not run once and give a map [N, K, h, w]."""
@@ -69,9 +71,9 @@ def check_classes(
             f"the network gives {found.logits[1]} logits per pixel, but classes is {classes}"
         )
     visits = dict(found.visits)
-    if not visits.keys() >= own_exits.keys():
+    if not visits.keys() >= auxiliary_heads.keys():
         visits = {**trace(network, size, training=True).visits, **visits}
-    for name in own_exits:
+    for name in auxiliary_heads:
         visit = visits.get(name)
         if visit is None:
             raise UserError(f"own exit '{name}' did not run in the network's forward")
@@ -107,8 +109,8 @@ class ExitOutputs:
     hidden: list[Tensor | None]
     """[N, C, h, w] each; None for the network's own output."""
     own: dict[str, Tensor] = field(default_factory=dict)
-    """Logits [N, K, h, w] of the network's own further supervised heads (`own_exits`), by name;
-    without those that the network runs in training mode alone and now left out."""
+    """Logits [N, K, h, w] of the network's own further supervised heads (`auxiliary_heads`), by
+    name; without those that the network runs in training mode alone and now left out."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class Losses:
     """What to call backward on."""
     terms: dict[str, Tensor]
     """The parts that went into the total, unweighted and detached: "main" always, "own" where the
-    network has own_exits (with its weights in), "seg" and "cls" with exits, "srf" and "srl" once
-    feedback began."""
+    network has auxiliary_heads (with its weights in), "seg" and "cls" with exits, "srf" and "srl"
+    once feedback began."""
 
 
 class SelfRegulation(nn.Module):
@@ -133,9 +135,9 @@ class SelfRegulation(nn.Module):
     same loss function without their terms. ignore_index: label of pixels that count for nothing.
     class_weights: float [K], weighs the cross-entropies against ground truth. probe_size: (H, W) of
     the blank image that the network is probed with, for networks that take certain sizes alone.
-    own_exits: names of further heads to supervise, with their loss weights, or "auto": the
-    network's `own_exits`, else its auxiliary heads that run in training and give maps of K classes,
-    at `srdeploy.train.regulation.AUXILIARY_WEIGHT` each.
+    auxiliary_heads: names of further heads to supervise, with their loss weights, or "auto": the
+    network's `auxiliary_heads`, else its auxiliary heads that run in training and give maps of K
+    classes, at `srdeploy.train.regulation.AUXILIARY_WEIGHT` each.
     Raises UserError for taps that can't be read and for a network of another number of classes.
     """
 
@@ -150,7 +152,7 @@ class SelfRegulation(nn.Module):
         ignore_index: int = 255,
         class_weights: Tensor | None = None,
         probe_size: tuple[int, int] = PROBE_SIZE,
-        own_exits: Literal["auto"] | Mapping[str, float] = "auto",
+        auxiliary_heads: Literal["auto"] | Mapping[str, float] = "auto",
     ) -> None:
         super().__init__()
         if not 2 <= classes <= 255:
@@ -169,8 +171,8 @@ class SelfRegulation(nn.Module):
         self.ignore_index = ignore_index
         weights = None if class_weights is None else class_weights.detach().float()
         self.register_buffer("class_weights", weights, persistent=False)
-        self.own_exits = find_own_exits(network, classes, own_exits, probe_size)
-        check_classes(network, classes, self.own_exits, probe_size)
+        self.auxiliary_heads = find_auxiliary_heads(network, classes, auxiliary_heads, probe_size)
+        check_classes(network, classes, self.auxiliary_heads, probe_size)
         self.choice: TapChoice | None = None
         """The taps, their maps and why they were chosen; None for a baseline."""
         self.compiled: Compiled | None = None  # set while `compiled` is open
@@ -207,12 +209,12 @@ class SelfRegulation(nn.Module):
         """
         faster = self.compiled if self.training else None
         if faster is None:
-            with collected(self.network, (*self.taps, *self.own_exits)) as outputs:
+            with collected(self.network, (*self.taps, *self.auxiliary_heads)) as outputs:
                 logits = main_logits(self.network(images))
         else:
             logits, outputs = faster.network(images)
         # A head that the network runs in training mode alone has nothing to say in evaluation.
-        asked = (n for n in self.own_exits if n in outputs or self.network.training)
+        asked = (n for n in self.auxiliary_heads if n in outputs or self.network.training)
         own = {name: feature_map(outputs, name) for name in asked}
         if self.exits is None or self.choice is None:
             return ExitOutputs([logits], [], [None], own)
@@ -259,24 +261,24 @@ class SelfRegulation(nn.Module):
         confidence: Tensor | None = None,
     ) -> Losses:
         """`losses` of outputs at hand, e.g. of a forward through DistributedDataParallel."""
-        truth = truth_of(labels, self.classes, self.ignore_index, self.class_weights, confidence)
+        targets = truth_of(labels, self.classes, self.ignore_index, self.class_weights, confidence)
         with torch.autocast(labels.device.type, enabled=False):
-            terms = {"main": truth.cross_entropy(outputs.logits[-1])}
+            terms = {"main": targets.cross_entropy(outputs.logits[-1])}
             weights = {"main": 1.0}
             for name, own in outputs.own.items():
-                loss = self.own_exits[name] * truth.cross_entropy(own)
+                loss = self.auxiliary_heads[name] * targets.cross_entropy(own)
                 terms["own"] = terms["own"] + loss if "own" in terms else loss
                 weights["own"] = 1.0
             if self.exits is not None:
-                self._add_ground_truth(outputs, truth, terms, weights)
-                self._add_feedback(outputs, truth, progress, terms, weights)
+                self._add_ground_truth(outputs, targets, terms, weights)
+                self._add_feedback(outputs, targets, progress, terms, weights)
             total = losses.added([weights[name] * term for name, term in terms.items()])
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def _add_ground_truth(
         self,
         outputs: ExitOutputs,
-        truth: Truth,
+        targets: Targets,
         terms: dict[str, Tensor],
         weights: dict[str, float],
     ) -> None:
@@ -284,10 +286,10 @@ class SelfRegulation(nn.Module):
         settings = self.settings
         if settings.seg_weight > 0:
             proportion = settings.labels == "proportion"
-            terms["seg"] = truth.exits_cross_entropy(outputs.logits[:-1], proportion)
+            terms["seg"] = targets.exits_cross_entropy(outputs.logits[:-1], proportion)
             weights["seg"] = settings.seg_weight
         if settings.cls_weight > 0:
-            shown, labelled = truth.presence(), truth.labelled_images()
+            shown, labelled = targets.presence(), targets.labelled_images()
             terms["cls"] = losses.added(
                 [losses.classification(c, shown, labelled) for c in outputs.class_logits]
             )
@@ -296,7 +298,7 @@ class SelfRegulation(nn.Module):
     def _add_feedback(
         self,
         outputs: ExitOutputs,
-        truth: Truth,
+        targets: Targets,
         progress: float,
         terms: dict[str, Tensor],
         weights: dict[str, float],
@@ -305,8 +307,8 @@ class SelfRegulation(nn.Module):
         settings = self.settings
         strength = ramp(progress, settings.start, settings.ramp)
         if strength * settings.srf_weight > 0:
-            terms["srf"] = from_shallowest(outputs.logits, outputs.hidden, truth, settings)
+            terms["srf"] = from_shallowest(outputs.logits, outputs.hidden, targets, settings)
             weights["srf"] = strength * settings.srf_weight
         if strength * settings.srl_weight > 0:
-            terms["srl"] = from_deepest(outputs.class_logits, truth, settings)
+            terms["srl"] = from_deepest(outputs.class_logits, targets, settings)
             weights["srl"] = strength * settings.srl_weight

@@ -93,7 +93,7 @@ PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What a run is made of, ready to step."""
 
     spec: Spec
@@ -108,7 +108,7 @@ class Job:
     world: World = ALONE
 
 
-def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) -> Job:
+def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) -> TrainingJob:
     """Opens the data and builds the network, exits and class weights; writes nothing. Raises
     UserError.
 
@@ -149,7 +149,7 @@ def prepare(config: TrainConfig, trained: bool = False, world: World = ALONE) ->
         # The layers' weights and names stay, and so does what is saved.
         nn.SyncBatchNorm.convert_sync_batchnorm(regulated)
     place(regulated, device, config.channels_last)
-    return Job(
+    return TrainingJob(
         spec=spec,
         training=training,
         validation=validation,
@@ -215,7 +215,7 @@ def require_new(folder: Path, force: bool) -> None:
         )
 
 
-def write_start(folder: Path, config: TrainConfig, job: Job) -> None:
+def write_start(folder: Path, config: TrainConfig, job: TrainingJob) -> None:
     """Writes spec.json, config.yaml and samples/; removes what an older run left, and nothing else
     there. Raises UserError where the folder can't be written to."""
     # Read before anything is removed: a photo may turn out unreadable.
@@ -269,7 +269,7 @@ def require_same_spec(folder: Path, spec: Spec) -> None:
             )
 
 
-def describe(config: TrainConfig, job: Job) -> str:
+def describe(config: TrainConfig, job: TrainingJob) -> str:
     """One line: what is trained, how, where."""
     count = sum(parameter.numel() for parameter in job.regulated.network.parameters())
     taps = len(job.regulated.taps)
@@ -283,7 +283,7 @@ def describe(config: TrainConfig, job: Job) -> str:
     )
 
 
-def _device_name(job: Job) -> str:
+def _device_name(job: TrainingJob) -> str:
     precision = "bfloat16" if job.amp else "float32"
     if job.world.size > 1:
         precision = f"{job.world.size} processes, {precision}"

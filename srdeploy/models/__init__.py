@@ -2,8 +2,8 @@
 
 Every network maps images float32 [N, 3, H, W] to logits float32 [N, K, H, W] for any H, W >= 32,
 and has `stages` (names of its feature stages for get_submodule, shallow to deep; its own logits are
-one more, last exit) and `own_exits` (names of sub-modules that give logits of their own and are
-supervised in training, with their loss weight).
+one more, last exit) and `auxiliary_heads` (names of sub-modules that give logits of their own and
+are supervised in training, with their loss weight).
 """
 
 import inspect

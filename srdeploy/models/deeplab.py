@@ -45,8 +45,8 @@ class DeepLabV2(nn.Module):
     """images float32 [N, 3, H, W] -> logits float32 [N, K, H, W], any H, W >= 32.
 
     `stages` names the sub-modules, shallow to deep, that emit one feature tensor each per forward
-    pass; the network's own logits are the last exit and are not listed. `own_exits` is empty: no
-    head is for training only.
+    pass; the network's own logits are the last exit and are not listed. `auxiliary_heads` is empty:
+    no head is for training only.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DeepLabV2(nn.Module):
         self.backbone = backbone
         self.head = AtrousHead(backbone.channels, classes, output_stride)
         self.stages = tuple(f"backbone.{stage}" for stage in stages)
-        self.own_exits: dict[str, float] = {}
+        self.auxiliary_heads: dict[str, float] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.head(self.backbone(images))

@@ -116,8 +116,8 @@ class StackedHourglass(nn.Module):
     `stacks` hourglasses follow each other at a quarter of the image's size; each gives logits, and
     the next one reads its features and logits added to its own input. `width` is their channel
     count, a multiple of 4. `stages` names the stem and the stacks. The last stack's logits, resized
-    bilinearly, are the network's output; those of the stacks before are `own_exits` with weight 1:
-    the paper supervises all stacks alike.
+    bilinearly, are the network's output; those of the stacks before are `auxiliary_heads` with
+    weight 1: the paper supervises all stacks alike.
     """
 
     def __init__(self, classes: int, *, stacks: int = 2, width: int = 256) -> None:
@@ -130,7 +130,7 @@ class StackedHourglass(nn.Module):
         self.merge_features = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(stacks - 1))
         self.merge_scores = nn.ModuleList(nn.Conv2d(classes, width, 1) for _ in range(stacks - 1))
         self.stages = ("stem", *(f"stacks.{i}" for i in range(stacks)))
-        self.own_exits = {f"scores.{i}": 1.0 for i in range(stacks - 1)}
+        self.auxiliary_heads = {f"scores.{i}": 1.0 for i in range(stacks - 1)}
         initialise(self)
         for score in self.scores:
             assert isinstance(score, nn.Conv2d)

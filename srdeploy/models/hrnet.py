@@ -161,7 +161,7 @@ def exchanges(widths: Sequence[int], blocks: int, count: int) -> nn.Sequential:
 class HRNet(nn.Module):
     """images float32 [N, 3, H, W] -> logits float32 [N, K, H, W], any H, W >= 32.
 
-    Logits are computed at stride 4. `own_exits` is empty: no head is for training only.
+    Logits are computed at stride 4. `auxiliary_heads` is empty: no head is for training only.
     """
 
     def __init__(self, backbone: HRNetBackbone, classes: int) -> None:
@@ -169,7 +169,7 @@ class HRNet(nn.Module):
         self.backbone = backbone
         self.last_layer = joint_head(backbone.channels, classes)
         self.stages = tuple(f"backbone.{stage}" for stage in backbone.stages)
-        self.own_exits: dict[str, float] = {}
+        self.auxiliary_heads: dict[str, float] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.last_layer(self.backbone(images))

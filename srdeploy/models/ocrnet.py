@@ -72,9 +72,9 @@ class OCRNet(nn.Module):
     """images float32 [N, 3, H, W] -> logits float32 [N, K, H, W], any H, W >= 32.
 
     `coarse_head` gives the coarse logits [N, K, h, w] that gather the regions: it is supervised in
-    training (`own_exits`) and needed at inference. On HRNet both heads read the joined branches, at
-    stride 4; on a ResNet, of output stride 8, the coarse one reads layer3 and the other layer4.
-    `middle` is the heads' channel count; keys have half as many.
+    training (`auxiliary_heads`) and needed at inference. On HRNet both heads read the joined
+    branches, at stride 4; on a ResNet, of output stride 8, the coarse one reads layer3 and the
+    other layer4. `middle` is the heads' channel count; keys have half as many.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class OCRNet(nn.Module):
         self.merge = nn.Sequential(*conv_relu(2 * middle, middle, bias=bias), nn.Dropout2d(DROPOUT))
         self.classifier = nn.Conv2d(middle, classes, 1)
         self.stages = tuple(f"backbone.{stage}" for stage in stages)
-        self.own_exits = {"coarse_head": COARSE_WEIGHT}
+        self.auxiliary_heads = {"coarse_head": COARSE_WEIGHT}
         for part in (self.pixel_head, self.attention, self.merge):
             initialise(part)
         initialise_logits(self.classifier)

@@ -75,7 +75,7 @@ class SegNet(nn.Module):
 
     `width` is the channel count of the first stage; the later ones have 2, 4, 8 and 8 times as
     many. `stages` names the encoder's stages, each emitting its feature map before pooling.
-    `own_exits` is empty.
+    `auxiliary_heads` is empty.
     """
 
     def __init__(self, classes: int, *, width: int = 64) -> None:
@@ -102,7 +102,7 @@ class SegNet(nn.Module):
         )
         self.classifier = nn.Conv2d(a, classes, 3, padding=1)
         self.stages = tuple(f"encoder.{i}" for i in range(5))
-        self.own_exits: dict[str, float] = {}
+        self.auxiliary_heads: dict[str, float] = {}
         initialise(self)
         initialise_logits(self.classifier)
 

@@ -132,8 +132,9 @@ class SPGNet(nn.Module):
 
     An interpretation (see the module's text). `backbone` is stage 1's encoder, under torchvision's
     names; `width` is its base width, 64 in ResNet-50, and scales everything. `stages` names the
-    encoder levels of stage 1 and then of stage 2, each fine to coarse, as they run. `own_exits`
-    holds stage 1's prediction, which guides stage 2 and so stays in the deployed network.
+    encoder levels of stage 1 and then of stage 2, each fine to coarse, as they run.
+    `auxiliary_heads` holds stage 1's prediction, which guides stage 2 and so stays in the deployed
+    network.
     """
 
     def __init__(self, classes: int, *, width: int = 64) -> None:
@@ -155,7 +156,7 @@ class SPGNet(nn.Module):
             *(f"backbone.layer{level + 1}" for level in range(LEVELS)),
             *(f"second.{level}" for level in range(LEVELS)),
         )
-        self.own_exits = {"prediction": 0.4}
+        self.auxiliary_heads = {"prediction": 0.4}
 
     def forward(self, images: Tensor) -> Tensor:
         encoded = self._first_encoder(images)

@@ -46,7 +46,7 @@ class UNet(nn.Module):
 
     `width` is the channel count of the first stage; it doubles with each of the four stages below.
     `stages` names the encoder's stages, the lowest included, each emitting its feature map before
-    pooling. `own_exits` is empty.
+    pooling. `auxiliary_heads` is empty.
     """
 
     def __init__(self, classes: int, *, width: int = 64) -> None:
@@ -60,7 +60,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(Up(count) for count in reversed(channels[1:]))
         self.classifier = nn.Conv2d(width, classes, 1)
         self.stages = tuple(f"encoder.{i}" for i in range(5))
-        self.own_exits: dict[str, float] = {}
+        self.auxiliary_heads: dict[str, float] = {}
         initialise(self)
         initialise_logits(self.classifier)
 

@@ -53,7 +53,7 @@ class NetworkCost:
     """Where the stages come from: "stages", named by the network, or "traced"."""
     stages: tuple[StageCost, ...]
     """Shallow to deep: where exits are attached in training."""
-    own_exits: dict[str, float]
+    auxiliary_heads: dict[str, float]
     """Further heads that training supervises, with their loss weights."""
     added_parameters: int
     """Of the exits, in training alone."""
@@ -113,7 +113,7 @@ def network_cost(name: str, classes: int, size: Size, options: Mapping[str, Any]
         output_stride=_output_stride(regulated, probe),
         source=choice.source,
         stages=stages,
-        own_exits=dict(regulated.own_exits),
+        auxiliary_heads=dict(regulated.auxiliary_heads),
         added_parameters=count_parameters(exits),
         added_macs=macs[""] - macs.get("network", 0),
     )
@@ -140,7 +140,7 @@ def _output_stride(regulated: SelfRegulation, probe: Size) -> int:
     """Of the last map with a channel per class that is not of a further head."""
     with ShapesAlone():  # type: ignore[no-untyped-call]
         maps = trace_maps(regulated.network, probe)
-    heads = regulated.own_exits
+    heads = regulated.auxiliary_heads
     found = [
         one.stride
         for one in maps
@@ -186,7 +186,7 @@ def networks_table(costs: Sequence[NetworkCost]) -> "Table":
             f"{cost.macs / 1e9:.2f}",
             str(cost.output_stride),
             str(len(cost.stages)),
-            ", ".join(cost.own_exits),
+            ", ".join(cost.auxiliary_heads),
             f"{parameters:.1f} %",
             f"{macs:.1f} %",
         )
@@ -250,7 +250,7 @@ def _remarks(cost: NetworkCost) -> list[str]:
     lines = []
     if cost.interpretation:
         lines.append("an interpretation: the paper leaves its widths open")
-    if cost.own_exits:
+    if cost.auxiliary_heads:
         lines.append(f"supervised in training as well (module, weight): {_heads(cost)}")
     if cost.source == "traced":
         lines.append("the network names no stages: these were found by tracing one forward")
@@ -261,4 +261,4 @@ def _remarks(cost: NetworkCost) -> list[str]:
 
 
 def _heads(cost: NetworkCost) -> str:
-    return ", ".join(f"{name} {weight:g}" for name, weight in cost.own_exits.items())
+    return ", ".join(f"{name} {weight:g}" for name, weight in cost.auxiliary_heads.items())

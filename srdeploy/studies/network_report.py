@@ -44,7 +44,7 @@ class NetworkReading:
     size: tuple[int, int]
     """(H, W) of the image on which it was read."""
     choice: TapChoice
-    own_exits: dict[str, float]
+    auxiliary_heads: dict[str, float]
     """Heads that training supervises: module -> weight of its loss."""
     own_parameters: dict[str, int]
     """Module -> numbers in its parameters, of the same heads."""
@@ -76,9 +76,10 @@ def read_network(
         kind=type(network).__name__,
         size=size,
         choice=regulated.choice,
-        own_exits=dict(regulated.own_exits),
+        auxiliary_heads=dict(regulated.auxiliary_heads),
         own_parameters={
-            name: count_parameters(network.get_submodule(name)) for name in regulated.own_exits
+            name: count_parameters(network.get_submodule(name))
+            for name in regulated.auxiliary_heads
         },
         auxiliary=find_auxiliary(network, size),
         output=OutputForm(describe_output(output), logits[1], (logits[2], logits[3])),
@@ -149,7 +150,7 @@ class TargetReading:
                     choice.names, choice.maps, choice.reasons, strict=True
                 )
             ],
-            "own_exits": found.own_exits,
+            "auxiliary_heads": found.auxiliary_heads,
             "auxiliary": [
                 {
                     "name": head.name,
@@ -256,12 +257,12 @@ def heads_table(found: TargetReading) -> "Table | None":
 
 def _heads(reading: NetworkReading) -> Iterator[tuple[str, str, str]]:
     auxiliary = {head.name: head for head in reading.auxiliary}
-    for name, weight in reading.own_exits.items():
+    for name, weight in reading.auxiliary_heads.items():
         if name not in auxiliary:
             fate = f"supervised in training, weight {weight:g}; deployed: the output depends on it"
             yield name, f"{reading.own_parameters[name]:,}", fate
     for head in reading.auxiliary:
-        weight_ = reading.own_exits.get(head.name)
+        weight_ = reading.auxiliary_heads.get(head.name)
         if weight_ is not None:
             training = f"supervised in training, weight {weight_:g}"
         elif not head.runs:

@@ -128,7 +128,7 @@ def test_a_network_of_one_s_own_is_read_with_its_heads(
     assert [tap["stride"] for tap in found["taps"]] == [2, 4]
     assert all(tap["reason"] for tap in found["taps"])
     assert found["source"] == "traced"
-    assert found["own_exits"] == {"aux": 0.4}
+    assert found["auxiliary_heads"] == {"aux": 0.4}
     assert found["auxiliary"] == [{"name": "aux", "parameters": 36, "runs": True, "classes": 4}]
     assert found["output"]["classes"] == 4
     assert "the logits are its 'out'" in found["output"]["form"]

@@ -91,7 +91,7 @@ def test_what_training_adds_is_the_regulated_networks_cost_less_the_plain_ones(n
     plain = count_macs(network, (96, 128))
     assert (cost.macs, cost.added_macs) == (plain, count_macs(regulated, (96, 128)) - plain)
     assert tuple(stage.name for stage in cost.stages) == network.stages
-    assert cost.own_exits == network.own_exits
+    assert cost.auxiliary_heads == network.auxiliary_heads
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def copied(network: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_exit_and_every_term_of_the_loss_is_finite(journey: Journey) -> None:
-    stages, own = journey.network.stages, journey.network.own_exits
+    stages, own = journey.network.stages, journey.network.auxiliary_heads
     assert isinstance(stages, tuple)
     assert isinstance(own, dict)
     assert len(journey.outputs.logits) == len(stages) + 1

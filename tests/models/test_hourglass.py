@@ -105,9 +105,9 @@ def test_every_stack_reads_the_input_before_it_its_features_and_its_logits() -> 
 
 def test_all_scores_but_the_last_are_own_exits_of_full_weight_at_a_quarter_of_the_size() -> None:
     network = StackedHourglass(3, stacks=3, width=8).eval()
-    assert network.own_exits == {"scores.0": 1.0, "scores.1": 1.0}
+    assert network.auxiliary_heads == {"scores.0": 1.0, "scores.1": 1.0}
     seen: list[Tensor] = []
-    for name in network.own_exits:
+    for name in network.auxiliary_heads:
         network.get_submodule(name).register_forward_hook(
             lambda _module, _inputs, output: seen.append(output)
         )
@@ -118,7 +118,7 @@ def test_all_scores_but_the_last_are_own_exits_of_full_weight_at_a_quarter_of_th
 
 def test_one_stack_has_no_exit_of_its_own() -> None:
     network = StackedHourglass(3, stacks=1, width=8)
-    assert network.own_exits == {}
+    assert network.auxiliary_heads == {}
     assert network.stages == ("stem", "stacks.0")
 
 

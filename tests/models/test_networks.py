@@ -60,9 +60,9 @@ def stages_of(network: nn.Module) -> tuple[str, ...]:
 
 
 def own_exits_of(network: nn.Module) -> dict[str, float]:
-    own_exits = network.own_exits
-    assert isinstance(own_exits, dict)
-    return own_exits
+    auxiliary_heads = network.auxiliary_heads
+    assert isinstance(auxiliary_heads, dict)
+    return auxiliary_heads
 
 
 def randomise_statistics(module: nn.Module) -> None:
@@ -140,7 +140,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exits_of_a_networks_own_are_the_expected_ones(name: str) -> None:
-    assert small_network(name).own_exits == OWN_EXITS.get(name, {})
+    assert small_network(name).auxiliary_heads == OWN_EXITS.get(name, {})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -90,7 +90,7 @@ def test_the_output_depends_on_stage_1s_prediction_through_the_gate() -> None:
 
 def test_stage_1s_prediction_is_supervised_at_a_quarter_of_the_size() -> None:
     network = SPGNet(5, width=4).eval()
-    assert list(network.own_exits) == ["prediction"]
+    assert list(network.auxiliary_heads) == ["prediction"]
     seen: list[Tensor] = []
     network.prediction.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.inference_mode():

@@ -217,7 +217,7 @@ class Staged(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.own_exits = {"coarse": 0.4}
+        self.auxiliary_heads = {"coarse": 0.4}
         self.one = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.ReLU())
         self.two = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU())
         self.coarse = nn.Conv2d(4, K, 1)

@@ -8,9 +8,9 @@ from torch import nn
 
 from srdeploy.errors import UserError
 from srdeploy.runs import METRICS, STATE, NetworkConfig
-from srdeploy.train.checkpoint import Average, read_state
+from srdeploy.train.checkpoint import EMA, read_state
 from srdeploy.train.config import TrainConfig
-from srdeploy.train.guard import NORM, Guard
+from srdeploy.train.guard import NORM, DivergenceGuard
 from srdeploy.train.loop import train
 from srdeploy.train.recorder import read_metrics
 from srdeploy.train.start import prepare
@@ -18,15 +18,15 @@ from srdeploy.train.start import prepare
 
 def test_the_average_follows_its_formula_and_gives_the_weights_back_bit_for_bit() -> None:
     module = nn.BatchNorm2d(2)
-    average = Average(module, 0.5)
+    ema = EMA(module, 0.5)
     expected = module.weight.detach().clone()
     for step in range(1, 6):
         module.weight.data += step / 3
-        average.update(step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * module.weight.detach()
     own = module.weight.detach().clone()
-    with average.in_place():
+    with ema.in_place():
         assert torch.allclose(module.weight, expected)
     assert torch.equal(module.weight, own)
 
@@ -42,8 +42,8 @@ def test_the_guard_names_term_step_and_photos_at_once_and_from_its_flags(tiny_da
     photos = ", ".join(samples.dataset.items[samples.index(p)].name for p in (4, 5))
     terms = {"total": torch.tensor(float("nan")), "seg": torch.tensor(float("inf"))}
     with pytest.raises(UserError, match=f"step 3: the loss term 'seg' is inf.*{photos}"):
-        Guard(config, samples).look(terms, 3)
-    guard = Guard(config, samples)
+        DivergenceGuard(config, samples).look(terms, 3)
+    guard = DivergenceGuard(config, samples)
     guard.check()
     guard.flag(("main",), torch.tensor([False]), 2)
     guard.flag(("main", NORM), torch.tensor([False, True]), 3)

@@ -38,13 +38,13 @@ class Colours(nn.Module):
     """Logits at a quarter of the size: the image's own channels, as classes red, green, blue."""
 
     stages = ("shrink",)
-    own_exits: dict[str, float]
+    auxiliary_heads: dict[str, float]
 
     def __init__(self, own: bool = False) -> None:
         super().__init__()
         self.shrink = Shrink()
         self.coarse = nn.Conv2d(3, 3, 1)
-        self.own_exits = {"coarse": 0.4} if own else {}
+        self.auxiliary_heads = {"coarse": 0.4} if own else {}
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.shrink(images)

@@ -197,7 +197,7 @@ def test_with_four_levels_each_trains_an_exit(foreign: Foreign) -> None:
     assert tuple(one.layout for one in regulated.choice.maps) == foreign.layouts
     assert tuple(one.stride for one in regulated.choice.maps) == foreign.strides
     wanted = {foreign.auxiliary: AUXILIARY_WEIGHT} if foreign.auxiliary else {}
-    assert regulated.own_exits == wanted
+    assert regulated.auxiliary_heads == wanted
 
 
 def test_the_stripped_graph_is_that_of_one_built_without_exits_and_heads(
@@ -292,7 +292,7 @@ def test_the_libraries_networks_are_regulated_and_stripped(build: Callable[[], n
     regulated = SelfRegulation(network, K, settings=SETTINGS)
     assert regulated.choice is not None
     assert 2 <= len(regulated.taps) <= 6
-    assert ("aux_classifier" in regulated.own_exits) == (build is torchvision_deeplab)
+    assert ("aux_classifier" in regulated.auxiliary_heads) == (build is torchvision_deeplab)
     images, labels = torch.randn(2, 3, 64, 96), torch.randint(K, (2, 64, 96))
     optimizer = torch.optim.SGD(regulated.parameters(), lr=0.01)
     for _ in range(2):

@@ -66,7 +66,7 @@ def test_a_reading_tells_output_taps_and_heads_and_changes_nothing() -> None:
     assert (found.output.classes, found.output.grid) == (3, (8, 12))
     assert found.choice.source == "traced"
     assert [one.stride for one in found.choice.maps] == [2, 4]
-    assert found.own_exits == {"aux": 0.4}
+    assert found.auxiliary_heads == {"aux": 0.4}
     assert found.own_parameters == {"aux": 15}
     assert [(head.name, head.runs) for head in found.auxiliary] == [("aux", True), ("idle", False)]
     assert network.training

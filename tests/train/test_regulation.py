@@ -35,9 +35,9 @@ class Staged(nn.Module):
 
     stages = ("one", "two", "three")
 
-    def __init__(self, own_exits: dict[str, float] | None = None) -> None:
+    def __init__(self, auxiliary_heads: dict[str, float] | None = None) -> None:
         super().__init__()
-        self.own_exits = own_exits or {}
+        self.auxiliary_heads = auxiliary_heads or {}
         self.one = self._stage(3, 4)
         self.two = self._stage(4, 6)
         self.three = self._stage(6, 8)
@@ -284,7 +284,7 @@ def test_exits_at_weight_zero_train_the_network_exactly_like_the_baseline() -> N
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_batch_without_labels_costs_nothing_and_teaches_nothing(name: str) -> None:
-    regulated = seeded(ALL[name], Staged(own_exits={"coarse": 0.4}))
+    regulated = seeded(ALL[name], Staged(auxiliary_heads={"coarse": 0.4}))
     images, labels = batch()
     found = regulated.losses(images, torch.full_like(labels, 255))
     found.total.backward()
@@ -320,7 +320,7 @@ def test_ignored_pixels_change_no_loss() -> None:
 def test_own_exits_are_supervised_in_the_baseline_and_under_regulation() -> None:
     images, labels = batch()
     for settings in (OFF, RegulationConfig()):
-        regulated = seeded(settings, Staged(own_exits={"coarse": 0.4})).eval()
+        regulated = seeded(settings, Staged(auxiliary_heads={"coarse": 0.4})).eval()
         outputs = regulated(images)
         found = regulated.losses_of(outputs, labels)
         enlarged = functional.interpolate(outputs.own["coarse"], labels.shape[1:], mode="bilinear")

@@ -326,7 +326,7 @@ def test_any_network_trains_under_regulation_with_the_taps_that_were_found(
 
 def test_a_foreign_networks_running_auxiliary_heads_are_its_own_exits() -> None:
     regulated = SelfRegulation(Flat(), K)
-    assert regulated.own_exits == {"aux": AUXILIARY_WEIGHT}
+    assert regulated.auxiliary_heads == {"aux": AUXILIARY_WEIGHT}
     images, labels = torch.randn(2, 3, 48, 80), torch.randint(K, (2, 48, 80))
     assert "own" in regulated.losses(images, labels).terms
     # In evaluation this network leaves the head out: its loss has nothing to say then.
@@ -335,20 +335,20 @@ def test_a_foreign_networks_running_auxiliary_heads_are_its_own_exits() -> None:
 
 def test_own_exits_can_be_named_with_their_weights_or_left_out() -> None:
     network = Flat()
-    assert SelfRegulation(network, K, own_exits={}).own_exits == {}
-    assert SelfRegulation(network, K, own_exits={"aux": 1.0}).own_exits == {"aux": 1.0}
+    assert SelfRegulation(network, K, auxiliary_heads={}).auxiliary_heads == {}
+    assert SelfRegulation(network, K, auxiliary_heads={"aux": 1.0}).auxiliary_heads == {"aux": 1.0}
     wrong: list[tuple[Any, str]] = [
-        ("all", "own_exits is 'all'"),
+        ("all", "auxiliary_heads is 'all'"),
         ({"auxx": 1.0}, "no module 'auxx' to supervise as an own exit: did you mean 'aux'"),
         ({"aux": -1.0}, "'aux' has loss weight -1.0"),
         ({"layer1": 1.0}, "'layer1' of the network gives 4 logits .* classes is 3"),
         ({"pools.1": 1.0, "unused": 1.0}, "no module 'unused'"),
     ]
-    for own_exits, message in wrong:
+    for auxiliary_heads, message in wrong:
         classes = 3 if "classes is 3" in message else K
         network.head[2] = nn.Conv2d(4, classes, 1)
         with pytest.raises(UserError, match=message):
-            SelfRegulation(network, classes, own_exits=own_exits)
+            SelfRegulation(network, classes, auxiliary_heads=auxiliary_heads)
 
 
 class OneSize(nn.Module):

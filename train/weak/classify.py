@@ -24,10 +24,10 @@ from srdeploy.train.checkpoint import FORMAT, read_state, write_state
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.device import deterministic, find_device
 from srdeploy.train.distributed import ALONE
-from srdeploy.train.guard import NORM, Guard, explain_failure
+from srdeploy.train.guard import NORM, DivergenceGuard, explain_failure
 from srdeploy.train.loader import Batch, Samples, batches
 from srdeploy.train.optimize import make_optimizer, set_learning_rate
-from srdeploy.train.recorder import Recorder, Window
+from srdeploy.train.recorder import Recorder, RunningMeans
 from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import place
 from srdeploy.train.weak.pseudo_run import UNUSED
@@ -87,7 +87,7 @@ def train_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec, folder:
     place(network, device, config.channels_last)
     optimizer = make_optimizer(network, config)
     samples = Samples(tagged, spec, augmentation_for(config, spec), config.seed, config.cache_mib)
-    guard = Guard(config, samples)
+    guard = DivergenceGuard(config, samples)
     normalise = Normalise(spec).to(device)
     table = torch.from_numpy(tag_table(tagged))
 
@@ -111,7 +111,7 @@ def train_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec, folder:
         closing(batches(samples, config.batch, step, config.steps, config.workers)) as stream,
     ):
         task = bar.add_task("classifier", total=config.steps, completed=step, losses="")
-        window = Window()
+        running = RunningMeans()
         stopping = False
         while step < config.steps and not stopping:
             # One step of SGD.
@@ -135,7 +135,7 @@ def train_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec, folder:
                 terms[NORM] = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
             guard.look(terms, step + 1)
             optimizer.step()
-            window.add(terms)
+            running.add(terms)
             step += 1
             bar.advance(task)
 
@@ -145,8 +145,8 @@ def train_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec, folder:
             saving = last or stopping or step % config.checkpoint_interval == 0
             if saving or step % config.log_every == 0:
                 guard.check()
-                means = window.means(ALONE)
-                speed = window.rate() * config.batch
+                means = running.means(ALONE)
+                speed = running.rate() * config.batch
                 loss, norm = means.pop("total"), means.pop(NORM, None)
                 recorder.train(step, rate, loss, means, speed, norm)
                 bar.update(task, losses=f"loss {loss:.3f}")
@@ -154,7 +154,7 @@ def train_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec, folder:
                     console.say(
                         f"step {step}/{config.steps}: loss {loss:.3f}, {speed:.1f} images/s"
                     )
-                window = Window()
+                running = RunningMeans()
             if saving:
                 _save(state, network, optimizer, step)
     if step < config.steps:

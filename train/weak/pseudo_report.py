@@ -31,7 +31,7 @@ OPACITY = 0.75
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PseudoResult:
     """One photo's pseudo mask, judged."""
 
     tagged: TaggedSet
@@ -87,11 +87,11 @@ def write_report(
             )
 
 
-def _outcome(tagged: TaggedSet, index: int, spec: Spec, mirror: Mirror, home: Path) -> Outcome:
+def _outcome(tagged: TaggedSet, index: int, spec: Spec, mirror: Mirror, home: Path) -> PseudoResult:
     item = tagged.items[index]
     labels = _labels(mirror, tagged, index)
     scores = home / SCORES / f"{mirror.key(item)}.npz"
-    return Outcome(
+    return PseudoResult(
         tagged,
         index,
         float((labels == spec.ignore_index).mean()),
@@ -99,7 +99,7 @@ def _outcome(tagged: TaggedSet, index: int, spec: Spec, mirror: Mirror, home: Pa
     )
 
 
-def _split_report(outcomes: Sequence[Outcome], spec: Spec) -> dict[str, Any]:
+def _split_report(outcomes: Sequence[PseudoResult], spec: Spec) -> dict[str, Any]:
     found: dict[str, Any] = {
         "images": len(outcomes),
         "ignored": float(np.mean([one.ignored for one in outcomes])),
@@ -140,7 +140,7 @@ def _tinted(photo: Pixels, found: PhotoMaps, spec: Spec, background: int) -> Pix
 
 
 def _views(
-    run: PseudoRun, one: Outcome, spec: Spec, mirror: Mirror, home: Path
+    run: PseudoRun, one: PseudoResult, spec: Spec, mirror: Mirror, home: Path
 ) -> dict[str, Pixels]:
     """Pictures of a photo, by caption."""
     tagged, item = one.tagged, one.tagged.items[one.index]
@@ -168,7 +168,7 @@ def _labels(mirror: Mirror, tagged: TaggedSet, index: int) -> Pixels:
 
 
 def _write_sheet(
-    run: PseudoRun, outcomes: Sequence[Outcome], spec: Spec, mirror: Mirror, home: Path
+    run: PseudoRun, outcomes: Sequence[PseudoResult], spec: Spec, mirror: Mirror, home: Path
 ) -> None:
     rows, captions = [], ["photo"]
     for place in spread(len(outcomes), SHEET_ROWS):
@@ -181,7 +181,7 @@ def _write_sheet(
 def _worst_page(
     run: PseudoRun,
     report: dict[str, Any],
-    worst: Sequence[Outcome],
+    worst: Sequence[PseudoResult],
     spec: Spec,
     mirror: Mirror,
     home: Path,

@@ -15,7 +15,7 @@ from srdeploy.data.check import check_dataset
 from srdeploy.data.tags import open_tagged
 from srdeploy.errors import UserError
 from srdeploy.train.config import load_config
-from srdeploy.train.guard import Guard
+from srdeploy.train.guard import DivergenceGuard
 from srdeploy.train.loop import train
 from srdeploy.train.weak.pseudo import make_pseudo
 from srdeploy.train.weak.pseudo_run import PseudoConfig, PseudoRun, load_pseudo_run
@@ -134,9 +134,9 @@ class Killed(Exception):
 
 
 def killed_in_step(step: int) -> Callable[..., None]:
-    look = Guard.look
+    look = DivergenceGuard.look
 
-    def die(self: Guard, terms: Any, at: int) -> None:
+    def die(self: DivergenceGuard, terms: Any, at: int) -> None:
         if at == step:
             raise Killed
         look(self, terms, at)
@@ -148,7 +148,7 @@ def test_a_killed_classifier_goes_on_bit_for_bit(
     data: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Guard, "look", killed_in_step(5))
+        patch.setattr(DivergenceGuard, "look", killed_in_step(5))
         with pytest.raises(Killed):
             make_pseudo(tiny_run(data), tmp_path / "again")
     assert (tmp_path / "again/pseudo/classifier-state.pt").exists()
