@@ -35,21 +35,25 @@ from srdeploy.train.device import deterministic
 from srdeploy.train.distributed import ALONE, Parallel, World, lost
 from srdeploy.train.guard import NORM, DivergenceGuard, explain_failure
 from srdeploy.train.loader import batches
-from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
-from srdeploy.train.pictures import save_predictions
+from srdeploy.train.optimize import (
+    StepModel,
+    accumulate_gradient,
+    make_optimizer,
+    set_learning_rate,
+    shares,
+)
+from srdeploy.train.pictures import sample_pictures, save_predictions
 from srdeploy.train.recorder import Recorder, RunningMeans
-from srdeploy.train.schedule import learning_rate
-from srdeploy.train.start import (
+from srdeploy.train.run_folder import (
     PREDICTIONS,
-    TrainingJob,
-    describe,
-    prepare,
     remove_torn,
     require_new,
     require_same,
     require_same_spec,
     write_start,
 )
+from srdeploy.train.schedule import learning_rate
+from srdeploy.train.start import TrainingJob, describe, prepare
 
 
 def validate(
@@ -146,9 +150,9 @@ def train(
         require_compiler(device, world.size)
     optimizer = make_optimizer(regulated, config)
     ema = None if config.ema is None else EMA(regulated, config.ema)
-    guard = DivergenceGuard(config, job.samples)
+    guard = DivergenceGuard(config, job.data.samples)
     normalise = Normalise(job.spec).to(device)
-    items = items_digest(job.training)
+    items = items_digest(job.data.training)
     world.require_same(items, "other photos")
     world.require_same(config.to_yaml() + str(has_state), "another configuration or run folder")
 
@@ -163,10 +167,13 @@ def train(
             return _result(folder, progress, config, began)
         console.done(f"going on with {folder} after step {progress.step}")
     elif world.leads:
-        write_start(folder, config, job)
+        # Read before anything is removed: a photo may turn out unreadable.
+        pictures = sample_pictures(job.data.validation, job.spec)
+        write_start(folder, config, job.spec, pictures)
     if world.leads:
         remove_torn(folder)
     parallel = Parallel(regulated, config, world) if world.size > 1 else None
+    model = StepModel(regulated, normalise, job.amp, config.channels_last, parallel)
     console.say(describe(config, job))
 
     with (
@@ -177,7 +184,7 @@ def train(
         console.progress("{task.fields[losses]}") as bar,
         closing(
             batches(
-                job.samples,
+                job.data.samples,
                 config.batch,
                 progress.step * config.accumulate,
                 config.steps * config.accumulate,
@@ -197,16 +204,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             world.seed(config.seed, progress.step)
             try:
-                terms = accumulate_gradient(
-                    regulated,
-                    normalise,
-                    group,
-                    shares(group, job.spec.ignore_index, job.weights, world),
-                    progress.step / config.steps,
-                    job.amp,
-                    config.channels_last,
-                    parallel,
-                )
+                weights = shares(group, job.spec.ignore_index, job.weights, world)
+                terms = accumulate_gradient(model, group, weights, progress.step / config.steps)
             except RuntimeError as error:
                 known = None if lost(error) else explain_failure(error, config, device)
                 if known is None:
@@ -271,7 +270,7 @@ def _validate(
     """Scores the network on val, on record and in pictures; keeps its weights where they are the
     best."""
     scores = validate(
-        job.regulated.network, job.spec, job.validation, config.val_limit, bar, job.world
+        job.regulated.network, job.spec, job.data.validation, config.val_limit, bar, job.world
     )
     recorder.val(progress.step, scores)
     better = progress.best_miou is None or scores.miou > progress.best_miou
@@ -287,7 +286,7 @@ def _validate(
     )
     picture = folder / PREDICTIONS / f"step-{progress.step:06d}.png"
     last = progress.step == config.steps
-    save_predictions(picture, job.regulated, job.validation, job.spec, with_exits=last)
+    save_predictions(picture, job.regulated, job.data.validation, job.spec, with_exits=last)
 
 
 def _result(folder: Path, progress: Progress, config: TrainConfig, began: float) -> TrainResult:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -80,31 +81,39 @@ def _counts(batch: Batch) -> Tensor:
     return torch.bincount(labels, sure, minlength=256) / CERTAIN
 
 
+@dataclass(frozen=True)
+class StepModel:
+    """What takes the steps of a run: the same for all of them."""
+
+    regulated: SelfRegulation
+    normalise: nn.Module
+    """uint8 images of a batch -> what the network sees."""
+    amp: bool = False
+    """Whether forward passes run in bfloat16 autocast."""
+    channels_last: bool = False
+    parallel: Parallel | None = None
+    """Set where several processes train."""
+
+
 def accumulate_gradient(
-    regulated: SelfRegulation,
-    normalise: nn.Module,
-    group: Sequence[Batch],
-    weights: Sequence[float],
-    progress: float,
-    amp: bool,
-    channels_last: bool,
-    parallel: Parallel | None = None,
+    model: StepModel, group: Sequence[Batch], weights: Sequence[float], progress: float
 ) -> dict[str, Tensor]:
     """Adds the gradient of a step's micro-batches; returns the loss terms, and their "total",
     detached.
 
-    weights: from `shares`; progress: share of the training that is done, 0..1; parallel: where
-    several processes train: the gradient is that of all, the terms are this one's part.
+    weights: from `shares`. progress: share of the training that is done, 0..1. Of several processes
+    the gradient is that of all, and the terms are this one's part.
     """
-    device = next(regulated.network.parameters()).device
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    parallel = model.parallel
+    device = next(model.regulated.network.parameters()).device
+    layout = torch.channels_last if model.channels_last else torch.contiguous_format
     sums: dict[str, Tensor] = {}
     for number, (batch, weight) in enumerate(zip(group, weights, strict=True), start=1):
         here = batch.to(device)
-        images = normalise(here.images).contiguous(memory_format=layout)
+        images = model.normalise(here.images).contiguous(memory_format=layout)
         with nullcontext() if parallel is None else parallel.micro_batch(number == len(group)):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                losses = (parallel or regulated).losses(
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.amp):
+                losses = (parallel or model.regulated).losses(
                     images, here.labels, progress, here.confidence
                 )
             # Processes' gradients meet as a mean, but the weights are made for a sum.

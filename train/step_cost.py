@@ -38,7 +38,7 @@ from srdeploy.train.compiled import Compiled, require_compiler
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.device import find_device
 from srdeploy.train.loader import Batch
-from srdeploy.train.optimize import accumulate_gradient, make_optimizer
+from srdeploy.train.optimize import StepModel, accumulate_gradient, make_optimizer
 from srdeploy.train.regulation import SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig
 from srdeploy.train.start import place
@@ -118,7 +118,6 @@ class Trainee:
         _, settings, self.progress = VARIANTS[name]
         self.config = config
         self.device = torch.device(config.device)
-        self.amp = config.autocast(self.device.type)
         with explained(config):
             # All variants start from the same network, and see the same batch.
             torch.manual_seed(config.seed)
@@ -127,7 +126,9 @@ class Trainee:
             place(self.regulated, self.device, config.channels_last)
             names = tuple(f"class {index}" for index in range(classes))
             spec = Spec(classes=names, palette=((0, 0, 0),) * classes)
-            self.normalise = Normalise(spec).to(self.device)
+            normalise = Normalise(spec).to(self.device)
+            amp = config.autocast(self.device.type)
+            self.model = StepModel(self.regulated, normalise, amp, config.channels_last)
         if config.compile:
             # For as long as the trainee lives: it is never validated or saved.
             self.regulated.compiled = Compiled(self.regulated)
@@ -144,15 +145,7 @@ class Trainee:
         start = time.perf_counter()
         with explained(self.config):
             self.optimizer.zero_grad(set_to_none=True)
-            accumulate_gradient(
-                self.regulated,
-                self.normalise,
-                [self.batch],
-                [1.0],
-                self.progress,
-                self.amp,
-                self.config.channels_last,
-            )
+            accumulate_gradient(self.model, [self.batch], [1.0], self.progress)
             self.optimizer.step()
             self._wait()
         return 1000 * (time.perf_counter() - start)

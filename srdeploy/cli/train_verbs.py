@@ -168,7 +168,7 @@ def _configure(
 ) -> "TrainConfig":
     from srdeploy.errors import UserError
     from srdeploy.train.config import load_config
-    from srdeploy.train.start import saved_config
+    from srdeploy.train.run_folder import saved_config
 
     if resume and recipe is not None:
         raise UserError(

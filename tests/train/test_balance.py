@@ -12,7 +12,7 @@ from PIL import Image
 
 from srdeploy.data import open_dataset
 from srdeploy.errors import UserError
-from srdeploy.train.start import class_weights, count_pixels, median_frequency
+from srdeploy.train.data import class_weights, count_pixels, median_frequency
 
 SHARED = Path(os.environ.get("SRDEPLOY_DATA", Path(__file__).parents[2] / "../shared/data"))
 # The SegNet authors' Caffe model, as the set's README quotes it.

@@ -102,7 +102,7 @@ def test_confidence_stays_on_its_labels_and_changes_nothing_else(
 
 
 def test_both_places_of_augmentation_give_the_same_confidence(unsure: Path) -> None:
-    samples = prepare(config_for(unsure, augment_on="threads")).samples
+    samples = prepare(config_for(unsure, augment_on="threads")).data.samples
     on_device = Samples(
         samples.dataset, samples.spec, replace(samples.how, on_device=True), 0, 0, confidence=True
     )
@@ -120,7 +120,9 @@ def test_batches_are_those_without_confidence_and_it_comes_along(
     unsure: Path, changes: dict[str, Any]
 ) -> None:
     with_it, without = (
-        list(batches(prepare(config_for(unsure, confidence=one, **changes)).samples, 4, 0, 4, 2))
+        list(
+            batches(prepare(config_for(unsure, confidence=one, **changes)).data.samples, 4, 0, 4, 2)
+        )
         for one in (True, False)
     )
     for ours, theirs in zip(with_it, without, strict=True):
@@ -135,7 +137,7 @@ def test_photos_brought_to_another_size_bring_their_confidence_and_fill_the_cach
     unsure: Path,
 ) -> None:
     plain = {"scale": (1, 1), "flip": 0, "colour": 0, "crop": (80, 96)}
-    samples = prepare(config_for(unsure, longest_side=96, **plain)).samples
+    samples = prepare(config_for(unsure, longest_side=96, **plain)).data.samples
     room = samples._room
     found = samples.read(0).confidence
     assert isinstance(samples.dataset, DataSet)

@@ -71,7 +71,7 @@ def config_for(data: Path, **changes: Any) -> TrainConfig:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_takes_its_batches_from_where_the_key_says(tiny_data: Path, workers: int) -> None:
     for where, left in (("threads", False), ("device", True)):
-        samples = prepare(config_for(tiny_data, augment_on=where)).samples
+        samples = prepare(config_for(tiny_data, augment_on=where)).data.samples
         for batch in batches(samples, 2, 0, 3, workers):
             assert (batch.looks is not None) is left
 

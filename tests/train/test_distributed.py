@@ -228,7 +228,7 @@ def process_of(launcher: int, rank: int) -> int:
 def test_the_stream_of_samples_is_dealt_out_without_gap_or_repetition(
     tiny_data: Path, workers: int
 ) -> None:
-    samples = prepare(config_for(tiny_data)).samples
+    samples = prepare(config_for(tiny_data)).data.samples
     whole = list(batches(samples, 4, 1, 4, workers))
     parts = [list(batches(samples, 4, 1, 4, workers, World(rank, 2))) for rank in range(2)]
     for one, *halves in zip(whole, *parts, strict=True):

@@ -38,7 +38,7 @@ def test_the_guard_names_term_step_and_photos_at_once_and_from_its_flags(tiny_da
         batch=2,
         device="cpu",
     )
-    samples = prepare(config).samples
+    samples = prepare(config).data.samples
     photos = ", ".join(samples.dataset.items[samples.index(p)].name for p in (4, 5))
     terms = {"total": torch.tensor(float("nan")), "seg": torch.tensor(float("inf"))}
     with pytest.raises(UserError, match=f"step 3: the loss term 'seg' is inf.*{photos}"):

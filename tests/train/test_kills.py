@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from srdeploy.errors import UserError
-from srdeploy.train.start import remove_torn, require_new
+from srdeploy.train.run_folder import remove_torn, require_new
 
 ROOT = Path(__file__).parents[2]
 

@@ -37,7 +37,8 @@ from srdeploy.train.checkpoint import METADATA_KEY, read_state
 from srdeploy.train.config import TrainConfig, load_config
 from srdeploy.train.loop import TrainResult, train
 from srdeploy.train.recorder import read_metrics
-from srdeploy.train.start import prepare, require_new
+from srdeploy.train.run_folder import require_new
+from srdeploy.train.start import prepare
 
 pytestmark = pytest.mark.wheel
 
@@ -175,7 +176,9 @@ def test_regulation_changes_neither_the_start_nor_the_batches(tiny_data: Path) -
     assert all(torch.equal(ours[name], theirs[name]) for name in {**ours, **theirs})
     for position in range(8):
         for a, b in zip(
-            regulated.samples.read(position)[:2], baseline.samples.read(position)[:2], strict=True
+            regulated.data.samples.read(position)[:2],
+            baseline.samples.read(position)[:2],
+            strict=True,
         ):
             assert np.array_equal(a, b)
 

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from srdeploy.train.config import TrainConfig
 from srdeploy.train.loader import Batch
-from srdeploy.train.optimize import accumulate_gradient, make_optimizer, set_learning_rate, shares
+from srdeploy.train.optimize import (
+    StepModel,
+    accumulate_gradient,
+    make_optimizer,
+    set_learning_rate,
+    shares,
+)
 from srdeploy.train.regulation import SelfRegulation
 from srdeploy.train.regulation_config import RegulationConfig
 
@@ -72,9 +78,7 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 def gradients(regulated: SelfRegulation, group: list[Batch]) -> dict[str, Tensor]:
     weights = shares(group, 255, regulated.class_weights)
-    terms = accumulate_gradient(
-        regulated, Scale(), group, weights, 1.0, amp=False, channels_last=False
-    )
+    terms = accumulate_gradient(StepModel(regulated, Scale()), group, weights, 1.0)
     found = {name: p.grad for name, p in regulated.network.named_parameters() if p.grad is not None}
     return {**found, **terms}
 

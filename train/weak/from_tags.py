@@ -11,7 +11,7 @@ from srdeploy.errors import UserError
 from srdeploy.runs import is_run
 from srdeploy.train.config import TrainConfig, merge
 from srdeploy.train.loop import TrainResult, train
-from srdeploy.train.start import require_new
+from srdeploy.train.run_folder import require_new
 from srdeploy.train.weak.pseudo import make_pseudo
 from srdeploy.train.weak.pseudo_run import SECTION, UNUSED, PseudoConfig, PseudoRun, parted
 from srdeploy.validation import validated

@@ -22,9 +22,9 @@ from srdeploy.imaging import restore
 from srdeploy.interrupt import StopRequest
 from srdeploy.runs import load_network, open_run
 from srdeploy.spec import Spec
+from srdeploy.train.data import configured_spec
 from srdeploy.train.device import find_device
 from srdeploy.train.distributed import ALONE
-from srdeploy.train.start import configured_spec
 from srdeploy.train.weak import classify
 from srdeploy.train.weak.decide import decide, score_photo, with_background, write_scores
 from srdeploy.train.weak.maps import (

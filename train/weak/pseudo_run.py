@@ -16,7 +16,7 @@ from srdeploy.train.config import (
     parse_setting,
     read_config_file,
 )
-from srdeploy.train.start import saved_config
+from srdeploy.train.run_folder import saved_config
 from srdeploy.validation import Settings, validated
 
 Scale = Annotated[float, Field(gt=0, le=8)]
