@@ -177,7 +177,7 @@ def test_regulation_changes_neither_the_start_nor_the_batches(tiny_data: Path) -
     for position in range(8):
         for a, b in zip(
             regulated.data.samples.read(position)[:2],
-            baseline.samples.read(position)[:2],
+            baseline.data.samples.read(position)[:2],
             strict=True,
         ):
             assert np.array_equal(a, b)
