@@ -1,4 +1,4 @@
-"""Damaged and hostile images, the same for the same seed: for decoders that strangers feed."""
+"""Damaged and hostile images, reproducible by seed, for decoders of untrusted files."""
 
 import struct
 import zlib
@@ -30,7 +30,7 @@ OTHER_FORMATS = ("GIF", "ICO", "TGA", "PPM", "PDF", "EPS", "JPEG2000", "SGI", "P
 
 
 def corpus(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """`count` pairs of what it is and the file: first all made by hand, then damaged ones."""
+    """`count` pairs (description, file): first all handmade files, then randomly damaged ones."""
     rng = np.random.default_rng(seed)
     yield from islice(_endless(rng), count)
 

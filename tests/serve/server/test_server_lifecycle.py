@@ -57,7 +57,7 @@ class Crowd:
     """Clients that ask again as soon as they are answered, each on its own connection."""
 
     def __init__(self, server: LiveServer, count: int, side: int, polite: bool = False) -> None:
-        """polite: they ask no more once they are told that the server closes."""
+        """polite: they stop once an answer says that the connection closes."""
         self._polite = polite
         self.answers: list[httpx.Response] = []
         self.cut: list[httpx.HTTPError] = []
