@@ -64,7 +64,7 @@ class ServerLimits(Settings):
 
 
 class ServerConfig(Settings):
-    """What one server serves, how, to whom, and within which limits."""
+    """One server: its models, address, API key, limits and processes."""
 
     sources: tuple[ModelSource, ...] = Field(min_length=1)
     host: str = LOOPBACK[0]

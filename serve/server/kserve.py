@@ -161,22 +161,22 @@ def format_infer(
 
 
 def _read_outputs(request: JsonObject, parameters: JsonObject) -> bool:
-    """Whether the labels, the only output, are asked for as binary data."""
+    """Whether the labels, the only output, are requested as binary data."""
     binary = parameters.optional("binary_data_output", bool) or False
     for index, output in enumerate(request.children("outputs")):
         name = output.required("name", str)
         if name != OUTPUT:
             raise BadRequest(
-                f'{output.path("name")}: {shown(name)} was asked for, "{OUTPUT}" is there'
+                f'{output.path("name")}: {shown(name)} was requested, the only output is "{OUTPUT}"'
             )
         if index:
-            raise BadRequest(f'{output.path("name")}: "{OUTPUT}" is asked for twice')
+            raise BadRequest(f'{output.path("name")}: "{OUTPUT}" is requested twice')
         parameters = output.child("parameters")
         _refuse_shared_memory(parameters)
         if parameters.optional("classification", int):
             raise BadRequest(
-                f"{parameters.path('classification')}: a class for each pixel is all there is, "
-                "without scores: leave it out"
+                f"{parameters.path('classification')}: the model gives classes without scores: "
+                "leave it out"
             )
         own = parameters.optional("binary_data", bool)
         binary = binary if own is None else own

@@ -106,7 +106,7 @@ class RequestMiddleware:
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != host
         if foreign and scope["method"] not in _SAFE_METHODS:
-            raise Forbidden("pages of other sites can't use this server: call it from outside")
+            raise Forbidden("pages of other sites can't use this server")
         if self._key is not None and not _needs_no_key(scope["path"]):
             scheme, _, token = headers.get("authorization", "").partition(" ")
             key = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -180,8 +180,8 @@ class SegmentTask:
         length = border_length(labels)
         if length > MAX_BORDER:
             raise TooLarge(
-                f"{self._label}: its regions have borders of {length} pixels, {MAX_BORDER} are "
-                "described: ask for output=mask"
+                f"{self._label}: its regions have borders of {length} pixels, at most "
+                f"{MAX_BORDER} are described: ask for output=mask"
             )
 
 

@@ -1,4 +1,4 @@
-"""The verbs evaluate, predict and bench: one JSON object, exit codes, one line for bad input."""
+"""The verbs evaluate and predict: one JSON object, exit codes, one line for bad input."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A server that answers the page with known labels, through the real server's contract."""
+"""A fake server for the page, which answers with known labels as the real server does."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def names_at(model: str, labels: Pixels) -> Any:
 
 
 def run_lengths(inside: Any) -> list[int]:
-    """Column-major, zeros first: pixel by pixel, as COCO says it."""
+    """COCO's run lengths, column-major and zeros first, counted pixel by pixel."""
     counts, current = [0], False
     for value in inside.T.ravel().tolist():
         if value != current:
@@ -56,7 +56,7 @@ def run_lengths(inside: Any) -> list[int]:
 
 
 def photo_bytes(width: int = WIDTH, height: int = HEIGHT, orientation: int = 1) -> bytes:
-    """A PNG of one gray; with an orientation, a JPEG that viewers turn."""
+    """A uniformly gray PNG; with an orientation, a JPEG that viewers rotate."""
     buffer = io.BytesIO()
     image = Image.new("RGB", (width, height), (100, 100, 100))
     if orientation == 1:
@@ -69,7 +69,7 @@ def photo_bytes(width: int = WIDTH, height: int = HEIGHT, orientation: int = 1) 
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """Answers as the server does; what it should do is set on the class."""
+    """Answers as the server does; class attributes set its behaviour."""
 
     models: ClassVar[list[str]] = [*MODELS]
     key: ClassVar[str | None] = None
@@ -77,7 +77,7 @@ class FakeServer(BaseHTTPRequestHandler):
     released: ClassVar[threading.Event] = threading.Event()
     asked: ClassVar[list[str]] = []
     sizes: ClassVar[list[tuple[int, int]]] = []
-    """(width, height) of the photos that came, upright."""
+    """(width, height) of the received photos, upright."""
 
     @classmethod
     def reset(cls) -> None:

@@ -1,4 +1,4 @@
-"""Damaged and hostile images, the same for the same seed: for decoders that strangers feed."""
+"""Damaged and hostile images, reproducible by seed, for decoders of untrusted files."""
 
 import struct
 import time
@@ -33,7 +33,7 @@ STAMPS = {"PDF": dict.fromkeys(("creationDate", "modDate"), time.gmtime(0))}
 
 
 def corpus(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """`count` pairs of what it is and the file: first all made by hand, then damaged ones."""
+    """`count` pairs (description, file): first all handmade files, then randomly damaged ones."""
     rng = np.random.default_rng(seed)
     yield from islice(_endless(rng), count)
 

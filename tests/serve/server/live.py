@@ -1,4 +1,4 @@
-"""A real server, in a process of its own, as people start it."""
+"""A real server in its own process, as people start it."""
 
 import json
 import os
@@ -34,8 +34,8 @@ class LiveServer:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The log so far; a line that is half written is left out, and so is what libtiff writes
-        of damaged files, past Python."""
+        """The log so far, without incomplete lines and without what libtiff itself writes about
+        damaged files."""
         whole = self.log_file.read_text().rpartition("\n")[0]
         return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
@@ -46,12 +46,12 @@ class LiveServer:
         return httpx.post(self.url + path, timeout=60, **options)
 
     def metric(self, pattern: str) -> float:
-        """The sum of the metrics whose line begins with what `pattern` matches."""
+        """The sum of the metrics whose line starts with a match of `pattern`."""
         lines = self.get("/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(pattern, line))
 
     def wait_for(self, message: str, count: int = 1) -> list[dict[str, Any]]:
-        """The events of that message, once there are so many."""
+        """The events with that message, once there are `count` of them."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             found = [event for event in self.events if event["message"] == message]
@@ -70,19 +70,19 @@ class LiveServer:
         raise AssertionError(f"the server did not start: {self.log_file.read_text()}")
 
     def terminate(self) -> int:
-        """SIGTERM; the exit code."""
+        """Sends SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
     def workers(self) -> list[psutil.Process]:
-        """The processes below it, but for Python's own helpers."""
+        """Its worker processes, without Python's own helpers."""
         if self.process.poll() is not None:
             return []
         children = psutil.Process(self.process.pid).children()
         return [one for one in children if "spawn_main" in " ".join(one.cmdline())]
 
     def kill(self) -> None:
-        """Whatever state it is in."""
+        """Ends the server and its workers, in any state."""
         workers = self.workers()
         self.process.kill()
         self.process.wait(60)

@@ -1,5 +1,4 @@
-"""The protocol without HTTP: Triton's client is the other implementation; strangers send the
-rest."""
+"""The protocol without HTTP, checked against Triton's client and with invalid requests."""
 
 import json
 import tracemalloc
@@ -97,7 +96,7 @@ def binary(size: Any = 12, **changes: Any) -> dict[str, Any]:
     return request
 
 
-# What Triton's client sends, and what it reads.
+# Round trips with Triton's client.
 
 
 @settings(max_examples=40, deadline=None)
@@ -151,7 +150,7 @@ def test_labels_that_do_not_lie_in_one_piece_are_written_in_order() -> None:
         np.testing.assert_array_equal(result.as_numpy("labels"), labels)
 
 
-# What the protocol says.
+# The protocol's rules.
 
 
 @settings(max_examples=20, deadline=None)
@@ -185,7 +184,7 @@ def test_answers_are_json_unless_binary_was_asked_for() -> None:
         assert parse(joined(request)[0]).binary == is_binary
 
 
-def test_what_may_be_left_out_may_be_null_and_unknown_parameters_are_passed_over() -> None:
+def test_what_may_be_left_out_may_be_null_and_unknown_parameters_are_ignored() -> None:
     request = plain(
         id=None,
         outputs=None,
@@ -246,7 +245,7 @@ def test_a_header_length_is_a_plain_number(text: str) -> None:
     assert read_header_length(None) is None
 
 
-# What is refused, and how.
+# Refusals.
 
 SHARED = {"shared_memory_region": "r", "shared_memory_byte_size": 12}
 
@@ -305,17 +304,17 @@ SHARED = {"shared_memory_region": "r", "shared_memory_byte_size": 12}
         (plain(parameters={"sequence_id": 4}), "parameters.sequence_id: the model keeps nothing"),
         (plain(parameters={"sequence_start": True}), "parameters.sequence_start: the model"),
         (plain(outputs=["labels"]), 'outputs[0]: "labels" was sent, an object is needed'),
-        (plain(outputs=[{"name": "logits"}]), 'outputs[0].name: "logits" was asked for, "labels"'),
-        (plain(outputs=[{"name": "labels"}] * 2), 'outputs[1].name: "labels" is asked for twice'),
+        (plain(outputs=[{"name": "logits"}]), 'outputs[0].name: "logits" was requested, the only'),
+        (plain(outputs=[{"name": "labels"}] * 2), 'outputs[1].name: "labels" is requested twice'),
         (
             plain(outputs=[{"name": "labels", "parameters": {"classification": 1}}]),
-            "outputs[0].parameters.classification: a class for each pixel",
+            "outputs[0].parameters.classification: the model gives classes without scores",
         ),
         (plain(outputs=[{"name": "labels", "parameters": SHARED}]), "shared memory is not offered"),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
-def test_a_request_that_does_not_fit_is_told_where_and_why(request_: Any, message: str) -> None:
+def test_an_invalid_request_is_refused_naming_the_field(request_: Any, message: str) -> None:
     with pytest.raises(BadRequest) as refused:
         parse(joined(request_)[0])
     assert message in str(refused.value)
@@ -339,7 +338,7 @@ def test_a_request_that_does_not_fit_is_told_where_and_why(request_: Any, messag
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_what_is_no_plain_json_is_told_so(text: bytes, message: str) -> None:
+def test_what_is_not_plain_json_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(BadRequest) as refused:
         parse(text)
     assert message in str(refused.value)
@@ -422,7 +421,7 @@ def test_long_json_is_pointed_to_binary_data() -> None:
         parse(b" " * (MAX_JSON_MIB * 2**20 + 1))
 
 
-# What nobody would send.
+# Random requests.
 
 ODD = st.one_of(
     st.none(),

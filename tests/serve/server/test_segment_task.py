@@ -1,4 +1,4 @@
-"""One photo's work: decoded within limits, answered as a mask, an overlay or JSON."""
+"""One photo of a request: decoded within limits, answered as a mask, an overlay or JSON."""
 
 import json
 import zipfile
@@ -142,7 +142,7 @@ def test_an_unreadable_image_is_a_bad_request_that_calls_it_by_number_and_name(
     assert str(refusal.value).startswith(called + "not a readable image (unknown format")
 
 
-def test_an_image_of_too_many_pixels_is_too_large_and_told_the_limit() -> None:
+def test_an_image_of_too_many_pixels_is_refused_with_the_limit() -> None:
     task = SegmentTask(
         photo_file(300, 400), None, SPEC, ServerLimits(megapixels=0.1), SegmentOptions()
     )
@@ -183,7 +183,9 @@ def test_regions_that_would_fill_the_memory_are_refused_with_what_to_ask_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(segment_task, "MAX_BORDER", 100)
-    with pytest.raises(TooLarge, match=r"borders of \d+ pixels, 100 are .*: ask for output=mask"):
+    with pytest.raises(
+        TooLarge, match=r"borders of \d+ pixels, at most 100 are described: ask for output=mask"
+    ):
         answered(SegmentOptions(output="json", regions="rle"))
     assert answered(SegmentOptions(output="json"))[0].entry["classes"]
     monkeypatch.setattr(segment_task, "MAX_POLYGON_PIXELS", 1000)

@@ -57,7 +57,7 @@ class Crowd:
     """Clients that ask again as soon as they are answered, each on its own connection."""
 
     def __init__(self, server: LiveServer, count: int, side: int, polite: bool = False) -> None:
-        """polite: they ask no more once they are told that the server closes."""
+        """polite: they stop once an answer says that the connection closes."""
         self._polite = polite
         self.answers: list[httpx.Response] = []
         self.cut: list[httpx.HTTPError] = []
@@ -105,7 +105,10 @@ def test_it_is_live_from_the_start_and_ready_once_warmed_up(
     (loaded,) = server.wait_for("loaded")
     assert "session" in loaded["plan"]
     (model,) = server.get("/v1/models").json()["models"]
+    assert set(model["plan"]) == {"lone", "shared", "batch", "max_wait_ms", "measured"}
     assert len(model["plan"]["measured"]) >= 2
+    for trial in model["plan"]["measured"]:
+        assert set(trial) == {"layout", "batch", "images_per_s", "alone_ms"}
     assert is_right(server.post("/v1/segment", content=photo(48)), 48)
 
 

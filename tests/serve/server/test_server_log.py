@@ -1,4 +1,4 @@
-"""What the log makes of what strangers send."""
+"""The log of untrusted input."""
 
 import json
 import logging
