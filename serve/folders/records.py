@@ -1,4 +1,4 @@
-"""What a listing finds."""
+"""Photos of a job, what became of them, and that as a line of JSON."""
 
 import json
 import os

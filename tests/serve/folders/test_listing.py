@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.listing import KINDS, OWN_FILES, find_photos
-from srdeploy.serve.folders.walk import GlobPattern
+from srdeploy.serve.folders.listing import find_photos
+from srdeploy.serve.folders.naming import KINDS, OWN_FILES
+from srdeploy.serve.folders.paths import GlobPattern
 
 
 def put(folder: Path, *names: str) -> Path:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.manifest import Header, open_manifest
+from srdeploy.serve.folders.manifest import ManifestHeader, open_manifest
 from srdeploy.serve.folders.records import (
     OutputFile,
     Photo,
@@ -29,7 +29,7 @@ from srdeploy.serve.folders.records import (
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import LocalStore, OutputError, open_store
 
-HEADER = Header(
+HEADER = ManifestHeader(
     srdeploy="1.2.3",
     artifact="street.onnx",
     artifact_sha256="0" * 64,
@@ -74,7 +74,7 @@ def write_manifest(out: Path, *records: Record, outputs: bool = True) -> Path:
     return out / "manifest.jsonl"
 
 
-def read_manifest(out: Path, header: Header = HEADER) -> list[Record]:
+def read_manifest(out: Path, header: ManifestHeader = HEADER) -> list[Record]:
     with open_manifest(open_store(str(out)), header, False) as manifest:
         return list(manifest.records())
 
