@@ -98,7 +98,7 @@ class Listing:
             yield Photo(os.fsdecode(path), os.fsdecode(name), size, changed_ns)
 
     def unusable(self) -> Iterator[Unusable]:
-        """By path."""
+        """What can't be used, sorted by path."""
         for path, reason in self._database.execute(
             "SELECT path, reason FROM unusable ORDER BY path"
         ):

@@ -113,7 +113,7 @@ class GlobPattern:
         return frozenset(states if is_file else states - {len(self._parts)})
 
     def _opened(self, states: set[int]) -> set[int]:
-        """With `**` standing for no folder at all; at the end it stands for any file."""
+        """Adds the states in which `**` matches no folder; at the end it matches any file."""
         opened = set(states)
         for state in sorted(states):
             while state < len(self._parts) and self._parts[state] == "**":

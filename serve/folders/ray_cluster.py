@@ -170,7 +170,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """From an exception; a bug keeps its traceback."""
+        """A failure made from an exception; a bug keeps its traceback."""
         if isinstance(error, OutputError):
             return cls("output", str(error))
         if isinstance(error, UserError):
@@ -202,7 +202,7 @@ class WorkerConfig:
     """What all processes of a job need to know."""
 
     source: Source
-    """With an absolute path."""
+    """The artifact, with an absolute path."""
     out: str
     """An absolute path or a URL."""
     settings: PredictSettings

@@ -279,8 +279,8 @@ def _one_by_one(photos: deque[Photo]) -> Iterator[Sequence[Photo]]:
 
 @contextmanager
 def _marked(out: str) -> Iterator[str | None]:
-    """Lays a file into a local output folder by which other machines tell whether theirs is the
-    same; its name is one that a later run clears away."""
+    """Writes a file into a local output folder, by which other machines check that theirs is the
+    same; a later run removes leftovers of that name."""
     if "://" in out:
         yield None
         return

@@ -48,7 +48,7 @@ _NAMES_FAULT = {
     errno.EINVAL: "the file system of the output does not take such names",
     errno.ELOOP: "links there lead in a circle",
 }
-"""What is wrong with one path only, and in its words."""
+"""Errors that concern only one path, and their messages."""
 
 
 class OutputError(UserError):
@@ -60,7 +60,7 @@ class Store(Protocol):
     """An output folder. Paths are relative to it, with /. Threads may use it at once."""
 
     root: str
-    """As people gave it, for messages."""
+    """The folder as given, for messages."""
 
     def write(self, path: str, content: bytes) -> None:
         """The file appears whole, and replaces an older one. It is not synced: a million syncs

@@ -41,12 +41,12 @@ class Summary(Settings):
     left: int
     """Photos that were not reached, because the job was told to stop."""
     seconds: float
-    """From the first photo to the last output."""
+    """Time from the first photo to the last output."""
     images_per_s: float
     decode_s: float
     """Reading, decoding and fitting, summed over the threads."""
     run_s: float
-    """In the runtime, summed over the sessions."""
+    """Time in the runtime, summed over the sessions."""
     encode_s: float
     """Restoring, encoding and writing, summed over the threads."""
     sessions: int

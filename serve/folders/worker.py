@@ -162,7 +162,7 @@ class FileTask:
     """The photo itself, where an output needs it."""
 
     def prepare(self) -> Pixels:
-        """uint8 [1, h, w, 3]. Raises UserError where it can't be read or is too small."""
+        """uint8 [1, h, w, 3]. Raises UserError if it can't be read or is too small."""
         content = read_bytes(self.photo.path, self.photo.bytes)
         self.sha256 = hashlib.sha256(content).hexdigest()
         most = round(self.settings.max_megapixels * 1e6)
@@ -240,7 +240,7 @@ def _check(path: str, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: not an ordinary file")
     if found.st_size > MAX_BYTES:
-        raise UserError(f"{path}: {found.st_size / 1e9:.1f} GB are too many for a photo")
+        raise UserError(f"{path}: {found.st_size / 1e9:.1f} GB is too large for a photo")
 
 
 def _reason(error: OSError) -> str:
@@ -263,7 +263,7 @@ def _read_remote(url: str, listed: int) -> bytes:
                 raise IsADirectoryError(path)
             size = found.get("size") or 0
         if size > MAX_BYTES:
-            raise UserError(f"{url}: {size / 1e9:.1f} GB are too many for a photo")
+            raise UserError(f"{url}: {size / 1e9:.1f} GB is too large for a photo")
         return bytes(system.cat_file(path))
     except (UserError, MemoryError):
         raise

@@ -145,7 +145,7 @@ def test_records_come_page_by_page_and_each_once(
     assert read_manifest(tmp_path / "out") == records
 
 
-def test_what_could_not_be_listed_is_kept_for_its_own_run_alone(tmp_path: Path) -> None:
+def test_what_could_not_be_listed_is_kept_only_for_its_own_run(tmp_path: Path) -> None:
     unusable = [Record(Photo(f"/photos/{n}", "", 0, 0), error="no permission") for n in "xy"]
     with open_manifest(open_store(str(tmp_path)), HEADER, False) as manifest:
         for record in unusable:
