@@ -10,7 +10,7 @@ from srdeploy.imaging import Pixels, decode_photo, encode_mask, fit, restore
 from srdeploy.serve.folders.records import Photo
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import LocalStore
-from srdeploy.serve.folders.worker import PhotoTask, read_bytes
+from srdeploy.serve.folders.worker import FileTask, read_bytes
 from srdeploy.spec import Spec
 
 Cost = dict[str, float]
@@ -64,7 +64,7 @@ class CodecCost:
     def _ours_recorded(self, index: int) -> None:
         file = self._files[index]
         photo = Photo(str(file), file.stem, 0, 0)
-        task = PhotoTask(photo, self._spec, PredictSettings(), self._store)
+        task = FileTask(photo, self._spec, PredictSettings(), self._store)
         task.prepare()
         task.finish(self._labels[index][None])
 

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from srdeploy import console
-from srdeploy.serve.folders.predict import Engine, LocalEngine, predict_photos
+from srdeploy.serve.folders.predict import Executor, LocalExecutor, predict_photos
 from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import Store, open_store
@@ -50,8 +50,8 @@ class LatestStore:
         return self._store.size(path)
 
 
-class KeptEngine:
-    """LocalEngine, whose worker stays open for the next job of the same kind."""
+class KeptExecutor:
+    """LocalExecutor, whose worker stays open for the next job of the same kind."""
 
     name = "local"
 
@@ -72,7 +72,7 @@ class KeptEngine:
         out: str,
         settings: PredictSettings,
     ) -> Generator[Record]:
-        """See Engine."""
+        """See Executor."""
         self._store.begin(open_store(out))
         if self._worker is None:
             plan = folder_plan(source, expected, None, None)
@@ -94,11 +94,13 @@ def main(
     chosen = precision if runtime == "openvino" else None
     source = ModelSource("predict", graph, runtime=runtime, precision=chosen)
     with ExitStack() as stack:
-        engine: Engine = LocalEngine() if anew else KeptEngine(stack)
+        executor: Executor = LocalExecutor() if anew else KeptExecutor(stack)
         print("ready", flush=True)
         for line in sys.stdin:
             out, settings = line.rstrip("\n"), PredictSettings()
-            done = predict_photos(source, [str(photos)], out, settings, engine=engine, force=True)
+            done = predict_photos(
+                source, [str(photos)], out, settings, executor=executor, force=True
+            )
             told = {"images": done.images, "seconds": done.seconds}
             print(json.dumps(told | {"network_busy": done.network_busy}), flush=True)
 

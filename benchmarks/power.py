@@ -23,7 +23,7 @@ from srdeploy.environment import describe_environment
 from srdeploy.files import write_json
 from srdeploy.imaging import Pixels
 from srdeploy.serve.bench.measure import BenchPlan, TimedArtifact, TimedSession, measure
-from srdeploy.serve.bench.results import Outcome
+from srdeploy.serve.bench.results import LatencyOutcome
 from srdeploy.serve.bench.verdict import judge
 from srdeploy.validation import Settings
 
@@ -113,7 +113,7 @@ def one_benchmark(noise: Noise, shift: float, seed: int, plan: BenchPlan) -> dic
     ratios = found.ratios(2)
     verdict = judge(ratios, found.ratios(1), plan.margin)
     beyond = shift > verdict.margin
-    wrong = verdict.outcome is (Outcome.EQUIVALENT if beyond else Outcome.DIFFERENT)
+    wrong = verdict.outcome is (LatencyOutcome.EQUIVALENT if beyond else LatencyOutcome.DIFFERENT)
     return {
         "outcome": verdict.outcome,
         "wrong": wrong,
@@ -132,7 +132,7 @@ def rates(noise: Noise, shift: float, benches: int, plan: BenchPlan) -> dict[str
     return {
         "shift": shift,
         "benches": benches,
-        **{outcome.value: outcomes[outcome] / benches for outcome in Outcome},
+        **{outcome.value: outcomes[outcome] / benches for outcome in LatencyOutcome},
         "wrong": sum(one["wrong"] for one in found) / benches,
         **{
             f"median_{name}": float(np.median([one[name] for one in found]))
@@ -172,13 +172,13 @@ def main(
 def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
     """One row per true shift."""
     table = Table(title=title)
-    headers = ("true shift", *Outcome, "wrong", "rounds", "seconds", "spread of rounds")
+    headers = ("true shift", *LatencyOutcome, "wrong", "rounds", "seconds", "spread of rounds")
     for name in headers:
         table.add_column(str(name), justify="right")
     for row in rows:
         table.add_row(
             f"{100 * row['shift']:g} %",
-            *(f"{100 * row[outcome]:.0f} %" for outcome in Outcome),
+            *(f"{100 * row[outcome]:.0f} %" for outcome in LatencyOutcome),
             f"{100 * row['wrong']:.0f} %",
             f"{row['median_rounds']:.0f}",
             f"{row['median_seconds']:.0f}",

@@ -17,7 +17,7 @@ def evaluate(runtime: Runtime, dataset: "DataSet", limit: int | None = None) -> 
     """Runs every photo of `dataset` (or its first `limit`) through `runtime`, which must be open.
 
     Each photo is fitted as the artifact's spec says; the labels are restored to the mask's size
-    before they are scored. Which classes count, and which label is ignored, the data set says.
+    before they are scored. The data set decides which classes count and which label is ignored.
     Raises UserError where the classes differ, or where a photo or mask can't be used.
     """
     score = score_for(runtime, dataset)
@@ -31,7 +31,7 @@ def evaluate(runtime: Runtime, dataset: "DataSet", limit: int | None = None) -> 
 def score_for(runtime: Runtime, dataset: "DataSet") -> Score:
     """An empty score for `runtime` on `dataset`. Raises UserError where the classes differ."""
     check_same_classes(runtime, dataset)
-    # The names are equal, the data set's own view of what is scored decides.
+    # The names are equal; the data set decides what is scored.
     return Score(
         runtime.spec.model_copy(
             update={
@@ -43,7 +43,7 @@ def score_for(runtime: Runtime, dataset: "DataSet") -> Score:
 
 
 def photo_count(dataset: "DataSet", limit: int | None) -> int:
-    """How many photos are scored: the first `limit`, or all."""
+    """Number of photos that are scored: the first `limit`, or all."""
     return len(dataset) if limit is None else min(limit, len(dataset))
 
 
@@ -60,7 +60,7 @@ def predict_labels(runtime: Runtime, photo: Pixels, path: Path) -> Pixels:
 
 
 def check_same_classes(runtime: Runtime, dataset: "DataSet") -> None:
-    """Raises UserError where artifact and data set do not have the same classes in one order."""
+    """Raises UserError if artifact and data set do not have the same classes in the same order."""
     ours, theirs = runtime.spec.classes, dataset.classes.names
     if len(ours) != len(theirs):
         raise UserError(

@@ -30,12 +30,12 @@ class ClassArea:
     id: int
     pixels: int
     share: float
-    """Of all the image's pixels, those without a class included."""
+    """Share of all pixels of the image, those without a class included."""
 
 
 @dataclass(frozen=True)
 class Areas:
-    """What a label map holds."""
+    """The classes in a label map."""
 
     classes: tuple[ClassArea, ...]
     """Those that occur, the largest first."""
@@ -57,9 +57,11 @@ def class_areas(labels: Pixels, spec: Spec) -> Areas:
 
 
 def border_length(labels: Pixels) -> int:
-    """Neighbouring pixels of a label map uint8 [H, W] that differ: all polygons together have about
-    twice as many corners at most, all run lengths as many numbers and some for each column and
-    class. Quick, so that a limit can come before the work."""
+    """Number of neighbouring pixels of a label map uint8 [H, W] that differ.
+
+    All polygons together have at most about twice as many corners; all run lengths have as many
+    numbers, and a few for each column and class. It is quick, so it can limit the work in advance.
+    """
     down = np.count_nonzero(labels[1:] != labels[:-1])
     across = np.count_nonzero(labels[:, 1:] != labels[:, :-1])
     return int(down + across)
@@ -67,7 +69,7 @@ def border_length(labels: Pixels) -> int:
 
 @dataclass(frozen=True)
 class LabelRuns:
-    """Where one label lies in a label map."""
+    """The pixels of one label in a label map."""
 
     label: int
     area: int

@@ -1,4 +1,4 @@
-"""What is compared, under which settings, and on which images."""
+"""The artifacts of a benchmark, its settings and its images."""
 
 import itertools
 import shlex
@@ -49,11 +49,11 @@ class BenchEntry:
     checkpoint: Path | None = None
     """The run that it was exported from, which it must match."""
     spec: Spec | None = None
-    """For a file that carries none."""
+    """The spec of a file that carries none."""
     judged: bool = True
     """False: a row for information, without verdict or accuracy."""
     forms: Mapping[tuple[str, str | None], tuple[Path, ...]] = field(default_factory=dict)
-    """By (runtime, precision), where that does not run `path` itself: what it runs instead, such as
+    """By (runtime, precision), if that does not run `path` itself: what it runs instead, such as
     the checkpoint in torch. Several are builds of one artifact, and take turns."""
 
     def file(self, setting: Setting, opening: int = 0) -> Path:

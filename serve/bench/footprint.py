@@ -35,7 +35,7 @@ class FootprintRequest(Settings):
     runtime: str
     """auto is resolved."""
     builder: Builder | None
-    """Of the engine; None for other runtimes."""
+    """Builder of the engine; None for other runtimes."""
     threads: int | None
     precision: str | None
     spec: Spec | None
@@ -161,7 +161,7 @@ def _resident(figure: str) -> int:
         name, _, value = line.partition(":")
         if name == figure:
             return 1024 * int(value.split()[0])
-    raise UserError(f"this system does not tell a process's memory (/proc/self/status: {figure})")
+    raise UserError(f"this system does not report a process's memory (/proc/self/status: {figure})")
 
 
 def _failure(done: "subprocess.CompletedProcess[str]") -> str:

@@ -26,7 +26,7 @@ Shape = Sequence[int]
 
 
 def artifact_macs(artifact: Artifact, batch: int, size: tuple[int, int]) -> int | None:
-    """Of one run on images [batch, H, W, 3], size (H, W).
+    """Multiply-accumulates of one run on images [batch, H, W, 3], size (H, W).
 
     A run's network is built anew, without its weights; an engine counts as the graph that it was
     built from. None where that graph is not beside the engine, or can't be counted. Raises
@@ -45,7 +45,7 @@ def artifact_macs(artifact: Artifact, batch: int, size: tuple[int, int]) -> int 
 
 
 def graph_macs(file: Path, signature: Signature, batch: int, size: tuple[int, int]) -> int | None:
-    """Of one run of an ONNX graph on images [batch, H, W, 3], size (H, W).
+    """Multiply-accumulates of one run of an ONNX graph on images [batch, H, W, 3], size (H, W).
 
     None where onnxruntime is not installed or can't compute that on a CPU (bfloat16; images that
     the graph does not take, or the memory does not hold), and where the graph holds layers with
@@ -90,14 +90,14 @@ def _run_macs(folder: Path, batch: int, size: tuple[int, int]) -> int:
 def _profile(
     file: Path, signature: Signature, batch: int, size: tuple[int, int]
 ) -> list[Mapping[str, Any]] | None:
-    """What onnxruntime recorded of each layer in one run; None where there could be none."""
+    """What onnxruntime recorded of each layer in one run; None if the run failed."""
     try:
         ort = import_onnxruntime()
     except MissingPackageError:
         return None
     options = ort.SessionOptions()
     options.log_severity_level = 4  # faults arrive as exceptions; the log would repeat them
-    # Each layer as it stands in the file: what is merged or left out is counted all the same.
+    # Each layer as in the file: layers that are merged or removed count, too.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Weights that are packed before the first run would be absent from the recorded shapes.
@@ -127,7 +127,7 @@ def _profile(
 
 
 def _shape(recorded: Mapping[str, Shape]) -> Shape:
-    """From {"float": [1, 3, 32, 32]}."""
+    """The shape in {"float": [1, 3, 32, 32]}."""
     (shape,) = recorded.values()
     return shape
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What all cells share."""
+    """What all cells of a benchmark share; `run` measures them."""
 
     device: str = "cpu"
     threads: int | None = None
@@ -106,7 +106,7 @@ class Benchmark:
             for entry in entries
             for setting in settings
         }
-        # One file stands under many settings, and may be large.
+        # One file serves many settings, and may be large.
         hashes = {path: sha256_of(open_artifact(path).file) for path in set(named.values())}
         files = {name: hashes[path] for name, path in named.items()}
         request = {
@@ -124,7 +124,7 @@ class Benchmark:
         rows: list[_TrialRow] = []
         for entry in entries:
             if not entry.judged and not BACKENDS[rows[0].backend].converts:
-                continue  # in another library, its time would say nothing
+                continue  # its time in another library would mean nothing
             runtime = self.open(entry, setting)
             if self.dataset is not None and entry.judged:
                 check_same_classes(runtime, self.dataset)
@@ -276,7 +276,7 @@ def _opener(bench: Benchmark, entry: BenchEntry, setting: Setting) -> Callable[[
 
 
 def _sessions(index: int) -> tuple[int, ...]:
-    """Of the row `index`: the first has two."""
+    """The sessions of the row `index`; the first has two."""
     return (0, 1) if index == 0 else (index + 1,)
 
 

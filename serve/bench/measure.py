@@ -48,7 +48,7 @@ class BenchPlan(Settings):
     budget_s: float = 120.0
     """No round begins that would probably end after this."""
     least_rounds: int = 8
-    """Before stopping early is thought of: a spread of fewer rounds is known too badly."""
+    """Fewest rounds before an early stop: the spread of fewer is not known well enough."""
     most_rounds: int = 2000
 
     @property

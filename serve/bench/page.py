@@ -25,7 +25,7 @@ from srdeploy.pages.report import (
     mark_differences,
     photo,
 )
-from srdeploy.serve.bench.results import AccuracyResult, BenchReport, Cell, Outcome
+from srdeploy.serve.bench.results import AccuracyResult, BenchReport, Cell, LatencyOutcome
 from srdeploy.serve.bench.tables import (
     LatencyComparison,
     accuracy_table,
@@ -52,8 +52,12 @@ if TYPE_CHECKING:
     from srdeploy.serve.bench.accuracy import DifferingPhoto
 
 CARDS = 8
-"""Verdicts that stand at the top one by one; of more, those that are EQUIVALENT share a card."""
-PASSED = {Outcome.EQUIVALENT: True, Outcome.DIFFERENT: False, Outcome.NOT_SHOWN: None}
+"""Verdicts that have cards of their own; if there are more, the EQUIVALENT ones share a card."""
+PASSED = {
+    LatencyOutcome.EQUIVALENT: True,
+    LatencyOutcome.DIFFERENT: False,
+    LatencyOutcome.NOT_SHOWN: None,
+}
 LONGEST = 640
 """Pixels; larger pictures are thinned for the page."""
 
@@ -111,7 +115,7 @@ def _latency_verdicts(report: BenchReport) -> list[Verdict]:
     several = len(report.cells) > 1
     if len(found) <= CARDS:
         return [_latency_verdict(one, several) for one in found]
-    same = [one for one in found if one.verdict.outcome is Outcome.EQUIVALENT]
+    same = [one for one in found if one.verdict.outcome is LatencyOutcome.EQUIVALENT]
     verdicts = [_latency_verdict(one, several) for one in found if one not in same]
     if same:
         low = min(one.ratio.low for one in same)
@@ -132,7 +136,7 @@ def _latency_verdict(one: LatencyComparison, several: bool) -> Verdict:
         f"ratio {one.ratio}, margin {margin}: {one.claim}{where}",
         outcome.value,
         PASSED[outcome],
-        undecided=outcome is Outcome.NOT_SHOWN,
+        undecided=outcome is LatencyOutcome.NOT_SHOWN,
         detail=sentence(one.verdict.reason),
     )
 
@@ -296,7 +300,7 @@ def gallery_section(
     """The photos on which artifacts differ most, one row each; `names` are the artifacts' whose
     masks the photos carry, two or more.
 
-    Below each mask stands its pixel accuracy on that photo.
+    Below each mask is its pixel accuracy on that photo.
     """
     first, second = names[:2]
     return Section(

@@ -1,4 +1,4 @@
-"""What a benchmark found, as it stands in report.json. All times of runs in milliseconds, of the
+"""What a benchmark found: the contents of report.json. Times of runs are in milliseconds, for the
 whole batch."""
 
 from enum import StrEnum
@@ -11,7 +11,7 @@ from srdeploy.metrics import Interval, Scores
 from srdeploy.validation import Settings, validated
 
 
-class Outcome(StrEnum):
+class LatencyOutcome(StrEnum):
     """What two latencies are shown to be, each claim with an error of at most 5 %."""
 
     EQUIVALENT = "EQUIVALENT"
@@ -25,14 +25,14 @@ class Outcome(StrEnum):
 class LatencyVerdict(Settings):
     """Two one-sided tests of one artifact's latency against the first's."""
 
-    outcome: Outcome
+    outcome: LatencyOutcome
     margin: float
     """What the ratio was tested against: within 1 / (1 + margin) .. 1 + margin. The margin asked
     for, or the noise floor where that is larger."""
     p_equivalent: float
-    """Of the two one-sided tests against the margin; below 0.05 the ratio lies within."""
+    """p value of the two one-sided tests against the margin; below 0.05 the ratio lies within."""
     p_different: float
-    """Of the one-sided test for lying beyond the margin; below 0.05 it does."""
+    """p value of the one-sided test for lying beyond the margin; below 0.05 it does."""
     rounds_needed: int | None
     """NOT SHOWN: rounds after which the answer would come in 9 of 10 benchmarks, if the ratio is
     what it seems; None where no number of rounds would do."""
@@ -54,11 +54,11 @@ class Latency(Settings):
 
     quantiles: Quantiles
     ratio: Interval | None
-    """To the first artifact's; None for the first itself."""
+    """Ratio to the first artifact's; None for the first itself."""
     verdict: LatencyVerdict | None
     """None for the first itself, and for rows for information."""
     round_ratios: tuple[float, ...] = ()
-    """By round, what `ratio` is the geometric mean of; empty for the first itself."""
+    """Ratio of each round, whose geometric mean is `ratio`; empty for the first itself."""
     rounds_ms: tuple[tuple[float, ...], ...]
     """Every run in the order measured, by round. Each round had freshly opened sessions."""
 
@@ -69,7 +69,7 @@ class Footprint(Settings):
     import_s: float
     """Importing the runtime's library."""
     first_inference_s: float
-    """From opening to the first labels, the library being imported."""
+    """Time from opening to the first labels, with the library imported."""
     own_mib: float
     """Peak of the process's memory (resident) above what it held before opening."""
     peak_mib: float
@@ -89,11 +89,11 @@ class Row(Settings):
     precision: str
     """Precision of the arithmetic, as the runtime reports it."""
     end_to_end: Latency
-    """From images in the host's memory to labels in the host's memory."""
+    """Latency from images in host memory to labels in host memory."""
     device_time: Latency | None
     """The GPU's own time on the same runs, without copies; None where it is not known."""
     images_per_s: float
-    """At the median."""
+    """Throughput at the median latency."""
     settled: bool
     """Whether every session's times became steady while warming up."""
     file_bytes: int
@@ -115,7 +115,7 @@ class Cell(Settings):
     """Artifacts timed against each other under one setting; the first row is the baseline."""
 
     runtime: str
-    """As requested, e.g. auto."""
+    """Runtime as requested, e.g. auto."""
     precision: str | None
     """Precision of the arithmetic, as requested; None: what the artifacts say."""
     batch: int
@@ -126,10 +126,10 @@ class Cell(Settings):
     """Ratio of two sessions of the first artifact, end to end."""
     device_floor: Interval | None
     floor_rounds: tuple[float, ...] = ()
-    """By round, the ratios that `floor` is the mean of."""
+    """Ratio of each round, whose mean is `floor`."""
     device_floor_rounds: tuple[float, ...] = ()
     margin: float
-    """As requested."""
+    """Margin as requested."""
     rounds: int
     blocks: int
     """Per round; every session ran twice in each."""
@@ -156,7 +156,7 @@ class AccuracyRow(Settings):
     name: str
     scores: Scores
     checkpoint: CheckpointMatch | None
-    """None where no checkpoint is known."""
+    """None if no checkpoint is known."""
     gains: dict[str, Interval] | None
     """miou, failure1, failure2 -> this one's minus the first's (shares of 0..1), paired bootstrap
     over images; None for the first itself. A failure that can't be measured is left out."""
@@ -181,7 +181,7 @@ class MachineReport(Settings):
     figures: dict[str, str]
     """Name -> value with its unit: governor, clocks, load, steal, temperature, ..."""
     warnings: tuple[str, ...]
-    """What makes the latencies weak, in sentences for people."""
+    """What makes the latencies unreliable, in sentences."""
 
 
 class BenchReport(Settings):
@@ -201,7 +201,7 @@ class BenchReport(Settings):
     def passed(self) -> bool:
         """Whether every verdict is EQUIVALENT and every export matches its checkpoint."""
         verdicts = [
-            timing.verdict.outcome is Outcome.EQUIVALENT
+            timing.verdict.outcome is LatencyOutcome.EQUIVALENT
             for cell in self.cells
             for row in cell.rows
             for timing in row.timings.values()
@@ -222,10 +222,10 @@ NAME = "partial.json"
 
 
 class Partial(Settings):
-    """What was asked for, and the cells measured so far, in the order of the settings."""
+    """The request, and the cells measured so far, in the order of the settings."""
 
     request: dict[str, Any]
-    """As JSON: files' hashes, settings, plan. A cell is valid only for the same request."""
+    """The request as JSON: files' hashes, settings, plan. Cells are valid only for the same one."""
     cells: tuple[Cell, ...] = ()
 
 

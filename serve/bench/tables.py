@@ -1,4 +1,4 @@
-"""What a benchmark has to say: its sentences, and its tables.
+"""The sentences and tables of a benchmark.
 
 The page, the Markdown text and the terminal show these alike. A line break in a cell separates an
 estimate from its interval.
@@ -17,15 +17,15 @@ from srdeploy.serve.bench.results import (
     Cell,
     Footprint,
     Latency,
+    LatencyOutcome,
     LatencyVerdict,
-    Outcome,
     Row,
 )
 
 MARKS = {
-    Outcome.EQUIVALENT: "✓ EQUIVALENT",
-    Outcome.DIFFERENT: "✗ DIFFERENT",
-    Outcome.NOT_SHOWN: "? NOT SHOWN",
+    LatencyOutcome.EQUIVALENT: "✓ EQUIVALENT",
+    LatencyOutcome.DIFFERENT: "✗ DIFFERENT",
+    LatencyOutcome.NOT_SHOWN: "? NOT SHOWN",
 }
 MATCHES = {True: "✓ matches", False: "✗ DIFFERS"}
 GAINS = (("miou", "mIoU"), ("failure1", "Failure-1"), ("failure2", "Failure-2"))
@@ -318,7 +318,7 @@ def checkpoint_table(accuracy: AccuracyResult) -> Table | None:
 
 def overview_table(report: BenchReport, anchors: Sequence[str] = ()) -> Table:
     """One row per setting and artifact: median end to end, ratio, verdicts of all measures. A
-    setting stands in its first row.
+    setting is named in its first row.
 
     anchors: one per cell, for links.
     """

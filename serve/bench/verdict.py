@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from srdeploy.metrics import Interval
-from srdeploy.serve.bench.results import LatencyVerdict, Outcome, Quantiles
+from srdeploy.serve.bench.results import LatencyOutcome, LatencyVerdict, Quantiles
 
 Floats = npt.NDArray[np.float64]
 
@@ -73,13 +73,13 @@ def judge(log_ratios: Sequence[float], floor: Sequence[float], margin: float) ->
     p_different = min(_one_sided(values, edge, "greater"), _one_sided(values, -edge, "less"))
     too_noisy = least > FLOOR_LIMIT * margin
     if p_different < ALPHA:
-        outcome = Outcome.DIFFERENT
+        outcome = LatencyOutcome.DIFFERENT
     elif p_equivalent < ALPHA and not too_noisy:
-        outcome = Outcome.EQUIVALENT
+        outcome = LatencyOutcome.EQUIVALENT
     else:
-        outcome = Outcome.NOT_SHOWN
+        outcome = LatencyOutcome.NOT_SHOWN
     needed = None
-    if outcome is Outcome.NOT_SHOWN:
+    if outcome is LatencyOutcome.NOT_SHOWN:
         low, high = _log_interval(values, 1 - 2 * ALPHA)
         distance = 0.0 if low <= 0 <= high else float(abs(values.mean()))
         # The floor shrinks with more rounds too: the margin asked for is what counts then.
@@ -206,7 +206,7 @@ def _one_sided(values: Floats, edge: float, side: Literal["less", "greater"]) ->
 
 
 def _reason(
-    outcome: Outcome,
+    outcome: LatencyOutcome,
     values: Floats,
     tested: float,
     margin: float,
@@ -216,9 +216,9 @@ def _reason(
     low, high = (math.exp(end) for end in _log_interval(values, 1 - 2 * ALPHA))
     between = f"between {low:.4f} and {high:.4f}"
     raised = "" if tested == margin else f", the noise floor ({100 * margin:g} % was asked for)"
-    if outcome is Outcome.EQUIVALENT:
+    if outcome is LatencyOutcome.EQUIVALENT:
         return f"the ratio lies {between}, within {100 * tested:.2g} %{raised}"
-    if outcome is Outcome.DIFFERENT:
+    if outcome is LatencyOutcome.DIFFERENT:
         return f"the ratio lies {between}, beyond {100 * tested:.2g} %{raised}"
     if too_noisy:
         text = f"two sessions of the same file may differ by {100 * tested:.2g} %"

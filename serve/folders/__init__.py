@@ -1,6 +1,5 @@
 """Prediction over folders of any size, on this machine or on a Ray cluster.
 
-A listing says which photos there are and what their outputs are called; a worker decodes, runs and
-encodes them; a store takes the outputs; the manifest says what is done, so that a run that was
-killed goes on.
+A listing holds the photos and the names of their outputs; a worker decodes, runs and encodes them;
+a store takes the outputs; the manifest records what is done, so that a killed run can resume.
 """

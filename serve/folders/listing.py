@@ -1,8 +1,4 @@
-"""Where the outputs of each photo go: no two at one place, and none where a folder is needed.
-
-A listing's table `photos` holds, of each photo, its source, the source's `label`, `suffixed` (the
-path below the source, made safe) and `stem` (the same without suffix); here `name` is chosen.
-"""
+"""The photos of a job and what their outputs are called, in bounded memory."""
 
 import hashlib
 import os
@@ -19,130 +15,36 @@ from typing import BinaryIO, Self
 from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.imaging import PHOTO_SUFFIXES
-from srdeploy.serve.folders.records import Photo, Unusable
-from srdeploy.serve.folders.remote_listing import canonical, find_remote, look_at_remote
-from srdeploy.serve.folders.stores import is_url, local_path
-from srdeploy.serve.folders.walk import (
-    Found,
+from srdeploy.serve.folders.naming import (
+    KINDS,
+    OWN_FILES,
+    choose_names,
+    safe_folder,
+    safe_name,
+    shared_folders,
+)
+from srdeploy.serve.folders.paths import (
     GlobPattern,
+    is_url,
     listed_paths,
-    look_at,
+    local_path,
     open_list,
     printable,
-    source_error,
     split_glob,
+)
+from srdeploy.serve.folders.records import Photo, Unusable
+from srdeploy.serve.folders.walk import (
+    Found,
+    canonical,
+    find_remote,
+    look_at,
+    look_at_remote,
+    source_error,
     walk,
 )
 
-LONGEST = 240
-"""Bytes of a part of a name: 255 less suffixes such as .json, and a number."""
-OUTPUT_SUFFIXES = (".png", ".jpg", ".npz", ".json", ".jsonl", ".parquet")
-KINDS = (("", ".png"), ("overlays/", ".jpg"), ("probabilities/", ".npz"), ("rle/", ".json"))
-"""Folder and suffix of the outputs of a photo."""
-OWN_FILES = ("classes.json", "legend.png", "manifest.jsonl", "areas.jsonl", "areas.parquet")
-"""What lies in the output folder beside the outputs of photos."""
-
-
-def safe_name(relative: str) -> tuple[str, str]:
-    """(with suffix, without) of a path below a source: folders that look like outputs get a _, so
-    that a mask b.png never meets a folder b.png; parts that leave no room for suffixes are cut."""
-    folder, slash, file = relative.rpartition("/")
-    above = safe_folder(folder) + slash
-    return above + _shortened(file), above + _shortened(os.path.splitext(file)[0])
-
-
-@lru_cache(maxsize=1024)  # the folder of one photo is that of the next
-def safe_folder(folder: str) -> str:
-    """The part of a safe name that folders make."""
-    return "/".join(_shortened(_unlike_outputs(part)) for part in folder.split("/"))
-
-
-def shared_folders(one: list[str], other: list[str]) -> list[str]:
-    """The folders with which both begin."""
-    count = 0
-    while count < min(len(one), len(other)) and one[count] == other[count]:
-        count += 1
-    return one[:count]
-
-
-def choose_names(database: sqlite3.Connection) -> None:
-    """Fills in `name`, the same whatever the order in which photos were found."""
-    run = database.execute
-    run("CREATE INDEX by_stem ON photos (stem, source)")
-    # Sources that share a name get their folders' names in front.
-    run(
-        "CREATE TABLE sharing AS SELECT DISTINCT source FROM photos WHERE stem IN "
-        "(SELECT stem FROM photos GROUP BY stem HAVING min(source) < max(source))"
-    )
-    run(
-        "UPDATE photos SET name = CASE WHEN source IN sharing "
-        "THEN CAST(label || x'2f' || stem AS BLOB) ELSE stem END"
-    )
-    run("DROP INDEX by_stem")
-    run("CREATE INDEX by_name ON photos (name)")
-    # Photos that differ in their suffix alone keep it, and so does one called as our legend.
-    run(
-        "CREATE TABLE suffixes AS SELECT name FROM photos GROUP BY name "
-        "HAVING count(*) > 1 AND count(DISTINCT substr(suffixed, length(stem) + 1)) > 1"
-    )
-    run("INSERT INTO suffixes VALUES (CAST('legend' AS BLOB))")
-    run(
-        "UPDATE photos SET name = CASE WHEN source IN sharing "
-        "THEN CAST(label || x'2f' || suffixed AS BLOB) ELSE suffixed END "
-        "WHERE name IN (SELECT name FROM suffixes)"
-    )
-    _number(database)
-
-
-def _number(database: sqlite3.Connection) -> None:
-    """Numbers behind names that are still shared; the first keeps it."""
-    shared = "SELECT name FROM photos GROUP BY name HAVING count(*) > 1 ORDER BY name"
-    database.execute(f"CREATE TABLE shared AS {shared}")
-    for (name,) in database.execute("SELECT name FROM shared"):
-        rows = database.execute(
-            "SELECT id FROM photos WHERE name = ? ORDER BY source, suffixed, path", (name,)
-        ).fetchall()
-        number = 2
-        # The legend's name is kept free even where a photo without suffix has it.
-        for (row,) in rows[1:]:
-            while _is_taken(database, b"%s-%d" % (name, number)):
-                number += 1
-            numbered = b"%s-%d" % (name, number)
-            database.execute("UPDATE photos SET name = ? WHERE id = ?", (numbered, row))
-    if _is_taken(database, b"legend"):
-        number = 2
-        while _is_taken(database, b"legend-%d" % number):
-            number += 1
-        database.execute(
-            "UPDATE photos SET name = ? WHERE name = ?", (b"legend-%d" % number, b"legend")
-        )
-
-
-def _is_taken(database: sqlite3.Connection, name: bytes) -> bool:
-    row = database.execute("SELECT 1 FROM photos WHERE name = ? LIMIT 1", (name,)).fetchone()
-    return row is not None
-
-
-def _unlike_outputs(folder: str) -> str:
-    return f"{folder}_" if folder.lower().endswith(OUTPUT_SUFFIXES) else folder
-
-
-def _shortened(part: str) -> str:
-    if len(part) <= LONGEST // 4:  # characters have 4 bytes at most
-        return part
-    encoded = os.fsencode(part)
-    if len(encoded) <= LONGEST:
-        return part
-    digest = hashlib.blake2b(encoded, digest_size=4).hexdigest()
-    # Characters that are cut in the middle are dropped whole.
-    kept = encoded[: LONGEST - 9].decode("utf-8", "surrogateescape")
-    while kept and "\udc80" <= kept[-1] <= "\udcff":
-        kept = kept[:-1]
-    return f"{kept}~{digest}"
-
-
-# The temporary tables of a listing. Paths are bytes, since they may be no text.
-
+ROWS = 1000
+"""Photos that are added between two reports of progress."""
 TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -154,7 +56,7 @@ CREATE TABLE photos (
 CREATE TABLE unusable (path BLOB PRIMARY KEY, reason TEXT) WITHOUT ROWID;
 CREATE TABLE inside (below_out BLOB, path BLOB);
 """
-
+"""A temporary database. Paths are bytes: they may not be text."""
 # Of two paths of one file the same one is kept, in whatever order they are met.
 ADD = """
 INSERT INTO photos (real, source, label, is_link, suffixed, stem, path, bytes, changed_ns)
@@ -166,15 +68,8 @@ WHERE (excluded.source, excluded.is_link, excluded.suffixed, excluded.path)
 """
 
 
-# Which photos a job covers, and what their outputs are called, in bounded memory.
-
-ROWS = 1000
-"""Photos that are added, or read back, at once."""
-
-
 class Listing:
-    """Photos by name, and what can't be used; in a temporary database on disk. A context
-    manager."""
+    """Photos by name, and what can't be used, in a temporary database. A context manager."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
@@ -203,7 +98,7 @@ class Listing:
             yield Photo(os.fsdecode(path), os.fsdecode(name), size, changed_ns)
 
     def unusable(self) -> Iterator[Unusable]:
-        """By path."""
+        """What can't be used, sorted by path."""
         for path, reason in self._database.execute(
             "SELECT path, reason FROM unusable ORDER BY path"
         ):
@@ -220,11 +115,12 @@ def find_photos(
     a list on `stdin`; and those in the list `list_file`.
 
     Names are paths below the folder source, a glob's fixed part, or a list's common folder, without
-    suffix. Photos that differ in their suffix alone keep it; sources with equal names get their
-    folder's name in front; numbers tell apart what is left. A file that is met twice counts once.
-    Hidden files and what lies in `out` are passed over. What is wrong inside the sources is listed
-    as unusable. Raises UserError: a source is not there, no photos, `out` is among the sources
-    (the next prediction would take its masks for photos), or an output would replace a photo.
+    suffix. Photos that differ only in their suffix keep it; sources with equal names get their
+    folder's name in front; numbers separate the rest. A file that is met twice counts once.
+    Hidden files and the contents of `out` are skipped. What can't be used inside the sources is
+    listed as unusable. Raises UserError: a source does not exist, no photos, `out` is among the
+    sources (the next prediction would take its masks for photos), or an output would replace a
+    photo.
     """
     if not sources and list_file is None:
         raise UserError("no photos are named: give a folder, files, or a list of them")
@@ -262,7 +158,7 @@ class _Finder:
         self._remote_out = canonical(out) if local is None else None
         self._real_folder = lru_cache(maxsize=1024)(os.path.realpath)
         self._folders: list[str] = []
-        """Real folders among the sources that lie below `out`, relative to it."""
+        """Real folders among the sources that are below `out`, relative to it."""
 
     def find(
         self, sources: Sequence[str], list_file: str | None, stdin: BinaryIO | None
@@ -314,7 +210,7 @@ class _Finder:
                 raise UserError(_among_photos(self._out))
 
     def _look(self, source: str) -> tuple[str, Iterable[Found | Unusable]]:
-        """What goes in front of names that are not unique, and what there is."""
+        """The prefix for names that are not unique, and what the source holds."""
         if is_url(source):
             local = local_path(source)
             if local is None:
@@ -348,7 +244,7 @@ class _Finder:
             self._folders.append(below)
 
     def _add_list(self, index: int, file: BinaryIO, name: str) -> Iterator[int]:
-        """The files of a list. Their names are cut once their common folder is known."""
+        """Adds the files of a list. Their names are cut once their common folder is known."""
         common: list[str] | None = None
         for seen, path in enumerate(listed_paths(file, name)):
             if is_url(path) and local_path(path) is None:
@@ -374,8 +270,8 @@ class _Finder:
         )
 
     def _real(self, path: str) -> str | None:
-        """The real path of what is no link: asking the system for each folder above each file of
-        a list takes longer than all else. None where it is to be asked."""
+        """The real path of a file that is no link, else None: resolving each folder above each file
+        of a list would take longer than everything else."""
         folder, file = os.path.split(path)
         if "\0" in path or file in ("", ".", "..") or os.path.islink(path):
             return None
@@ -394,7 +290,7 @@ class _Finder:
         row = (real, index, front, found.is_link, suffixed, stem, path)
         self._database.execute(ADD, (*row, found.bytes, found.changed_ns))
         places = {found.real}
-        if found.is_link:  # a link that is replaced is a photo lost, too
+        if found.is_link:  # a link that is replaced is also a lost photo
             folder, name = os.path.split(found.path)
             places.add(os.path.join(os.path.realpath(folder), name))
         for place in places:
@@ -417,7 +313,7 @@ class _Finder:
         return row.fetchone() is not None
 
     def _outputs_go_into(self, folder: str, kind: str) -> bool:
-        """Whether outputs of a kind lie in a folder of photos."""
+        """Whether outputs of a kind go into a folder of photos."""
         inside = f"{folder}/"
         if kind and kind.startswith(inside):
             return True

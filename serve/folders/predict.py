@@ -1,4 +1,4 @@
-"""Who does the work: this process, or a cluster."""
+"""Prediction over folders: finds photos, runs those that are not done, keeps the manifest."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -9,22 +9,22 @@ from srdeploy.files import sha256_of
 from srdeploy.imaging import ignore_pillow_warnings
 from srdeploy.interrupt import StopRequest
 from srdeploy.serve.folders.listing import Listing, find_photos
-from srdeploy.serve.folders.manifest import Header, Manifest, open_manifest
+from srdeploy.serve.folders.manifest import Manifest, ManifestHeader, open_manifest
 from srdeploy.serve.folders.records import Photo, Record
-from srdeploy.serve.folders.rendering import with_views, write_key
+from srdeploy.serve.folders.rendering import check_areas, with_views, write_areas, write_key
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import OutputError, open_store
-from srdeploy.serve.folders.summary import Meter, Summary, Tally, check_areas, write_areas
+from srdeploy.serve.folders.summary import JobStats, ProgressReporter, Summary
 from srdeploy.serve.folders.worker import Worker, folder_plan
 from srdeploy.serve.scheduling.planner import ModelSource
 
 
-class Engine(Protocol):
-    """Turns photos into outputs. What it says of itself is known once the first record is there."""
+class Executor(Protocol):
+    """Turns photos into outputs. Its attributes are known once the first record is there."""
 
     name: str
     sessions: int
-    """That run side by side."""
+    """Parallel sessions."""
     threads: int | None
     """CPU threads of each."""
     batch: int
@@ -38,44 +38,11 @@ class Engine(Protocol):
         out: str,
         settings: PredictSettings,
     ) -> Generator[Record]:
-        """What became of each photo, as they are done. `expected`: about how many photos there are.
+        """The record of each photo, as it is done. `expected`: about how many photos there are.
 
-        When it is closed, what has not begun is dropped. Raises UserError where the artifact can't
-        be run, and OutputError.
+        When the generator is closed, photos that have not begun are dropped. Raises UserError if
+        the artifact can't be run, and OutputError.
         """
-
-
-class LocalEngine:
-    """This process: sessions side by side, and threads that decode and encode."""
-
-    name = "local"
-
-    def __init__(self, threads: int | None = None, batch: int | None = None) -> None:
-        """threads: of each session; batch: photos in one run; None: what does most in a second."""
-        self.sessions = 0
-        self.threads = threads
-        self.batch = batch or 1
-        self._wishes = threads, batch
-
-    def records(
-        self,
-        source: ModelSource,
-        photos: Iterator[Photo],
-        expected: int,
-        out: str,
-        settings: PredictSettings,
-    ) -> Generator[Record]:
-        """See Engine. Silences Pillow's remarks on damaged files, for the whole process."""
-        ignore_pillow_warnings()
-        plan = folder_plan(source, expected, *self._wishes)
-        self.sessions, self.batch = plan.shared.sessions, plan.batch
-        self.threads = plan.shared.threads
-        with Worker(source, plan, settings, open_store(out)) as worker:
-            yield from worker.records(photos)
-
-
-# The job: find the photos, go through those that are not done, keep the manifest, and tell what
-# came of it.
 
 
 def predict_photos(
@@ -84,7 +51,7 @@ def predict_photos(
     out: str,
     settings: PredictSettings | None = None,
     *,
-    engine: Engine | None = None,
+    executor: Executor | None = None,
     list_file: str | None = None,
     stdin: BinaryIO | None = None,
     force: bool = False,
@@ -92,20 +59,20 @@ def predict_photos(
     """Writes masks, and what else `settings` ask for, of all photos below `out`.
 
     photos: files, folders, globs, URLs, and "-" for a list on `stdin`; see `find_photos`, which
-    also says what the outputs are called. out: a folder or a URL. engine: None: this process.
-    What an earlier run of the same job has done is kept, unless `force`. Photos that can't be used
-    are told of and skipped. SIGINT and SIGTERM end the job once what is under way is written.
+    also says what the outputs are called. out: a folder or a URL. executor: None: this process.
+    What an earlier run of the same job has done is kept, unless `force`. Unreadable photos are
+    reported and skipped. SIGINT and SIGTERM end the job after in-flight photos are written.
     Raises UserError where the sources, the artifact or the output can't be used; what was written
     until then is whole, and in the manifest.
     """
     settings = settings or PredictSettings()
-    engine = engine or LocalEngine()
+    executor = executor or LocalExecutor()
     check_areas(settings.areas)
     with find_photos(photos, out, list_file, stdin) as listing, ExitStack() as stack:
         store = open_store(out)
         probe = source.make_runtime(None)
-        with_views(probe, settings, 1)  # what can be refused is refused before anything is written
-        header = Header(
+        with_views(probe, settings, 1)  # refuse before anything is written
+        header = ManifestHeader(
             srdeploy=__version__,
             artifact=str(source.path),
             artifact_sha256=sha256_of(probe.artifact.file),
@@ -118,57 +85,88 @@ def predict_photos(
         stop = stack.enter_context(
             StopRequest("finishing the photos under way; once more to stop at once")
         )
-        tally = Tally()
+        stats = JobStats()
         for unusable in listing.unusable():
             record = Record(Photo(unusable.path, "", 0, 0), error=unusable.reason)
             manifest.add(record)
-            tally.take(record)
-        todo = _todo(listing, manifest, tally, stop)
+            stats.add(record)
+        todo = _todo(listing, manifest, stats, stop)
         expected = max(0, len(listing) - manifest.continued)
         total = len(listing) + listing.unusable_count
         with (
-            Meter(total, tally) as meter,
-            closing(engine.records(source, todo, expected, out, settings)) as records,
+            ProgressReporter(total, stats) as progress,
+            closing(executor.records(source, todo, expected, out, settings)) as records,
         ):
             try:
                 for record in records:
                     manifest.add(record)
-                    tally.take(record)
-                    meter.move()
+                    stats.add(record)
+                    progress.advance()
             except OutputError as error:
                 raise OutputError(
-                    f"{error} ({tally.images + tally.done_before:,} photos are done, "
+                    f"{error} ({stats.images + stats.done_before:,} photos are done, "
                     "and the same command goes on from there)"
                 ) from error
-        seconds, images_per_s = tally.seconds, tally.images_per_s
+        seconds, images_per_s = stats.seconds, stats.images_per_s
         if settings.areas != "none":
             write_areas(store, manifest.records(), probe.spec, settings.areas)
     return Summary(
         out=out,
-        engine=engine.name,
-        images=tally.images,
-        done_before=tally.done_before,
-        skipped_count=tally.skipped_count,
-        skipped=tuple(tally.skipped),
-        left=total - tally.handled,
+        engine=executor.name,
+        images=stats.images,
+        done_before=stats.done_before,
+        skipped_count=stats.skipped_count,
+        skipped=tuple(stats.skipped),
+        left=total - stats.handled,
         seconds=seconds,
         images_per_s=images_per_s,
-        decode_s=tally.decode_ms / 1000,
-        run_s=tally.run_ms / 1000,
-        encode_s=tally.encode_ms / 1000,
-        sessions=engine.sessions,
-        threads=engine.threads,
-        batch=engine.batch,
+        decode_s=stats.decode_ms / 1000,
+        run_s=stats.run_ms / 1000,
+        encode_s=stats.encode_ms / 1000,
+        sessions=executor.sessions,
+        threads=executor.threads,
+        batch=executor.batch,
     )
 
 
-def _todo(listing: Listing, manifest: Manifest, tally: Tally, stop: StopRequest) -> Iterator[Photo]:
-    """The photos that are not done, until the job is told to stop."""
-    tally.begin()
+class LocalExecutor:
+    """Runs in this process: parallel sessions, and threads that decode and encode."""
+
+    name = "local"
+
+    def __init__(self, threads: int | None = None, batch: int | None = None) -> None:
+        """threads: of each session; batch: photos in one run; None: the fastest."""
+        self.sessions = 0
+        self.threads = threads
+        self.batch = batch or 1
+        self._options = threads, batch
+
+    def records(
+        self,
+        source: ModelSource,
+        photos: Iterator[Photo],
+        expected: int,
+        out: str,
+        settings: PredictSettings,
+    ) -> Generator[Record]:
+        """See Executor. Silences Pillow's warnings on damaged files, for the whole process."""
+        ignore_pillow_warnings()
+        plan = folder_plan(source, expected, *self._options)
+        self.sessions, self.batch = plan.shared.sessions, plan.batch
+        self.threads = plan.shared.threads
+        with Worker(source, plan, settings, open_store(out)) as worker:
+            yield from worker.records(photos)
+
+
+def _todo(
+    listing: Listing, manifest: Manifest, stats: JobStats, stop: StopRequest
+) -> Iterator[Photo]:
+    """The photos that are not done yet, until the job is told to stop."""
+    stats.begin()
     for photo in listing:
         if stop.requested:
             return
         if manifest.is_done(photo):
-            tally.done_before += 1
+            stats.done_before += 1
         else:
             yield photo

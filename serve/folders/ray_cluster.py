@@ -1,4 +1,4 @@
-"""A connection to a Ray cluster, or one of its own on this machine, that keeps quiet."""
+"""A Ray cluster: joining or starting it, dividing it, and the process that works there."""
 
 import logging
 import os
@@ -23,18 +23,18 @@ from srdeploy.serve.folders.worker import Worker, folder_plan
 from srdeploy.serve.scheduling.planner import ModelSource, SessionPlan
 
 OBJECT_STORE_BYTES = 100 << 20
-"""Photos and masks do not go through it, only their names and records."""
+"""Only names and records of photos go through it, not photos or masks."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """How a job is spread over a cluster."""
+class Allocation:
+    """How a job is divided over a cluster."""
 
     actors: int
     cpus: int
-    """Of each actor."""
+    """CPU cores of each actor."""
     gpus: int
-    """Of each actor."""
+    """GPUs of each actor."""
 
 
 @contextmanager
@@ -58,10 +58,10 @@ def cluster(address: str | None) -> Iterator[None]:
         return
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if address is not None:
-        _knock(address)
-    # What a killed process leaves to say goes to stdout, whatever log_to_driver is.
+        _check_reachable(address)
+    # The last output of a killed process would go to stdout, whatever log_to_driver is.
     ray._private.worker._worker_logs_enabled = False
-    with _signals_kept(), _stderr_shut():
+    with _signals_restored(), _stderr_silenced():
         try:
             if address is None:
                 ray.init(
@@ -85,11 +85,11 @@ def cluster(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        with _stderr_shut():
+        with _stderr_silenced():
             ray.shutdown()
 
 
-def share(actors: int | None, on_gpu: bool) -> Share:
+def allocate(actors: int | None, on_gpu: bool) -> Allocation:
     """One actor for each GPU, or for each machine; or `actors` of them. Raises UserError where the
     cluster has no GPU and one is needed."""
     import ray
@@ -102,17 +102,17 @@ def share(actors: int | None, on_gpu: bool) -> Share:
     if on_gpu:
         gpus = sum(int(node["GPU"]) for node in able)
         cpus = min(int(node.get("CPU", 0) // node["GPU"]) for node in able)
-        return Share(min(actors or gpus, gpus), max(1, cpus), 1)
+        return Allocation(min(actors or gpus, gpus), max(1, cpus), 1)
     smallest = min(int(node["CPU"]) for node in able)
     if actors is None:
-        return Share(sum(int(node["CPU"]) // smallest for node in able), smallest, 0)
+        return Allocation(sum(int(node["CPU"]) // smallest for node in able), smallest, 0)
     cores = sum(int(node["CPU"]) for node in able)
     actors = min(actors, cores)
-    return Share(actors, max(1, min(smallest, cores // actors)), 0)
+    return Allocation(actors, max(1, min(smallest, cores // actors)), 0)
 
 
-def _knock(address: str) -> None:
-    """Ray itself waits for minutes, and ends the process where nobody answers."""
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes, and ends the process where nobody results."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal() or int(port) > 65535:
         return
@@ -125,8 +125,8 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself, of which a job's end is to be asked."""
+def _signals_restored() -> Iterator[None]:
+    """Ray installs its own SIGTERM handler, but SIGTERM must end the job."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -139,8 +139,8 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _stderr_shut() -> Iterator[None]:
-    """Ray's C++ side says on file descriptor 2 how much it is going to say there."""
+def _stderr_silenced() -> Iterator[None]:
+    """The C++ side of Ray writes to file descriptor 2, whatever the log level."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -155,7 +155,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# A process of a Ray cluster that holds the network and works on batches of photos.
+# The process that holds the network and works on batches of photos.
 
 if TYPE_CHECKING:
     import pyarrow
@@ -163,14 +163,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Failure:
-    """What ends the job, in words: errors of libraries may not survive their journey."""
+    """Why the job ends, as text: exceptions of libraries may not survive pickling."""
 
     kind: Literal["output", "user", "fault"]
     message: str
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """A fault of ours keeps its traceback."""
+        """A failure made from an exception; a bug keeps its traceback."""
         if isinstance(error, OutputError):
             return cls("output", str(error))
         if isinstance(error, UserError):
@@ -178,7 +178,7 @@ class Failure:
         return cls("fault", "".join(traceback.format_exception(error)))
 
     def error(self) -> Exception:
-        """The error to raise where people see it."""
+        """The exception to raise in the driver process."""
         if self.kind == "output":
             return OutputError(self.message)
         if self.kind == "user":
@@ -187,8 +187,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What became of a batch."""
+class BatchResult:
+    """The records of a batch."""
 
     number: int
     records: Sequence[Record]
@@ -198,22 +198,22 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Order:
-    """What all processes of a job do."""
+class WorkerConfig:
+    """What all processes of a job need to know."""
 
     source: ModelSource
-    """With an absolute path."""
+    """The artifact, with an absolute path."""
     out: str
     """An absolute path or a URL."""
     settings: PredictSettings
     folder: str
-    """What relative paths of photos are relative to."""
+    """The folder that relative paths of photos refer to."""
     mark: str | None
-    """A file below `out` that is there while the job runs; None where `out` is a URL."""
+    """A file below `out` that exists while the job runs; None if `out` is a URL."""
     photos: int
-    """Of each process, roughly."""
+    """Photos of each process, roughly."""
     cores: int
-    """Of each process."""
+    """CPU cores of each process."""
     threads: int | None
     batch: int | None
 
@@ -222,63 +222,65 @@ class BatchActor:
     """Ray makes one in each of its processes; two of its threads then hand it batches, so that the
     second one's photos are decoded while the first one's last masks are written."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
         self._lock = threading.Lock()
         self._stack = ExitStack()
         self._worker: Worker | None = None
         self._relative = True
 
     def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
-        """Column `batch`, of pickled (number, photos), to column `answer`, of pickled `Answer`."""
+        """Column `batch` of pickled (number, photos) -> column `result` of pickled BatchResult."""
         import pyarrow
 
-        answers = [self._answer(*pickle.loads(batch)) for batch in table["batch"].to_pylist()]
-        content = [pickle.dumps(answer) for answer in answers]
-        return pyarrow.table({"answer": pyarrow.array(content, pyarrow.binary())})
+        results = [self._result(*pickle.loads(batch)) for batch in table["batch"].to_pylist()]
+        content = [pickle.dumps(result) for result in results]
+        return pyarrow.table({"result": pyarrow.array(content, pyarrow.binary())})
 
-    def _answer(self, number: int, photos: Sequence[Photo]) -> Answer:
+    def _result(self, number: int, photos: Sequence[Photo]) -> BatchResult:
         records: list[Record] = []
         failure = None
         try:
             worker = self._open()
-            if not self._relative and not all(_anywhere(photo.path) for photo in photos):
+            if not self._relative and not all(_is_absolute(photo.path) for photo in photos):
                 raise UserError(
-                    f"{self._order.folder} is not there on {socket.gethostname()}, a machine of "
+                    f"{self._config.folder} is not there on {socket.gethostname()}, a machine of "
                     "the cluster: give the photos as absolute paths or URLs that all machines have"
                 )
             for record in worker.records(photos):
                 records.append(record)
         except Exception as error:
             failure = Failure.of(error)
-        return Answer(number, records, failure, self._worker.plan if self._worker else None)
+        return BatchResult(number, records, failure, self._worker.plan if self._worker else None)
 
     def _open(self) -> Worker:
         """Loads the network with the first batch: were it done in __init__, an error would make
         Ray start the process again and again."""
-        order = self._order
+        config = self._config
         with self._lock:
             if self._worker is None:
                 ignore_pillow_warnings()
                 try:
-                    os.chdir(order.folder)
+                    os.chdir(config.folder)
                 except OSError:
                     self._relative = False
-                if order.mark is not None and not os.path.exists(order.mark):
+                if config.mark is not None and not os.path.exists(config.mark):
                     raise UserError(
-                        f"{order.out} is another folder on {socket.gethostname()}, a machine of "
+                        f"{config.out} is another folder on {socket.gethostname()}, a machine of "
                         "the cluster: give one that all machines share, or a URL"
                     )
-                source = order.source
+                source = config.source
                 if parse_device(source.device)[0] == "cuda":
                     source = replace(source, device="cuda")  # Ray shows each process its own GPU
-                plan = folder_plan(source, order.photos, order.threads, order.batch, order.cores)
-                store = open_store(order.out)
-                worker = Worker(source, plan, order.settings, store, order.cores)
+                plan = folder_plan(
+                    source, config.photos, config.threads, config.batch, config.cores
+                )
+                store = open_store(config.out)
+                worker = Worker(source, plan, config.settings, store, config.cores)
                 self._worker = self._stack.enter_context(worker)
             return self._worker
 
 
-def _anywhere(path: str) -> bool:
-    """Whether a path means the same in all folders."""
+def _is_absolute(path: str) -> bool:
+    """Whether a path means the same in every folder."""
     return os.path.isabs(path) or "://" in path

@@ -1,4 +1,4 @@
-"""What a listing finds."""
+"""Photos of a job, what became of them, and that as a line of JSON."""
 
 import json
 import os
@@ -13,7 +13,7 @@ class Photo:
     """One photo of a job."""
 
     path: str
-    """As it was found: a local path (bytes that are no UTF-8 as surrogates) or a URL."""
+    """The path as found: local (bytes that are not UTF-8 as surrogates) or a URL."""
     name: str
     """Where its outputs go, below the output folder and without their suffix: relative, with /,
     never with `..`. No two photos of a job share it."""
@@ -25,7 +25,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Something among the sources that can't be listed, read or named."""
+    """Something in the sources that can't be listed, read or named."""
 
     path: str
     reason: str
@@ -49,7 +49,7 @@ class Times:
     decode: float = 0.0
     """Reading, decoding and fitting."""
     run: float = 0.0
-    """In the runtime; its share of a run of several photos."""
+    """Time in the runtime; for a run of several photos, the share of one."""
     encode: float = 0.0
     """Restoring, encoding and writing."""
 
@@ -59,13 +59,13 @@ class Record:
     """One photo that is done, or why it was skipped; a line of the manifest."""
 
     photo: Photo
-    """For what could not even be listed: its path, an empty name and zeros."""
+    """If even listing failed: its path, an empty name and zeros."""
     sha256: str = ""
-    """Of the photo's file; empty where it was not read."""
+    """SHA-256 of the photo's file; empty if it was not read."""
     size: tuple[int, int] | None = None
     """(height, width) of the photo, upright."""
     outputs: Mapping[str, OutputFile] = field(default_factory=dict)
-    """By their path below the output folder."""
+    """Written files by their path below the output folder."""
     pixels: Mapping[int, int] = field(default_factory=dict)
     """How many pixels of the mask have each label; labels that do not occur are left out."""
     error: str | None = None

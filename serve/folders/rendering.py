@@ -1,16 +1,22 @@
-"""The classes of one photo as COCO's run lengths, in JSON."""
+"""What is written of photos: masks, overlays, probabilities, run lengths, areas, and their key."""
 
 import json
+import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from srdeploy.errors import UserError
+from srdeploy.errors import MissingPackageError, UserError
+from srdeploy.files import explain_os_error
 from srdeploy.imaging import (
     Pixels,
     encode_gray,
@@ -24,11 +30,91 @@ from srdeploy.imaging import (
 from srdeploy.regions import LabelRuns, label_runs
 from srdeploy.runtimes.base import Logits, Runtime
 from srdeploy.runtimes.views import AugmentedRuntime, TiledRuntime
-from srdeploy.serve.folders.records import Photo
+from srdeploy.serve.folders.paths import as_text
+from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
-from srdeploy.serve.folders.stores import Store
-from srdeploy.serve.folders.walk import as_text
+from srdeploy.serve.folders.stores import OutputError, Store
 from srdeploy.spec import Spec
+
+CLASSES = "classes.json"
+LEGEND = "legend.png"
+LEVEL = 1
+"""zlib level. At 6, files are 5 % smaller and take twice as long (19 classes, half a megapixel)."""
+BAND = 16
+"""Rows that are processed at a time: exponentials of a whole large photo are gigabytes."""
+CELLS = 250_000
+"""Cells of a parquet row group: they are Python objects in memory, tens of MB."""
+Probabilities = npt.NDArray[np.float16]
+SMALLEST_NORMAL = np.finfo(np.float16).smallest_normal.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The outputs of one photo, in memory."""
+
+    files: dict[str, bytes]
+    """Content by path below the output folder."""
+    pixels: dict[int, int]
+    """How many pixels of the mask have each label; labels that do not occur are left out."""
+
+
+def needs_logits(settings: PredictSettings) -> bool:
+    """Whether labels are not enough."""
+    return settings.probabilities
+
+
+def needs_picture(settings: PredictSettings) -> bool:
+    """Whether the photo itself is part of an output."""
+    return settings.overlay
+
+
+def with_views(runtime: Runtime, settings: PredictSettings, batch: int) -> Runtime:
+    """`runtime` inside an augmented and a tiled one, as `settings` ask for. batch: most tiles in a
+    run. Raises UserError if the artifact can't be run like that, or has no logits for
+    probabilities."""
+    if needs_logits(settings) and not runtime.gives_logits:
+        raise UserError(
+            f"{runtime.path} gives only labels, and probabilities come from logits: export it "
+            "with --output both"
+        )
+    if settings.augmented:
+        runtime = AugmentedRuntime(runtime, settings.scales, settings.flip)
+    if settings.tile is not None:
+        runtime = TiledRuntime(runtime, settings.tile, settings.overlap, batch)
+    return runtime
+
+
+def render(
+    photo: Photo,
+    picture: Pixels | None,
+    result: Pixels | Logits,
+    size: tuple[int, int],
+    spec: Spec,
+    settings: PredictSettings,
+) -> Rendered:
+    """The outputs that `settings` ask for.
+
+    picture: uint8 [H, W, 3], where `needs_picture` says so. result: labels uint8 [h, w], or logits
+    float32 [K, h, w] where `needs_logits` says so. size: (H, W) of the photo, upright.
+    """
+    logits = np.asarray(result, np.float32) if needs_logits(settings) else None
+    labels = np.asarray(result, np.uint8) if logits is None else strongest(logits)
+    restored = restore(labels, size[0], size[1])
+    files: dict[str, bytes] = {}
+    if settings.mask == "palette":
+        files[f"{photo.name}.png"] = encode_mask(restored, spec)
+    elif settings.mask == "gray":
+        files[f"{photo.name}.png"] = encode_gray(restored)
+    if settings.overlay:
+        assert picture is not None
+        files[f"overlays/{photo.name}.jpg"] = encode_jpeg(overlay(picture, restored, spec))
+    if logits is not None:
+        files[f"probabilities/{photo.name}.npz"] = encode_probabilities(logits, size, spec)
+    if settings.rle:
+        files[f"rle/{photo.name}.json"] = encode_segments(photo.name, restored, spec)
+    # Pillow counts bytes as they are, np.bincount makes each an int64 first.
+    counts = Image.fromarray(restored).histogram()
+    return Rendered(files, {label: count for label, count in enumerate(counts) if count})
 
 
 def encode_segments(name: str, labels: Pixels, spec: Spec) -> bytes:
@@ -46,30 +132,6 @@ def encode_segments(name: str, labels: Pixels, spec: Spec) -> bytes:
         if runs.label < spec.class_count
     ]
     return f'{_json(head)[:-1]},"segments":[{",".join(segments)}]}}\n'.encode()
-
-
-def _segment(runs: LabelRuns, size: tuple[int, int], spec: Spec) -> dict[str, Any]:
-    return {
-        "category_id": runs.label,
-        "category": spec.classes[runs.label],
-        "area": runs.area,
-        "bbox": runs.box,
-        "segmentation": {"size": size, "counts": runs.counts},
-    }
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-# Probabilities of one photo's classes as an npz file.
-
-Probabilities = npt.NDArray[np.float16]
-
-LEVEL = 1
-"""Of zlib. At 6, files get 5 % smaller and take twice as long (19 classes, half a megapixel)."""
-BAND = 16
-"""Rows that are worked on at a time: exponentials of a whole large photo are gigabytes."""
 
 
 def encode_probabilities(logits: Logits, size: tuple[int, int], spec: Spec) -> bytes:
@@ -108,24 +170,14 @@ def softmax(logits: Logits) -> Probabilities:
 def to_half(values: npt.NDArray[np.float32]) -> Probabilities:
     """Values float32 of 0..1 as the nearest float16, as `astype` rounds them.
 
-    Subnormal numbers, which most classes' probabilities are, take numpy ten times as long, for the
-    processor's underflow is flagged at each. They are whole multiples of 2**-24, and these are
-    their bits.
+    Subnormal numbers, which most classes' probabilities are, take numpy ten times as long, because
+    each underflow is flagged. They are whole multiples of 2**-24, and these are their bits.
     """
     small = values < SMALLEST_NORMAL
     halves = np.where(small, SMALLEST_NORMAL, values).astype(np.float16)
     multiples = np.rint(np.where(small, values, 0) * np.float32(2**24)).astype(np.uint16)
     np.copyto(halves, multiples.view(np.float16), where=small)
     return halves
-
-
-SMALLEST_NORMAL = np.finfo(np.float16).smallest_normal.astype(np.float32)
-
-
-# What the ids and colours in an output folder mean.
-
-CLASSES = "classes.json"
-LEGEND = "legend.png"
 
 
 def write_key(store: Store, spec: Spec) -> None:
@@ -156,76 +208,83 @@ def draw_legend(spec: Spec) -> Pixels:
     return np.array(picture)
 
 
-# What is written of one photo, from the network's output.
+def check_areas(kind: Literal["none", "jsonl", "parquet"]) -> None:
+    """Raises MissingPackageError if such a table can't be written: better known before the job than
+    after it."""
+    if kind == "parquet" and find_spec("pyarrow") is None:
+        raise MissingPackageError("pyarrow", "parquet", "a table of areas as parquet")
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """The outputs of one photo, in memory."""
+def write_areas(
+    store: Store, records: Iterable[Record], spec: Spec, kind: Literal["jsonl", "parquet"]
+) -> None:
+    """Writes areas.jsonl or areas.parquet: one row for each photo that has outputs.
 
-    files: dict[str, bytes]
-    """Content by path below the output folder."""
-    pixels: dict[int, int]
-    """How many pixels of the mask have each label; labels that do not occur are left out."""
-
-
-def needs_logits(settings: PredictSettings) -> bool:
-    """Whether labels alone do not suffice."""
-    return settings.probabilities
-
-
-def needs_picture(settings: PredictSettings) -> bool:
-    """Whether the photo itself is part of an output."""
-    return settings.overlay
-
-
-def render(
-    photo: Photo,
-    picture: Pixels | None,
-    result: Pixels | Logits,
-    size: tuple[int, int],
-    spec: Spec,
-    settings: PredictSettings,
-) -> Rendered:
-    """The outputs that `settings` ask for.
-
-    picture: uint8 [H, W, 3], where `needs_picture` says so. result: labels uint8 [h, w], or logits
-    float32 [K, h, w] where `needs_logits` says so. size: (H, W) of the photo, upright.
+    Columns are photo, name, height, width, and for each class CLASS_pixels, and CLASS_share of all
+    pixels, 0..1. Rows are as `records` come; few are in memory at a time. Raises OutputError, and
+    MissingPackageError where parquet has no pyarrow.
     """
-    logits = np.asarray(result, np.float32) if needs_logits(settings) else None
-    labels = np.asarray(result, np.uint8) if logits is None else strongest(logits)
-    restored = restore(labels, size[0], size[1])
-    files: dict[str, bytes] = {}
-    if settings.mask == "palette":
-        files[f"{photo.name}.png"] = encode_mask(restored, spec)
-    elif settings.mask == "gray":
-        files[f"{photo.name}.png"] = encode_gray(restored)
-    if settings.overlay:
-        assert picture is not None
-        files[f"overlays/{photo.name}.jpg"] = encode_jpeg(overlay(picture, restored, spec))
-    if logits is not None:
-        files[f"probabilities/{photo.name}.npz"] = encode_probabilities(logits, size, spec)
-    if settings.rle:
-        files[f"rle/{photo.name}.json"] = encode_segments(photo.name, restored, spec)
-    # Pillow counts bytes as they are, np.bincount makes each an int64 first.
-    counts = Image.fromarray(restored).histogram()
-    return Rendered(files, {label: count for label, count in enumerate(counts) if count})
+    check_areas(kind)
+    rows = (area_row(record, spec) for record in records if record.size and not record.error)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"areas.{kind}"
+        try:
+            if kind == "jsonl":
+                _write_jsonl(path, rows)
+            else:
+                _write_parquet(path, rows, spec)
+        except OSError as error:
+            raise OutputError(str(explain_os_error(error, path))) from error
+        store.write_file(path.name, path)
 
 
-# Runtimes that look at an image more than once, or piece by piece.
+def area_row(record: Record, spec: Spec) -> dict[str, Any]:
+    """The row of a photo that has outputs, by column."""
+    assert record.size is not None
+    height, width = record.size
+    row: dict[str, Any] = {
+        "photo": as_text(record.photo.path),
+        "name": as_text(record.photo.name),
+        "height": height,
+        "width": width,
+    }
+    for label, name in enumerate(spec.classes):
+        pixels = record.pixels.get(label, 0)
+        row[f"{name}_pixels"] = pixels
+        row[f"{name}_share"] = pixels / (height * width)
+    return row
 
 
-def with_views(runtime: Runtime, settings: PredictSettings, batch: int) -> Runtime:
-    """`runtime` as `settings` ask for: inside an augmented and a tiled one; itself where they ask
-    for neither. batch: tiles in one run, at most. Raises UserError where it can't be looked at so,
-    or where it has no logits for probabilities."""
-    if needs_logits(settings) and not runtime.gives_logits:
-        raise UserError(
-            f"{runtime.path} gives labels alone, and probabilities come from logits: export it "
-            "with --output both"
-        )
-    if settings.augmented:
-        runtime = AugmentedRuntime(runtime, settings.scales, settings.flip)
-    if settings.tile is not None:
-        runtime = TiledRuntime(runtime, settings.tile, settings.overlap, batch)
-    return runtime
+def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], spec: Spec) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [("photo", pa.string()), ("name", pa.string())]
+    columns += [("height", pa.int64()), ("width", pa.int64())]
+    for name in spec.classes:
+        columns += [(f"{name}_pixels", pa.int64()), (f"{name}_share", pa.float64())]
+    schema = pa.schema(columns)
+    length = max(1, CELLS // len(columns))
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, length)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def _segment(runs: LabelRuns, size: tuple[int, int], spec: Spec) -> dict[str, Any]:
+    return {
+        "category_id": runs.label,
+        "category": spec.classes[runs.label],
+        "area": runs.area,
+        "bbox": runs.box,
+        "segmentation": {"size": size, "counts": runs.counts},
+    }
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""What is to be written of each photo, and how the network is to look at it."""
+"""Which outputs are written for each photo, and how the network is run on it."""
 
 from typing import Annotated, Literal, Self
 
@@ -16,9 +16,9 @@ class PredictSettings(Settings):
     mask: Literal["palette", "gray", "none"] = "palette"
     """PNG of the photo's size, the pixel value being the class id, with or without colours."""
     overlay: bool = False
-    """JPEG of the photo with the class colours laid over."""
+    """JPEG of the photo with the class colours on top."""
     probabilities: bool = False
-    """npz with float16 [K, h, w], at the size that the network saw."""
+    """npz with float16 [K, h, w], at the network's input size."""
     rle: bool = False
     """JSON with COCO's run lengths of each class."""
     areas: Literal["none", "jsonl", "parquet"] = "none"
@@ -34,16 +34,16 @@ class PredictSettings(Settings):
     flip: bool = False
     """Also average over the mirrored image, at each scale."""
     max_megapixels: float = Field(default=200.0, gt=0, allow_inf_nan=False)
-    """Photos with more are skipped: decoding takes 3 bytes for each pixel, many times over."""
+    """Larger photos are skipped: decoding takes 3 bytes per pixel, several times."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:
         if self.mask == "none" and not (
             self.overlay or self.probabilities or self.rle or self.areas != "none"
         ):
-            raise ValueError("nothing is to be written: ask for one kind of output")
+            raise ValueError("nothing would be written: ask for at least one output")
         if self.overlap is not None and self.tile is None:
-            raise ValueError("an overlap is of tiles: give their size, too")
+            raise ValueError("an overlap needs tiles: give their size, too")
         if self.tile is not None and (self.overlap or 0) >= min(self.tile):
             raise ValueError("tiles must overlap by less than their shorter side")
         return self

@@ -20,24 +20,52 @@ from typing import Any, Protocol, Self
 from srdeploy import console
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
-from srdeploy.serve.folders.walk import printable
+from srdeploy.serve.folders.paths import (
+    explain_remote_error,
+    file_system_of,
+    is_url,
+    local_path,
+    printable,
+)
+
+WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"})
+"""File systems whose files appear once they are complete, and that have no folders to be made."""
+FOLDERS = 10_000
+"""Folders that are remembered as made, at most; it bounds the memory."""
+EVERY_S = 30.0
+"""Seconds between two uploads, at least."""
+SHARE = 20
+"""An upload that took a second is followed by the next after this many: the file of a million
+photos has hundreds of MB."""
+_PARTIAL = re.compile(r"\.srdeploy\.[0-9a-f]{12}\.[0-9a-f]+\.part|\.cluster\.[0-9a-f]{8}\.part")
+"""The second kind are the marks of cluster jobs; see ray_executor."""
+_NAMES_FAULT = {
+    errno.ENAMETOOLONG: "the name is too long for the file system of the output",
+    errno.EISDIR: "a folder of that name is in the way",
+    errno.EEXIST: "a file is where its folder should be",
+    errno.ENOTDIR: "a file is where its folder should be",
+    errno.EILSEQ: "the file system of the output does not take such names",
+    errno.EINVAL: "the file system of the output does not take such names",
+    errno.ELOOP: "links there lead in a circle",
+}
+"""Errors that concern only one path, and their messages."""
 
 
 class OutputError(UserError):
-    """The output folder can't take a file for a reason that the next photo will meet, too: a full
-    disk, no permission, a remote side that is gone. It ends the job; what was written is whole."""
+    """The output folder can't take a file for a reason that affects the next photo, too: a full
+    disk, no permission, a remote side that is gone. It ends the job; written files are whole."""
 
 
 class Store(Protocol):
     """An output folder. Paths are relative to it, with /. Threads may use it at once."""
 
     root: str
-    """As people gave it, for messages."""
+    """The folder as given, for messages."""
 
     def write(self, path: str, content: bytes) -> None:
-        """The file appears whole, and replaces an older one. It is not synced: a million waits for
-        the disk take hours. Raises OutputError; UserError where the path alone is at fault (its
-        name is too long for the file system, a folder of that name is there)."""
+        """The file appears whole, and replaces an older one. It is not synced: a million syncs
+        take hours. Raises OutputError; UserError if only this path is at fault (its name is
+        too long for the file system, a folder of that name exists)."""
 
     def write_file(self, path: str, source: Path) -> None:
         """`write` with the content of a local file, which may be larger than the memory. Raises as
@@ -47,89 +75,103 @@ class Store(Protocol):
         """Bytes of a file, None where there is none. Raises OutputError."""
 
 
-# Places that are no local path: URLs of fsspec's file systems.
+def open_store(out: str) -> Store:
+    """The folder or URL `out`; nothing is written yet. Raises UserError where it is a file, or no
+    driver for its file system is there."""
+    local = local_path(out) if is_url(out) else out
+    if local is not None:
+        return LocalStore(local)
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
-
-
-def is_url(path: str) -> bool:
-    """Whether `path` names a place on another file system, e.g. s3://bucket/folder; file:// is
-    local, but a URL, too."""
-    return _SCHEME.match(path) is not None
-
-
-def local_path(url: str) -> str | None:
-    """The path in a file:// URL, which is taken as it stands; None for others."""
-    scheme, _, rest = url.partition("://")
-    return rest if scheme.lower() in ("file", "local") else None
+    return RemoteStore(out)
 
 
-def file_system_of(url: str) -> tuple[Any, str]:
-    """(fsspec's file system, the path on it). Raises UserError where there is no such file system,
-    its driver is missing, or it can't be reached."""
-    try:
-        import fsspec
-    except ImportError as error:
-        raise UserError(
-            f"{url} needs fsspec, which is not installed: pip install fsspec"
-        ) from error
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:  # fsspec's own words name the package
-        raise UserError(f"{url} needs a driver: {_one_line(error)}") from error
-    except Exception as error:  # drivers raise what their libraries raise
-        raise UserError(f"{url} can't be opened: {_one_line(error)}") from error
-    return system, str(path)
+class LocalStore:
+    """See Store. Files are made beside their place under a short name, and moved there."""
 
+    def __init__(self, root: str) -> None:
+        """Raises UserError where `root` is empty, or there and no folder."""
+        if not root:
+            raise UserError("--out is empty: name a folder, or give . for the current one")
+        self.root = root
+        self.folder = os.path.abspath(root)
+        self._names = TemporaryNames()
+        self._made: set[str] = set()
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            raise UserError(
+                f"{printable(root)} is a file, a folder is to be written there: choose another"
+            )
 
-def explain_remote_error(error: Exception) -> str:
-    """What a driver says, in one line; drivers raise errors of many libraries."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file or folder"
-    if isinstance(error, PermissionError):
-        return f"no permission ({_one_line(error)})"
-    if isinstance(error, NotImplementedError):
-        return "its file system can't do that"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return _one_line(error)
+    def write(self, path: str, content: bytes) -> None:
+        """See Store."""
+        self._whole(path, partial(_fill, content))
 
+    def write_file(self, path: str, source: Path) -> None:
+        """See Store."""
+        self._whole(path, partial(shutil.copyfile, source))
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (text or type(error).__name__)[:300]
+    def size(self, path: str) -> int | None:
+        """See Store."""
+        try:
+            found = os.stat(os.path.join(self.folder, path))
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or error.errno in _NAMES_FAULT:
+                return None
+            raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
+    def make_folder(self) -> None:
+        """Raises OutputError where `root` can't be made."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as error:
+            raise OutputError(str(explain_os_error(error, printable(self.root)))) from error
 
-# Names of files that are not complete yet.
+    def remove_leftovers(self) -> None:
+        """Removes what writes that were killed have left. Call it while no other process writes
+        here."""
+        folders = [self.folder]
+        while folders:
+            with suppress(OSError), os.scandir(folders.pop()) as entries:
+                for entry in entries:  # one by one: a folder may hold a million
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif is_partial(entry.name):
+                        with suppress(OSError):
+                            os.unlink(entry.path)
 
-_PARTIAL = re.compile(r"\.srdeploy\.[0-9a-f]{12}\.[0-9a-f]+\.part|\.cluster\.[0-9a-f]{8}\.part")
-"""The second kind are the marks of cluster jobs; see ray_engine."""
+    def _whole(self, path: str, make: Callable[[str], object]) -> None:
+        """`make` gets a temporary path, which then takes its place."""
+        target = os.path.join(self.folder, path)
+        try:
+            try:
+                self._make(target, make)
+            except FileNotFoundError:  # somebody removed the folder, or the temporary file
+                self._made.clear()
+                self._make(target, make)
+        except OSError as error:
+            fault = _NAMES_FAULT.get(error.errno or 0)
+            if fault is not None:
+                raise UserError(f"{self._shown(path)}: {fault}") from error
+            raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
 
+    def _make(self, target: str, make: Callable[[str], object]) -> None:
+        folder = os.path.dirname(target)
+        if folder not in self._made:
+            os.makedirs(folder, exist_ok=True)
+            if len(self._made) >= FOLDERS:
+                self._made.clear()
+            self._made.add(folder)
+        temporary = f"{folder}/{self._names.next()}"
+        try:
+            make(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
 
-class PartialNames:
-    """Short names, whatever the file is to be called, that no other process on any machine
-    makes."""
-
-    def __init__(self) -> None:
-        self._token = secrets.token_hex(6)
-        self._count = itertools.count()
-
-    def next(self) -> str:
-        """A new one. Threads may ask at once."""
-        return f".srdeploy.{self._token}.{next(self._count):x}.part"
-
-
-def is_partial(name: str) -> bool:
-    """Whether a file of that name was left by a write that was killed, if none is under way."""
-    return _PARTIAL.fullmatch(name) is not None
-
-
-# Outputs on a remote file system, by fsspec.
-
-WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"})
-"""File systems whose files appear once they are complete, and that have no folders to be made."""
-FOLDERS = 10_000
-"""Folders that are remembered as made, at most; it bounds the memory."""
+    def _shown(self, path: str) -> str:
+        return printable(os.path.join(self.root, path))
 
 
 class RemoteStore:
@@ -144,7 +186,7 @@ class RemoteStore:
         protocol = self._system.protocol
         names = {protocol} if isinstance(protocol, str) else set(protocol)
         self._puts_whole = not names.isdisjoint(WHOLE_PUTS)
-        self._names = PartialNames()
+        self._names = TemporaryNames()
         self._made: set[str] = set()
         try:
             a_file = self._system.isfile(self._folder)
@@ -251,142 +293,7 @@ class RemoteStore:
         return OutputError(f"{place}: {explain_remote_error(error)}")
 
 
-# Outputs in a local folder.
-
-"""Folders that are remembered as made, at most; it bounds the memory."""
-
-_NAMES_FAULT = {
-    errno.ENAMETOOLONG: "the name is too long for the file system of the output",
-    errno.EISDIR: "a folder of that name is in the way",
-    errno.EEXIST: "a file is where its folder should be",
-    errno.ENOTDIR: "a file is where its folder should be",
-    errno.EILSEQ: "the file system of the output does not take such names",
-    errno.EINVAL: "the file system of the output does not take such names",
-    errno.ELOOP: "links there lead in a circle",
-}
-"""What is wrong with one path only, and in its words."""
-
-
-def open_store(out: str) -> Store:
-    """The folder or URL `out`; nothing is written yet. Raises UserError where it is a file, or no
-    driver for its file system is there."""
-    local = local_path(out) if is_url(out) else out
-    if local is not None:
-        return LocalStore(local)
-
-    return RemoteStore(out)
-
-
-class LocalStore:
-    """See Store. Files are made beside their place under a short name, and moved there."""
-
-    def __init__(self, root: str) -> None:
-        """Raises UserError where `root` is empty, or there and no folder."""
-        if not root:
-            raise UserError("--out is empty: name a folder, or give . for the current one")
-        self.root = root
-        self.folder = os.path.abspath(root)
-        self._names = PartialNames()
-        self._made: set[str] = set()
-        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
-            raise UserError(
-                f"{printable(root)} is a file, a folder is to be written there: choose another"
-            )
-
-    def write(self, path: str, content: bytes) -> None:
-        """See Store."""
-        self._whole(path, partial(_fill, content))
-
-    def write_file(self, path: str, source: Path) -> None:
-        """See Store."""
-        self._whole(path, partial(shutil.copyfile, source))
-
-    def size(self, path: str) -> int | None:
-        """See Store."""
-        try:
-            found = os.stat(os.path.join(self.folder, path))
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno in _NAMES_FAULT:
-                return None
-            raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-    def make_folder(self) -> None:
-        """Raises OutputError where `root` can't be made."""
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-        except OSError as error:
-            raise OutputError(str(explain_os_error(error, printable(self.root)))) from error
-
-    def remove_leftovers(self) -> None:
-        """Removes what writes that were killed have left. Call it while no other process writes
-        here."""
-        folders = [self.folder]
-        while folders:
-            with suppress(OSError), os.scandir(folders.pop()) as entries:
-                for entry in entries:  # one by one: a folder may hold a million
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    elif is_partial(entry.name):
-                        with suppress(OSError):
-                            os.unlink(entry.path)
-
-    def _whole(self, path: str, make: Callable[[str], object]) -> None:
-        """`make` gets a temporary path, which then takes its place."""
-        target = os.path.join(self.folder, path)
-        try:
-            try:
-                self._make(target, make)
-            except FileNotFoundError:  # somebody removed the folder, or the temporary file
-                self._made.clear()
-                self._make(target, make)
-        except OSError as error:
-            fault = _NAMES_FAULT.get(error.errno or 0)
-            if fault is not None:
-                raise UserError(f"{self._shown(path)}: {fault}") from error
-            raise OutputError(str(explain_os_error(error, self._shown(path)))) from error
-
-    def _make(self, target: str, make: Callable[[str], object]) -> None:
-        folder = os.path.dirname(target)
-        if folder not in self._made:
-            os.makedirs(folder, exist_ok=True)
-            if len(self._made) >= FOLDERS:
-                self._made.clear()
-            self._made.add(folder)
-        temporary = f"{folder}/{self._names.next()}"
-        try:
-            make(temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-    def _shown(self, path: str) -> str:
-        return printable(os.path.join(self.root, path))
-
-
-def _fill(content: bytes, path: str) -> None:
-    """Writes a new file."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(handle, rest) :]
-    finally:
-        os.close(handle)  # where some file systems tell that they are full
-
-
-# A local file whose copy on a remote file system is renewed now and then.
-
-EVERY_S = 30.0
-"""Seconds between two uploads, at least."""
-SHARE = 20
-"""An upload that took a second is followed by the next after this many: the file of a million
-photos has hundreds of MB."""
-
-
-class Upload:
+class PeriodicUpload:
     """A context manager; once it has begun, the copy is complete when it is left."""
 
     def __init__(self, store: RemoteStore, path: str, source: Path) -> None:
@@ -414,7 +321,7 @@ class Upload:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Raises OutputError, unless something else is already on its way."""
+        """Raises OutputError, unless another exception is already being raised."""
         if self._thread is None:
             return
         self._stop.set()
@@ -439,3 +346,32 @@ class Upload:
         self._store.write_file(self._path, self._source)
         self._took = time.monotonic() - begun
         self._uploaded = length
+
+
+class TemporaryNames:
+    """Short names, whatever the file is to be called, that no other process on any machine
+    makes."""
+
+    def __init__(self) -> None:
+        self._token = secrets.token_hex(6)
+        self._count = itertools.count()
+
+    def next(self) -> str:
+        """A new one. Threads may ask at once."""
+        return f".srdeploy.{self._token}.{next(self._count):x}.part"
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file of that name was left by a write that was killed, if none is under way."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
+def _fill(content: bytes, path: str) -> None:
+    """Writes a new file."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+    finally:
+        os.close(handle)  # where some file systems tell that they are full

@@ -1,152 +1,32 @@
-"""Paths as text: for files that every reader of UTF-8 takes, and for messages of one line."""
+"""Finds photos below folders, local or remote, whatever else is there: link loops, broken links,
+pipes, locked folders."""
 
 import errno
 import os
 import stat
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import lru_cache
+from datetime import datetime
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any
 
 from srdeploy.errors import UserError
 from srdeploy.files import explain_os_error
 from srdeploy.imaging import PHOTO_SUFFIXES
+from srdeploy.serve.folders.paths import (
+    GlobPattern,
+    explain_remote_error,
+    file_system_of,
+    printable,
+    split_glob,
+)
 from srdeploy.serve.folders.records import Unusable
 
-
-def as_text(path: str) -> str:
-    """The path; bytes that are no UTF-8 (surrogates in Python) as \\xff, so that one odd name does
-    not make a file of a million unreadable."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def printable(path: str) -> str:
-    """A path on one line, whatever is in its name."""
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in path
-    )
-
-
-# Globs such as photos/**/*.jpg, matched against paths that are found by a walk.
-
-
-class GlobPattern:
-    """The part of a glob behind its fixed folders."""
-
-    def __init__(self, pattern: str) -> None:
-        self._parts = tuple(part for part in pattern.split("/") if part not in ("", "."))
-        # The folders of one photo are those of the next one.
-        self._after = lru_cache(maxsize=1024)(self._step_through)
-
-    def matches(self, relative: str) -> bool:
-        """Whether a file's path, below the fixed part, is meant."""
-        return len(self._parts) in self._after(relative, True)
-
-    def may_hold(self, relative: str) -> bool:
-        """Whether files in this folder may be meant."""
-        return bool(self._after(relative, False))
-
-    def _step_through(self, relative: str, is_file: bool) -> frozenset[int]:
-        """How many parts of the pattern may have been used up after `relative`; for folders, only
-        such that leave some."""
-        states = self._opened({0})
-        for name in relative.split("/"):
-            reached = set()
-            for state in states:
-                if state < len(self._parts):
-                    part = self._parts[state]
-                    if part == "**":
-                        reached.add(state)
-                    elif fnmatchcase(name, part):
-                        reached.add(state + 1)
-            states = self._opened(reached)
-        return frozenset(states if is_file else states - {len(self._parts)})
-
-    def _opened(self, states: set[int]) -> set[int]:
-        """With `**` standing for no folder at all; at the end it stands for any file."""
-        opened = set(states)
-        for state in sorted(states):
-            while state < len(self._parts) and self._parts[state] == "**":
-                state += 1
-                opened.add(state)
-        return opened
-
-
-def split_glob(source: str, magic: str = "*?[") -> tuple[str, str] | None:
-    """(folder before the first special character, pattern behind it); None where there is none."""
-    parts = source.split("/")
-    for index, part in enumerate(parts):
-        if any(one in part for one in magic):
-            fixed = "/".join(parts[:index])
-            return fixed or ("/" if source.startswith("/") else "."), "/".join(parts[index:])
-    return None
-
-
-# Lists of paths, one a line or ended by zero bytes, of any length.
-
-CHUNK = 1 << 16
-LONGEST = 1 << 16
-"""Bytes of a path; the systems that we know take 4096."""
-
-
-@contextmanager
-def open_list(path: str) -> Iterator[BinaryIO]:
-    """A list file or a pipe. Raises UserError where it can't be opened, or never ends."""
-    try:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise UserError(
-                f"{printable(path)} is no ordinary file: give a text file with one path a line"
-            )
-        file = open(path, "rb")  # noqa: SIM115  closed below; reading it raises elsewhere
-    except (OSError, ValueError) as error:
-        raise _explained(error, path) from error
-    with file:
-        yield file
-
-
-def listed_paths(file: BinaryIO, name: str) -> Iterator[str]:
-    """The paths in `file`, empty lines left out; what is too long for a path is cut, so that it
-    is told as absent. Raises UserError where it can't be read."""
-    try:
-        yield from map(os.fsdecode, filter(None, _entries(file)))
-    except OSError as error:
-        raise _explained(error, name) from error
-
-
-def _entries(file: BinaryIO) -> Iterator[bytes]:
-    chunk = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf")  # Windows editors write a mark
-    separator = b"\0" if b"\0" in chunk else b"\n"
-    rest = b""
-    while chunk:
-        *whole, last = chunk.split(separator)
-        if whole:
-            whole[0] = rest + whole[0]
-            rest = last
-        else:
-            rest += last
-        yield from (_trimmed(one, separator) for one in whole)
-        rest = rest[:LONGEST]
-        chunk = file.read(CHUNK)
-    yield _trimmed(rest, separator)
-
-
-def _trimmed(entry: bytes, separator: bytes) -> bytes:
-    return entry.removesuffix(b"\r") if separator == b"\n" else entry
-
-
-def _explained(error: OSError | ValueError, path: str) -> UserError:
-    if isinstance(error, OSError):
-        return explain_os_error(error, printable(path))
-    return UserError(f"{printable(path)}: not a path")
-
-
-# Photos below a local folder, whatever else lies there: loops, broken links, pipes, locked
-# folders.
+DEEPEST = 100
+"""Folders within folders; deeper ones are links in a circle."""
+TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+"""Names that drivers give to the time of the last change."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +44,12 @@ class Found:
 
 
 def is_photo_name(name: str) -> bool:
-    """Whether files of that name count inside folders."""
+    """Whether a file of that name counts as a photo inside folders."""
     return os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES
 
 
 def look_at(path: str, relative: str, real: str | None = None) -> Found | Unusable:
-    """One path that should be a photo. It is not opened. real: where it is known, and no link."""
+    """One path that should be a photo. It is not opened. real: if known, and no link."""
     try:
         status = os.stat(path)
         is_link = real is None and os.path.islink(path)
@@ -186,9 +66,9 @@ def walk(
 ) -> Iterator[Found | Unusable]:
     """Photos below the folder `source`, in no order.
 
-    Links to folders are followed, after all folders that are none; each real folder is listed once.
-    Hidden files and folders, and the real folder `out`, are passed over; so is what `pattern`
-    does not match. Raises UserError where `source` itself can't be listed.
+    Links to folders are followed after all real folders; each real folder is listed once. Hidden
+    files and folders, the real folder `out`, and what `pattern` does not match are skipped. Raises
+    UserError if `source` itself can't be listed.
     """
     try:
         os.scandir(source).close()
@@ -198,7 +78,7 @@ def walk(
     folders = [(source, "")]
     links: deque[tuple[str, str]] = deque()
     while folders or links:
-        # Links come last, so that a folder keeps its own name where a link leads to it, too.
+        # Links come last, so that a folder keeps its own name where a link also leads to it.
         path, below = folders.pop() if folders else links.popleft()
         real = os.path.realpath(path)
         if real in visited or real == out:
@@ -232,15 +112,89 @@ def walk(
         links += sorted(linked)
 
 
+def find_remote(source: str, out: str | None) -> Iterator[Found | Unusable]:
+    """The file `source`, or the photos below the folder or glob `source`. The canonical
+    URL `out`, and hidden files, are skipped. Raises UserError where `source` itself
+    can't be looked at."""
+    split = None if source.startswith("http") else split_glob(source, "*")
+    fixed, pattern = (source, None) if split is None else (split[0], GlobPattern(split[1]))
+    files, path = _opened(fixed)
+    try:
+        about = files.info(path) if path.strip("/") else {"type": "directory"}
+    except Exception as error:  # each driver has errors of its own
+        raise UserError(f"{printable(fixed)}: {explain_remote_error(error)}") from error
+    if about["type"] != "directory":
+        if pattern is None:
+            yield _found(files, about, path.rstrip("/").rpartition("/")[2])
+        return
+    folders = [(path, "", 0)]
+    visited: set[str] = set()
+    while folders:
+        folder, below, depth = folders.pop()
+        url = files.unstrip_protocol(folder).rstrip("/")
+        if url in visited or url == out:
+            continue
+        visited.add(url)
+        try:
+            entries = files.ls(folder, detail=True)
+        except Exception as error:
+            if not below:
+                raise UserError(f"{printable(source)}: {explain_remote_error(error)}") from error
+            yield Unusable(url, f"the folder can't be listed: {explain_remote_error(error)}")
+            continue
+        for about in sorted(entries, key=lambda entry: str(entry["name"]), reverse=True):
+            name = str(about["name"]).rstrip("/").rpartition("/")[2]
+            # Object stores list a folder's own marker inside it.
+            itself = str(about["name"]).strip("/") == folder.strip("/")
+            if itself or not name or name.startswith("."):
+                continue
+            relative = below + name
+            if about["type"] == "directory":
+                if pattern is not None and not pattern.may_hold(relative):
+                    continue
+                if depth == DEEPEST:
+                    reason = "folders are nested too deep here: is there a link in a circle?"
+                    yield Unusable(files.unstrip_protocol(about["name"]), reason)
+                else:
+                    folders.append((about["name"], relative + "/", depth + 1))
+            elif is_photo_name(name) and (pattern is None or pattern.matches(relative)):
+                yield _found(files, about, relative)
+
+
+def look_at_remote(url: str, relative: str) -> Found | Unusable:
+    """One file of a list."""
+    try:
+        files, path = _opened(url)
+        return _found(files, files.info(path), relative)
+    except UserError as error:
+        return Unusable(url, str(error).removeprefix(f"{printable(url)}: "))
+    except Exception as error:
+        return Unusable(url, explain_remote_error(error))
+
+
+def canonical(url: str) -> str:
+    """The form in which the driver names `url`, without a slash at the end. Raises UserError if
+    there is no driver."""
+    files, path = _opened(url)
+    return str(files.unstrip_protocol(path)).rstrip("/")
+
+
+def source_error(unusable: Unusable) -> UserError:
+    """The error for a source that was named directly and can't be used."""
+    if unusable.reason.startswith("no such file"):
+        return UserError(f"no such file or folder: {printable(unusable.path)}")
+    return UserError(f"{printable(unusable.path)}: {unusable.reason}")
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # e.g. a link to itself: told when it is looked at
+    except OSError:  # e.g. a link to itself: reported when it is looked at
         return False
 
 
 def _counts(entry: os.DirEntry[str]) -> bool:
-    """Photos by name, and broken links that may have led to folders of photos."""
+    """Whether an entry is a photo by name, or a broken link that may have led to a folder."""
     if is_photo_name(entry.name):
         return True
     if PurePosixPath(entry.name).suffix or not entry.is_symlink():
@@ -282,7 +236,7 @@ def _why_no_list(error: OSError) -> str:
 
 
 def _what_it_is(mode: int) -> str:
-    """What is no ordinary file."""
+    """What a path is that is not an ordinary file."""
     if stat.S_ISDIR(mode):
         return "a folder where a file is expected: give it as a source of its own"
     if stat.S_ISFIFO(mode):
@@ -292,8 +246,28 @@ def _what_it_is(mode: int) -> str:
     return "a device, not a photo: remove it"
 
 
-def source_error(unusable: Unusable) -> UserError:
-    """Something that was named by itself and can't be used."""
-    if unusable.reason.startswith("no such file"):
-        return UserError(f"no such file or folder: {printable(unusable.path)}")
-    return UserError(f"{printable(unusable.path)}: {unusable.reason}")
+def _opened(url: str) -> tuple[Any, str]:
+    """(file system, path on it). Raises UserError where there is no driver."""
+    files, path = file_system_of(url)
+    # Cached lists would be an hour old, and grow with the folder.
+    files.invalidate_cache()
+    return files, path
+
+
+def _found(files: Any, about: dict[str, Any], relative: str) -> Found | Unusable:
+    url = files.unstrip_protocol(about["name"])
+    if about["type"] == "directory":
+        return Unusable(url, "a folder where a file is expected: give it as a source of its own")
+    if about["type"] not in ("file", "link"):
+        return Unusable(url, f"not a file, but {about['type']}")
+    return Found(url, relative, url, False, int(about.get("size") or 0), _changed_ns(about))
+
+
+def _changed_ns(about: dict[str, Any]) -> int:
+    for key in TIMES:
+        value = about.get(key)
+        if isinstance(value, datetime):
+            return int(value.timestamp() * 1e9)
+        if isinstance(value, int | float):
+            return int(value * 1e9)
+    return 0

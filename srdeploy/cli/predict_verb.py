@@ -9,7 +9,7 @@ import typer
 from srdeploy.cli.options import Arithmetic, Artifact, Classes, Device, Json, Quiet, RuntimeName
 
 if TYPE_CHECKING:
-    from srdeploy.serve.folders.predict import Engine
+    from srdeploy.serve.folders.predict import Executor
     from srdeploy.serve.folders.summary import Summary
 
 INTERRUPTED = 130
@@ -167,10 +167,10 @@ def predict(
 ) -> None:
     """Write a mask of each photo's own size; pixel values are class ids.
 
-    The mask of a/b.jpg is OUT/a/b.png; photos that differ in their suffix alone keep it
+    The mask of a/b.jpg is OUT/a/b.png; photos that differ only in their suffix keep it
     (b.jpg.png). OUT/classes.json and OUT/legend.png say what the ids mean, OUT/manifest.jsonl what
-    became of each photo. The same command again goes on where a run ended, however it ended.
-    Photos that can't be used are told of and skipped, and make the exit code 1.
+    became of each photo. Run the same command again to resume, however the run ended.
+    Unreadable photos are reported and skipped; the exit code is then 1.
 
     Example: srdeploy predict deploy/night photos --out masks --overlay
 
@@ -209,7 +209,7 @@ def predict(
         photos or [],
         out,
         settings,
-        engine=_engine(engine, threads, batch, ray_address, actors),
+        executor=_executor(engine, threads, batch, ray_address, actors),
         list_file=list_file,
         force=force,
     )
@@ -223,23 +223,23 @@ def predict(
         raise typer.Exit(1)
 
 
-def _engine(
+def _executor(
     name: EngineName,
     threads: int | None,
     batch: int | None,
     ray_address: str | None,
     actors: int | None,
-) -> "Engine":
+) -> "Executor":
     from srdeploy.errors import UserError
-    from srdeploy.serve.folders.predict import LocalEngine
+    from srdeploy.serve.folders.predict import LocalExecutor
 
     if name is EngineName.ray:
-        from srdeploy.serve.folders.ray_engine import RayEngine
+        from srdeploy.serve.folders.ray_executor import RayExecutor
 
-        return RayEngine(threads, batch, ray_address, actors)
+        return RayExecutor(threads, batch, ray_address, actors)
     if ray_address is not None or actors is not None:
         raise UserError("--ray-address and --actors are the cluster's: add --engine ray")
-    return LocalEngine(threads, batch)
+    return LocalExecutor(threads, batch)
 
 
 def _tell(summary: "Summary") -> None:
@@ -253,9 +253,9 @@ def _tell(summary: "Summary") -> None:
     )
     if summary.images:
         console.say(
-            f"  side by side: decode {summary.decode_s:.1f} s, network {summary.run_s:.1f} s in "
-            f"{summary.sessions} sessions ({100 * summary.network_busy:.0f} % busy), encode "
-            f"{summary.encode_s:.1f} s"
+            f"  network {100 * summary.network_busy:.0f} % busy, {summary.sessions} sessions; "
+            f"decode {summary.decode_s:.1f} s, network {summary.run_s:.1f} s, "
+            f"encode {summary.encode_s:.1f} s"
         )
     if summary.left:
         console.failed(

@@ -40,7 +40,7 @@ Colours = Mapping[str, str]
 for all of them."""
 
 COLUMN = (5.0, 3.1)
-"""Inches of a chart that stands in a page's column: its letters stay readable on a phone."""
+"""Size of a chart in inches: its letters stay readable on a phone."""
 WIDE_RANGE = 3.0
 """Values that span more than this factor are drawn on a logarithmic axis."""
 
@@ -202,7 +202,7 @@ def dots(
 
 def levels(values: Sequence[float | None], marked: tuple[int, str] | None, x: str, y: str) -> str:
     """One point per value on a logarithmic scale, in order. 0 is left out; None (no finite value)
-    stands as a cross at the top. marked: the position and name of one that matters. Returns SVG
+    is a cross at the top. marked: the position and name of one that matters. Returns SVG
     text."""
 
     def draw(axes: Axes) -> None:

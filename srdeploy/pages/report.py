@@ -23,7 +23,7 @@ from srdeploy.spec import Colour, Spec
 P = ParamSpec("P")
 
 DIFFERENT: Colour = (225, 0, 152)
-"""Of pixels whose labels differ, on a pale photo; no palette in common use has it beside gray."""
+"""Colour of pixels whose labels differ, on a pale photo; no common palette has it beside gray."""
 _GRAY_STEP = 17
 """Between the levels of a pale photo: sixteen of them make small files."""
 
@@ -123,7 +123,7 @@ class Picture:
     """Data URI."""
     caption: str
     description: str = ""
-    """What stands below the enlarged picture, and what screen readers say; empty: the caption."""
+    """Text below the enlarged picture and for screen readers; empty: the caption."""
     size: tuple[int, int] | None = None
     """(height, width), for which the page keeps a place."""
     pixelated: bool = False
@@ -180,7 +180,7 @@ class Section:
     text: str = ""
     blocks: Sequence[Block] = ()
     anchor: str = ""
-    """What links on the page call the section."""
+    """The id that links on the page use."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Report:
     command: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
-    """What weakens the figures, in sentences; shown before the verdicts."""
+    """What makes the figures unreliable, in sentences; shown before the verdicts."""
     wide: bool = False
     """Whether the page uses more of a wide screen than what is good to read."""
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MARKS = {"passed": "✓ ", "failed": "✗ ", "undecided": "? ", "figure": ""}
-"""What stands before a verdict's figure, by its state."""
+"""The mark before a verdict's figure, by its state."""
 
 
 def to_markdown(report: Report) -> str:
@@ -42,7 +42,7 @@ def tell_verdicts(verdicts: Iterable[Verdict]) -> None:
 
 
 def rich_table(table: Table) -> "RichTable":
-    """The table for `console.print_table`; names stand as they are, without markup."""
+    """The table for `console.print_table`; names are no markup."""
     from rich.table import Table as RichTable
     from rich.text import Text as RichText
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srdeploy.data import open_dataset, spec_for
 from srdeploy.serve.bench.matrix import Benchmark
-from srdeploy.serve.bench.results import BenchReport, Outcome
+from srdeploy.serve.bench.results import BenchReport, LatencyOutcome
 
 Verb = Callable[..., tuple[int, str, str]]
 
@@ -50,11 +50,11 @@ def graph(tmp_path: Path, tiny_data: Path) -> Path:
 
 
 @pytest.fixture
-def outcome(monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], None]:
+def outcome(monkeypatch: pytest.MonkeyPatch) -> Callable[[LatencyOutcome], None]:
     """Sets what every verdict of a benchmark turns out to be; all else is real."""
     run = Benchmark.run
 
-    def turn_out(wanted: Outcome) -> None:
+    def turn_out(wanted: LatencyOutcome) -> None:
         def patched(self: Benchmark, *arguments: Any) -> Any:
             report, photos = run(self, *arguments)
             content = report.model_dump()
@@ -71,13 +71,13 @@ def outcome(monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], None]:
 
 @pytest.mark.parametrize(
     ("wanted", "code"),
-    [(Outcome.EQUIVALENT, 0), (Outcome.DIFFERENT, 1), (Outcome.NOT_SHOWN, 1)],
+    [(LatencyOutcome.EQUIVALENT, 0), (LatencyOutcome.DIFFERENT, 1), (LatencyOutcome.NOT_SHOWN, 1)],
 )
 def test_only_equivalence_is_exit_code_0(
     srdeploy: Verb,
     graph: Path,
-    outcome: Callable[[Outcome], None],
-    wanted: Outcome,
+    outcome: Callable[[LatencyOutcome], None],
+    wanted: LatencyOutcome,
     code: int,
 ) -> None:
     outcome(wanted)
@@ -169,5 +169,5 @@ def test_help_shows_examples_and_says_what_the_verdicts_mean(srdeploy: Verb) -> 
     told = " ".join(out.split())
     assert code == 0
     assert "Example: srdeploy bench deploy/baseline deploy/regulated" in told
-    for outcome in Outcome:
+    for outcome in LatencyOutcome:
         assert outcome.value in told

@@ -15,9 +15,9 @@ from srdeploy.serve.bench.results import (
     CheckpointMatch,
     Footprint,
     Latency,
+    LatencyOutcome,
     LatencyVerdict,
     MachineReport,
-    Outcome,
     Quantiles,
     Row,
 )
@@ -25,11 +25,11 @@ from srdeploy.serve.bench.results import (
 ROUNDS, RUNS = 12, 24
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "person")
 REASONS = {
-    Outcome.EQUIVALENT: "the ratio lies between 0.9982 and 1.0044, within 1 %",
-    Outcome.DIFFERENT: "the ratio lies between 1.0279 and 1.0371, beyond 1.25 %, the noise floor "
-    "(1 % was asked for)",
-    Outcome.NOT_SHOWN: "the ratio may lie anywhere between 0.9991 and 1.0223, and 1.25 % is the "
-    "margin; about 31 rounds would tell, 12 were run",
+    LatencyOutcome.EQUIVALENT: "the ratio lies between 0.9982 and 1.0044, within 1 %",
+    LatencyOutcome.DIFFERENT: "the ratio lies between 1.0279 and 1.0371, beyond 1.25 %, the noise "
+    "floor (1 % was asked for)",
+    LatencyOutcome.NOT_SHOWN: "the ratio may lie anywhere between 0.9991 and 1.0223, and 1.25 % is "
+    "the margin; about 31 rounds would tell, 12 were run",
 }
 Factory = Callable[..., BenchReport]
 
@@ -45,7 +45,7 @@ def by_round(mean: Interval, seed: int) -> tuple[float, ...]:
 
 
 def timing(
-    typical: float, seed: int, ratio: Interval | None = None, outcome: Outcome | None = None
+    typical: float, seed: int, ratio: Interval | None = None, outcome: LatencyOutcome | None = None
 ) -> Latency:
     """Latencies near `typical` ms with drift and a heavy tail, like a shared machine's."""
     rng = np.random.default_rng(seed)
@@ -59,10 +59,10 @@ def timing(
     if outcome is not None:
         verdict = LatencyVerdict(
             outcome=outcome,
-            margin=0.01 if outcome is Outcome.EQUIVALENT else 0.0125,
-            p_equivalent=0.0007 if outcome is Outcome.EQUIVALENT else 0.31,
-            p_different=0.004 if outcome is Outcome.DIFFERENT else 0.62,
-            rounds_needed=31 if outcome is Outcome.NOT_SHOWN else None,
+            margin=0.01 if outcome is LatencyOutcome.EQUIVALENT else 0.0125,
+            p_equivalent=0.0007 if outcome is LatencyOutcome.EQUIVALENT else 0.31,
+            p_different=0.004 if outcome is LatencyOutcome.DIFFERENT else 0.62,
+            rounds_needed=31 if outcome is LatencyOutcome.NOT_SHOWN else None,
             reason=REASONS[outcome],
         )
     return Latency(
@@ -102,7 +102,7 @@ def cpu_cell(names: tuple[str, str, str], **other: Any) -> Cell:
     baseline, regulated, left_in = names
     rows = (
         row(baseline, timing(44.7, 1)),
-        row(regulated, timing(44.8, 2, around(1.0013, 0.003), Outcome.EQUIVALENT)),
+        row(regulated, timing(44.8, 2, around(1.0013, 0.003), LatencyOutcome.EQUIVALENT)),
         row(
             left_in,
             timing(55.9, 3, around(1.2511, 0.004)),
@@ -136,8 +136,8 @@ def gpu_cell(names: tuple[str, str, str]) -> Cell:
         row(baseline, timing(6.31, 4), timing(4.02, 5)),
         row(
             regulated,
-            timing(6.38, 6, around(1.0107, 0.012), Outcome.NOT_SHOWN),
-            timing(4.15, 7, around(1.0325, 0.004), Outcome.DIFFERENT),
+            timing(6.38, 6, around(1.0107, 0.012), LatencyOutcome.NOT_SHOWN),
+            timing(4.15, 7, around(1.0325, 0.004), LatencyOutcome.DIFFERENT),
         ),
         row(
             left_in,

@@ -175,7 +175,7 @@ def test_one_photo_says_nothing_about_others() -> None:
     assert all((gain.low, gain.high) == ANYTHING for gain in gains.values())
 
 
-def test_a_failure_that_one_photo_alone_shows_has_no_narrow_interval() -> None:
+def test_a_failure_that_only_one_photo_shows_has_no_narrow_interval() -> None:
     """Resamples without that photo can't measure it, and the others all say the same."""
     plain = one_photo(true=50, intersection=40, predicted=40)
     ours = np.stack([plain, plain, plain + one_photo(small=4, missed=1)])

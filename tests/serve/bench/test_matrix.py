@@ -20,7 +20,7 @@ from srdeploy.serve.bench.entries import (
 )
 from srdeploy.serve.bench.matrix import Benchmark
 from srdeploy.serve.bench.measure import BenchPlan, Measurements, measure
-from srdeploy.serve.bench.results import BenchReport, Outcome, PartialFile
+from srdeploy.serve.bench.results import BenchReport, LatencyOutcome, PartialFile
 from srdeploy.spec import Spec
 
 MakeGraph = Callable[..., Path]
@@ -45,7 +45,7 @@ def test_a_slower_graph_is_different_and_the_first_has_no_verdict(make_graph: Ma
     assert other.end_to_end.ratio is not None
     assert other.end_to_end.ratio.value > 2
     assert other.end_to_end.verdict is not None
-    assert other.end_to_end.verdict.outcome is Outcome.DIFFERENT
+    assert other.end_to_end.verdict.outcome is LatencyOutcome.DIFFERENT
     assert not report.passed
     assert photos == []
     assert cell.size == (128, 128)

@@ -164,7 +164,7 @@ def test_a_row_without_verdict_does_not_prolong_the_measuring() -> None:
     assert len(found.end_to_end) == BenchPlan().least_rounds
 
 
-def test_a_row_without_verdict_runs_in_the_first_rounds_alone() -> None:
+def test_a_row_without_verdict_runs_only_in_the_first_rounds() -> None:
     clock = Clock()
     sides = [
         side(clock, "a", noise=0.03),

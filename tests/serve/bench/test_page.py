@@ -210,7 +210,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(text: str) -> None:
     assert "url(" not in text
 
 
-def test_one_artifact_alone_has_no_verdict_and_no_ratio(make_report: Factory) -> None:
+def test_a_single_artifact_has_no_verdict_and_no_ratio(make_report: Factory) -> None:
     report = make_report()
     cell, accuracy = report.cells[0], report.accuracy
     assert accuracy is not None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from srdeploy.serve.bench.results import Outcome
+from srdeploy.serve.bench.results import LatencyOutcome
 from srdeploy.serve.bench.verdict import (
     enough,
     judge,
@@ -80,14 +80,16 @@ def test_the_floor_is_the_margin_at_which_a_file_would_equal_itself() -> None:
 @pytest.mark.parametrize(
     ("ratio", "outcome"),
     [
-        (1.0, Outcome.EQUIVALENT),
-        (1.005, Outcome.EQUIVALENT),
-        (1.0099, Outcome.NOT_SHOWN),
-        (1.02, Outcome.DIFFERENT),
-        (0.98, Outcome.DIFFERENT),
+        (1.0, LatencyOutcome.EQUIVALENT),
+        (1.005, LatencyOutcome.EQUIVALENT),
+        (1.0099, LatencyOutcome.NOT_SHOWN),
+        (1.02, LatencyOutcome.DIFFERENT),
+        (0.98, LatencyOutcome.DIFFERENT),
     ],
 )
-def test_the_verdict_follows_the_ratio_where_noise_is_small(ratio: float, outcome: Outcome) -> None:
+def test_the_verdict_follows_the_ratio_where_noise_is_small(
+    ratio: float, outcome: LatencyOutcome
+) -> None:
     verdict = judge(rounds(ratio, 0.003, 20), rounds(1.0, 0.003, 20, seed=1), 0.01)
     assert verdict.outcome is outcome
     assert verdict.margin == 0.01
@@ -97,14 +99,14 @@ def test_the_verdict_follows_the_ratio_where_noise_is_small(ratio: float, outcom
 def test_a_margin_below_the_floor_is_raised_to_it_and_says_so() -> None:
     floor = rounds(1.0, 0.03, 20)
     verdict = judge(rounds(1.0, 0.003, 20), floor, 0.01)
-    assert verdict.outcome is Outcome.EQUIVALENT
+    assert verdict.outcome is LatencyOutcome.EQUIVALENT
     assert verdict.margin == noise_floor(floor) > 0.01
     assert "noise floor" in verdict.reason
 
 
 def test_nothing_is_equivalent_on_a_machine_whose_floor_is_twice_the_margin() -> None:
     verdict = judge(rounds(1.0, 0.003, 20), rounds(1.0, 0.08, 20), 0.01)
-    assert verdict.outcome is Outcome.NOT_SHOWN
+    assert verdict.outcome is LatencyOutcome.NOT_SHOWN
     assert verdict.p_equivalent < 0.05
     assert verdict.rounds_needed is not None
     assert verdict.rounds_needed > 20
@@ -112,17 +114,17 @@ def test_nothing_is_equivalent_on_a_machine_whose_floor_is_twice_the_margin() ->
 
 def test_a_difference_is_shown_although_the_machine_is_noisy() -> None:
     verdict = judge(rounds(2.0, 0.1, 10), rounds(1.0, 0.1, 10), 0.01)
-    assert verdict.outcome is Outcome.DIFFERENT
+    assert verdict.outcome is LatencyOutcome.DIFFERENT
 
 
 def test_rounds_without_any_spread_are_judged_too() -> None:
-    assert judge([0.0] * 5, [0.0] * 5, 0.01).outcome is Outcome.EQUIVALENT
-    assert judge([0.5] * 5, [0.0] * 5, 0.01).outcome is Outcome.DIFFERENT
+    assert judge([0.0] * 5, [0.0] * 5, 0.01).outcome is LatencyOutcome.EQUIVALENT
+    assert judge([0.5] * 5, [0.0] * 5, 0.01).outcome is LatencyOutcome.DIFFERENT
 
 
 def test_not_shown_names_more_rounds_than_were_run() -> None:
     verdict = judge(rounds(1.0, 0.02, 10), rounds(1.0, 0.02, 10, seed=1), 0.01)
-    assert verdict.outcome is Outcome.NOT_SHOWN
+    assert verdict.outcome is LatencyOutcome.NOT_SHOWN
     assert verdict.rounds_needed is not None
     assert verdict.rounds_needed > 10
     assert str(verdict.rounds_needed) in verdict.reason
@@ -195,6 +197,6 @@ def test_intervals_of_quantiles_are_wider_where_the_runs_of_a_round_resemble_eac
 
 
 @pytest.mark.parametrize("times", [[[5.0, 5.0]], [[5.0, 6.0]], [[5.0], [5.0]]])
-def test_too_little_for_a_bootstrap_gives_the_figures_alone(times: list[list[float]]) -> None:
+def test_too_little_for_a_bootstrap_gives_only_the_figures(times: list[list[float]]) -> None:
     median = quantiles(times).median
     assert median.low == median.value == median.high

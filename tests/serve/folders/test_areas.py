@@ -9,10 +9,10 @@ from typing import Any, Literal
 import pytest
 
 from srdeploy.errors import MissingPackageError
-from srdeploy.serve.folders import summary as areas_module
+from srdeploy.serve.folders import rendering
 from srdeploy.serve.folders.records import Photo, Record
+from srdeploy.serve.folders.rendering import check_areas, write_areas
 from srdeploy.serve.folders.stores import OutputError
-from srdeploy.serve.folders.summary import check_areas, write_areas
 from srdeploy.spec import Spec
 
 SPEC = Spec(classes=("sky", "собака"), palette=((1, 2, 3), (200, 0, 0)))
@@ -90,7 +90,7 @@ def test_parquet_is_written_group_by_group_as_records_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow")
-    monkeypatch.setattr(areas_module, "CELLS", 10 * len(COLUMNS))
+    monkeypatch.setattr(rendering, "CELLS", 10 * len(COLUMNS))
     store = FolderStore(tmp_path)
     write_areas(store, numbered(25), SPEC, "parquet")
     with parquet.ParquetFile(tmp_path / "areas.parquet") as file:
@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_ends_the_job_in_one_line(
 def test_parquet_without_its_package_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(areas_module, "find_spec", lambda _: None)
+    monkeypatch.setattr(rendering, "find_spec", lambda _: None)
     check_areas("none")
     check_areas("jsonl")
     with pytest.raises(MissingPackageError, match=r"pip install 'srdeploy\[parquet\]'"):

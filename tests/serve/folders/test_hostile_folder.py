@@ -17,10 +17,10 @@ import pytest
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, decode_photo, read_labels
 from srdeploy.serve.folders.listing import find_photos
+from srdeploy.serve.folders.paths import printable
 from srdeploy.serve.folders.records import Record, from_line
 from srdeploy.serve.folders.stores import open_store
 from srdeploy.serve.folders.summary import MOST_WARNED
-from srdeploy.serve.folders.walk import printable
 from srdeploy.spec import InputPolicy, Spec
 from tests.serve.folders.hostile_folder import ODD_NAMES, Hostile, make_hostile, photo, snapshot
 

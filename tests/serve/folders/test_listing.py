@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.listing import KINDS, OWN_FILES, find_photos
-from srdeploy.serve.folders.walk import GlobPattern
+from srdeploy.serve.folders.listing import find_photos
+from srdeploy.serve.folders.naming import KINDS, OWN_FILES
+from srdeploy.serve.folders.paths import GlobPattern
 
 
 def put(folder: Path, *names: str) -> Path:
@@ -49,7 +50,7 @@ def test_photos_carry_their_size_and_time(tmp_path: Path) -> None:
     assert (photo.bytes, photo.changed_ns) == (5, status.st_mtime_ns)
 
 
-def test_photos_that_differ_in_their_suffix_alone_keep_it(tmp_path: Path) -> None:
+def test_photos_that_differ_only_in_their_suffix_keep_it(tmp_path: Path) -> None:
     put(tmp_path / "in", "a.png", "a.bmp", "b.png", "legend.png", "sub/a.png", "sub/legend.jpg")
     found = names(tmp_path / "in", out=tmp_path / "out")
     assert found == ["a.bmp", "a.png", "b", "legend.png", "sub/a", "sub/legend"]

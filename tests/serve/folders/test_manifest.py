@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders.manifest import Header, open_manifest
+from srdeploy.serve.folders.manifest import ManifestHeader, open_manifest
 from srdeploy.serve.folders.records import (
     OutputFile,
     Photo,
@@ -29,7 +29,7 @@ from srdeploy.serve.folders.records import (
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import LocalStore, OutputError, open_store
 
-HEADER = Header(
+HEADER = ManifestHeader(
     srdeploy="1.2.3",
     artifact="street.onnx",
     artifact_sha256="0" * 64,
@@ -74,7 +74,7 @@ def write_manifest(out: Path, *records: Record, outputs: bool = True) -> Path:
     return out / "manifest.jsonl"
 
 
-def read_manifest(out: Path, header: Header = HEADER) -> list[Record]:
+def read_manifest(out: Path, header: ManifestHeader = HEADER) -> list[Record]:
     with open_manifest(open_store(str(out)), header, False) as manifest:
         return list(manifest.records())
 
@@ -145,7 +145,7 @@ def test_records_come_page_by_page_and_each_once(
     assert read_manifest(tmp_path / "out") == records
 
 
-def test_what_could_not_be_listed_is_kept_for_its_own_run_alone(tmp_path: Path) -> None:
+def test_what_could_not_be_listed_is_kept_only_for_its_own_run(tmp_path: Path) -> None:
     unusable = [Record(Photo(f"/photos/{n}", "", 0, 0), error="no permission") for n in "xy"]
     with open_manifest(open_store(str(tmp_path)), HEADER, False) as manifest:
         for record in unusable:

@@ -20,11 +20,11 @@ from srdeploy.imaging import Pixels, read_labels, read_photo
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.serve.evaluate import predict_labels
 from srdeploy.serve.folders import worker as worker_module
-from srdeploy.serve.folders.predict import LocalEngine, predict_photos
+from srdeploy.serve.folders.paths import printable
+from srdeploy.serve.folders.predict import LocalExecutor, predict_photos
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.summary import MOST_WARNED
-from srdeploy.serve.folders.walk import printable
-from srdeploy.serve.folders.worker import FEW, WINDOW, PhotoTask
+from srdeploy.serve.folders.worker import FEW, WINDOW, FileTask
 from srdeploy.serve.scheduling.planner import ModelSource, open_sessions
 from srdeploy.spec import InputPolicy, Spec
 
@@ -201,24 +201,24 @@ def test_decoding_runs_ahead_by_a_bounded_number_of_photos(
         save_photo(tmp_path / "in" / f"{index:02d}.png", 32, 32)
     lock = threading.Lock()
     alive = most = 0
-    prepare, finish = PhotoTask.prepare, PhotoTask.finish
+    prepare, finish = FileTask.prepare, FileTask.finish
 
-    def counted_prepare(task: PhotoTask) -> Pixels:
+    def counted_prepare(task: FileTask) -> Pixels:
         nonlocal alive, most
         with lock:
             alive += 1
             most = max(most, alive)
         return prepare(task)
 
-    def counted_finish(task: PhotoTask, labels: Pixels) -> Any:
+    def counted_finish(task: FileTask, labels: Pixels) -> Any:
         nonlocal alive
         found = finish(task, labels)
         with lock:
             alive -= 1
         return found
 
-    monkeypatch.setattr(PhotoTask, "prepare", counted_prepare)
-    monkeypatch.setattr(PhotoTask, "finish", counted_finish)
+    monkeypatch.setattr(FileTask, "prepare", counted_prepare)
+    monkeypatch.setattr(FileTask, "finish", counted_finish)
     monkeypatch.setattr(worker_module, "usable_cores", lambda: 1)
     run(make_graph(), tmp_path / "in", tmp_path / "out")
     assert alive == 0
@@ -251,7 +251,7 @@ def test_batches_of_equal_sizes_give_the_same_masks(make_graph: MakeGraph, tmp_p
     for index in range(24):
         save_photo(tmp_path / "in" / f"{index:02d}.png", 32 + index % 3, 40, index)
     graph = make_graph()
-    summary = run(graph, tmp_path / "in", tmp_path / "out", engine=LocalEngine(batch=4))
+    summary = run(graph, tmp_path / "in", tmp_path / "out", executor=LocalExecutor(batch=4))
     assert summary.batch == 4
     for photo in (tmp_path / "in").iterdir():
         assert (read_labels(tmp_path / "out" / photo.name) == expected_mask(photo)).all()

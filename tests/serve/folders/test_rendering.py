@@ -75,7 +75,7 @@ def test_each_kind_of_output_has_its_folder_and_nothing_else_is_written() -> Non
     assert rendered(PredictSettings(mask="none", areas="jsonl")).files == {}
 
 
-def test_logits_and_the_photo_are_asked_for_by_what_needs_them_alone() -> None:
+def test_logits_and_the_photo_are_requested_only_where_they_are_needed() -> None:
     assert not needs_logits(PredictSettings(overlay=True, rle=True, areas="jsonl"))
     assert needs_logits(PredictSettings(probabilities=True))
     assert not needs_picture(PredictSettings(probabilities=True, rle=True, areas="jsonl"))

@@ -271,7 +271,7 @@ def test_a_size_that_is_known_saves_asking_the_remote_side(
     asked: list[str] = []
     monkeypatch.setattr(MemoryFileSystem, "info", lambda _, path: asked.append(path))
     assert read_bytes("memory://bucket/a.jpg", 4) == b"1234"
-    with pytest.raises(UserError, match=r"3\.0 GB are too many"):
+    with pytest.raises(UserError, match=r"3\.0 GB is too large"):
         read_bytes("memory://bucket/a.jpg", 3 * 10**9)
     assert not asked
 
@@ -426,11 +426,11 @@ def test_files_too_large_for_photos_are_not_read(
 ) -> None:
     with (tmp_path / "hole.jpg").open("wb") as file:
         file.truncate(10**13)  # takes no room on the disk
-    with pytest.raises(UserError, match=r"hole\.jpg: 10000\.0 GB are too many for a photo"):
+    with pytest.raises(UserError, match=r"hole\.jpg: 10000\.0 GB is too large for a photo"):
         read_bytes(str(tmp_path / "hole.jpg"))
     monkeypatch.setattr(worker, "MAX_BYTES", 3)
     fsspec.filesystem("memory").pipe_file("/bucket/a.jpg", b"1234")
-    with pytest.raises(UserError, match="are too many for a photo"):
+    with pytest.raises(UserError, match="is too large for a photo"):
         read_bytes("memory://bucket/a.jpg")
 
 

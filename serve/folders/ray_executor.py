@@ -1,5 +1,9 @@
-"""Batches of photos for Ray Data, one by one as they are wanted: a million photos are never in
-memory, and a job that is told to stop stops."""
+"""Prediction by the processes of a Ray cluster.
+
+Ray Data hands them batches of photos as they are wanted, restarts processes that die and repeats
+their batches. The processes write the outputs themselves. A million photos are never in memory, and
+a job that is told to stop stops.
+"""
 
 import os
 import pickle
@@ -21,45 +25,24 @@ from ray.util.queue import Queue
 
 from srdeploy.files import explain_os_error
 from srdeploy.runtimes.base import parse_device
-from srdeploy.serve.folders.ray_cluster import Answer, BatchActor, Order, Share, cluster, share
+from srdeploy.serve.folders.ray_cluster import (
+    Allocation,
+    BatchActor,
+    BatchResult,
+    WorkerConfig,
+    allocate,
+    cluster,
+)
 from srdeploy.serve.folders.records import Photo, Record
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import OutputError
 from srdeploy.serve.scheduling.planner import ModelSource
 
-
-class Feed(Datasource):
-    """What is put into a queue, until None is: blocks of one row, column `batch`."""
-
-    def __init__(self, queue: Queue) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Ray says no types of it
-        self._queue = queue
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """The one task that takes from the queue."""
-        nothing_known = BlockMetadata(
-            num_rows=None, size_bytes=None, input_files=None, exec_stats=None
-        )
-        return [ReadTask(partial(_blocks, self._queue), nothing_known)]
-
-
-def _blocks(queue: Queue) -> Iterator[pyarrow.Table]:
-    while (batch := queue.get()) is not None:
-        yield pyarrow.table({"batch": pyarrow.array([batch], pyarrow.binary())})
-
-
-# Prediction by the processes of a Ray cluster: Ray Data hands them batches of photos, restarts
-# those that die and repeats their batches. Outputs are written by the processes themselves.
-
 MOST_IN_BATCH = 64
 """Photos that are handed over at once: few enough that their records come soon, many enough that
 the handing over costs nothing."""
 BATCHES = 4
-"""Batches of each actor, at least, where there are few photos: so that all end together."""
+"""Batches of each actor, at least, if there are few photos: so that all end together."""
 IN_FLIGHT = 2
 """Batches that an actor works on at once."""
 AHEAD = 1
@@ -68,11 +51,11 @@ RETRIES = 2
 """How often a batch is repeated when the process dies that has it, before its photos are tried one
 by one."""
 MOST_DEATHS = 3
-"""Photos in a row that seem to kill the process, after which it is not the photos."""
+"""Photos in a row that seem to kill the process, after which the cause is not the photos."""
 
 
-class RayEngine:
-    """A cluster, or one that is started on this machine. See `engine.Engine`."""
+class RayExecutor:
+    """An existing cluster, or one that is started on this machine. See `predict.Executor`."""
 
     name = "ray"
 
@@ -84,15 +67,15 @@ class RayEngine:
         actors: int | None = None,
     ) -> None:
         """threads: of each session; batch: photos in one run; address: "auto" or HOST:PORT, None: a
-        cluster of this machine alone; actors: processes that hold the network, None: as many as
+        cluster of this machine only; actors: processes that hold the network, None: as many as
         there are GPUs or machines."""
         self.sessions = 0
         self.threads = threads
         self.batch = batch or 1
-        self._wishes = threads, batch
+        self._options = threads, batch
         self._address = address
         self._actors = actors
-        self._under_way: dict[int, Sequence[Photo]] = {}
+        self._in_flight: dict[int, Sequence[Photo]] = {}
         self._numbers = count()
 
     def records(
@@ -103,31 +86,32 @@ class RayEngine:
         out: str,
         settings: PredictSettings,
     ) -> Generator[Record]:
-        """What became of each photo, as their batches are done. A photo with which a process died
+        """The record of each photo, as the batches are done. A photo with which a process died
         `RETRIES` + 1 times has a record that says so.
 
-        What ends the job is raised after the records of all that was under way. Raises UserError
+        What ends the job is raised after the records of all in-flight photos. Raises UserError
         where there is no such cluster or the artifact can't be run, MissingPackageError without
         ray, and OutputError.
         """
         source = replace(source, path=Path(source.path).absolute())
-        self._under_way = {}
-        # Each pass has a cluster, or a connection with it, of its own: processes that Ray goes on
-        # restarting after a pass that failed would keep the next one's waiting for their cores.
+        self._in_flight = {}
+        # Each pass has its own cluster or connection: processes that Ray keeps restarting after a
+        # failed pass would hold the cores that the next pass waits for.
         suspects: deque[Photo] = deque()
         deaths = 0
         with _marked(out) as mark:
             while True:
-                alone = bool(suspects)
+                one_by_one = bool(suspects)
                 lost: list[Photo] = []
                 with cluster(self._address):
-                    spread = share(self._actors, parse_device(source.device)[0] == "cuda")
-                    order = self._order(source, expected, out, settings, mark, spread)
-                    size = max(1, min(MOST_IN_BATCH, expected // (BATCHES * spread.actors)))
-                    if alone:
-                        spread = replace(spread, actors=1)
-                    batches = _alone(suspects) if alone else _batches(photos, size)
-                    for record in self._run(order, spread, batches, 1 if alone else None, lost):
+                    allocation = allocate(self._actors, parse_device(source.device)[0] == "cuda")
+                    config = self._config(source, expected, out, settings, mark, allocation)
+                    size = max(1, min(MOST_IN_BATCH, expected // (BATCHES * allocation.actors)))
+                    if one_by_one:
+                        allocation = replace(allocation, actors=1)
+                    batches = _one_by_one(suspects) if one_by_one else _batches(photos, size)
+                    most = 1 if one_by_one else None
+                    for record in self._run(config, allocation, batches, most, lost):
                         deaths = 0
                         yield record
                 if len(lost) == 1:
@@ -143,66 +127,66 @@ class RayEngine:
                 photos = chain(first, photos)
                 if deaths >= MOST_DEATHS:
                     raise OutputError(
-                        "the cluster's processes keep dying, whatever their photo: see to their "
+                        "the cluster's processes keep dying, whatever their photo: check their "
                         "memory, then run again"
                     )
 
-    def _order(
+    def _config(
         self,
         source: ModelSource,
         expected: int,
         out: str,
         settings: PredictSettings,
         mark: str | None,
-        spread: Share,
-    ) -> Order:
-        return Order(
+        allocation: Allocation,
+    ) -> WorkerConfig:
+        return WorkerConfig(
             source=source,
             out=out if "://" in out else os.path.abspath(out),
             settings=settings,
             folder=os.getcwd(),
             mark=mark,
-            photos=max(1, expected // spread.actors),
-            cores=spread.cpus,
-            threads=self._wishes[0],
-            batch=self._wishes[1],
+            photos=max(1, expected // allocation.actors),
+            cores=allocation.cpus,
+            threads=self._options[0],
+            batch=self._options[1],
         )
 
     def _run(
         self,
-        order: Order,
-        spread: Share,
+        config: WorkerConfig,
+        allocation: Allocation,
         batches: Iterator[Sequence[Photo]],
         most: int | None,
         lost: list[Photo],
     ) -> Iterator[Record]:
-        """One run of Ray Data. most: batches under way at once. lost: takes the photos that were
-        under way where processes died too often."""
+        """One run of Ray Data. most: batches in flight at once. lost: receives the photos that were
+        in flight when processes died too often."""
         from ray.exceptions import RayError
         from ray.util.queue import Queue
 
         failure: Exception | None = None
         try:
             queue = Queue(actor_options={"num_cpus": 0})
-            open_ended = self._fill(queue, batches, most or spread.actors * (IN_FLIGHT + AHEAD))
-            for table in _dataset(Feed(queue), order, spread).iter_batches(
+            open_ended = self._fill(queue, batches, most or allocation.actors * (IN_FLIGHT + AHEAD))
+            for table in _dataset(QueueSource(queue), config, allocation).iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
-                for content in table["answer"].to_pylist():
-                    answer: Answer = pickle.loads(content)
-                    del self._under_way[answer.number]
-                    self._learn(answer, spread)
-                    if answer.failure is not None and failure is None:
-                        failure = answer.failure.error()
+                for content in table["result"].to_pylist():
+                    result: BatchResult = pickle.loads(content)
+                    del self._in_flight[result.number]
+                    self._note_plan(result, allocation)
+                    if result.failure is not None and failure is None:
+                        failure = result.failure.error()
                         batches = iter(())
-                    yield from answer.records
+                    yield from result.records
                     if open_ended:
                         open_ended = self._fill(queue, batches, 1)
         except RayError as error:
-            if not self._under_way:
+            if not self._in_flight:
                 raise OutputError(f"Ray gave up: {type(error).__name__}; run again") from error
-            lost.extend(chain.from_iterable(self._under_way.values()))
-            self._under_way.clear()
+            lost.extend(chain.from_iterable(self._in_flight.values()))
+            self._in_flight.clear()
         if failure is not None:
             raise failure
 
@@ -214,20 +198,44 @@ class RayEngine:
                 queue.put(None)
                 return False
             number = next(self._numbers)
-            self._under_way[number] = batch
+            self._in_flight[number] = batch
             queue.put(pickle.dumps((number, batch)))
         return True
 
-    def _learn(self, answer: Answer, spread: Share) -> None:
-        """How the network is run."""
-        if answer.plan is not None:
-            self.sessions = spread.actors * answer.plan.shared.sessions
-            self.threads = answer.plan.shared.threads
-            self.batch = answer.plan.batch
+    def _note_plan(self, result: BatchResult, allocation: Allocation) -> None:
+        """Notes how the network is run."""
+        if result.plan is not None:
+            self.sessions = allocation.actors * result.plan.shared.sessions
+            self.threads = result.plan.shared.threads
+            self.batch = result.plan.batch
 
 
-def _dataset(feed: Any, order: Order, spread: Share) -> Any:
-    """The Ray data set of answers to what is in the queue."""
+class QueueSource(Datasource):
+    """The items of a queue up to None, as blocks of one row with column `batch`."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray has no types for it
+        self._queue = queue
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """The one task that reads the queue."""
+        nothing_known = BlockMetadata(
+            num_rows=None, size_bytes=None, input_files=None, exec_stats=None
+        )
+        return [ReadTask(partial(_blocks, self._queue), nothing_known)]
+
+
+def _blocks(queue: Queue) -> Iterator[pyarrow.Table]:
+    while (batch := queue.get()) is not None:
+        yield pyarrow.table({"batch": pyarrow.array([batch], pyarrow.binary())})
+
+
+def _dataset(feed: Any, config: WorkerConfig, allocation: Allocation) -> Any:
+    """The Ray data set of results to what is in the queue."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -241,18 +249,18 @@ def _dataset(feed: Any, order: Order, spread: Share) -> Any:
         )
         return batches.map_batches(
             BatchActor,
-            fn_constructor_args=(order,),
+            fn_constructor_args=(config,),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
             compute=ray.data.ActorPoolStrategy(
-                size=spread.actors,
+                size=allocation.actors,
                 max_tasks_in_flight_per_actor=IN_FLIGHT,
                 max_concurrent_calls_per_actor=IN_FLIGHT,
                 enable_true_multi_threading=True,
             ),
-            num_cpus=spread.cpus,
-            num_gpus=spread.gpus or None,
+            num_cpus=allocation.cpus,
+            num_gpus=allocation.gpus or None,
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
@@ -263,16 +271,16 @@ def _batches(photos: Iterator[Photo], size: int) -> Iterator[Sequence[Photo]]:
         yield batch
 
 
-def _alone(photos: deque[Photo]) -> Iterator[Sequence[Photo]]:
-    """Takes them away, one by one."""
+def _one_by_one(photos: deque[Photo]) -> Iterator[Sequence[Photo]]:
+    """Removes the photos, one by one."""
     while photos:
         yield (photos.popleft(),)
 
 
 @contextmanager
 def _marked(out: str) -> Iterator[str | None]:
-    """Lays a file into a local output folder by which other machines tell whether theirs is the
-    same; its name is one that a later run clears away."""
+    """Writes a file into a local output folder, by which other machines check that theirs is the
+    same; a later run removes leftovers of that name."""
     if "://" in out:
         yield None
         return

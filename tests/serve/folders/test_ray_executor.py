@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.serve.folders.ray_cluster import BatchActor, Failure, Order
-from srdeploy.serve.folders.ray_engine import RayEngine
+from srdeploy.serve.folders.ray_cluster import BatchActor, Failure, WorkerConfig
+from srdeploy.serve.folders.ray_executor import RayExecutor
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.folders.stores import OutputError
 from srdeploy.serve.scheduling.planner import ModelSource
@@ -38,8 +38,8 @@ from pathlib import Path
 import psutil
 
 from srdeploy.errors import UserError
-from srdeploy.serve.folders import ray_engine
-from srdeploy.serve.folders.predict import LocalEngine
+from srdeploy.serve.folders import ray_executor
+from srdeploy.serve.folders.predict import LocalExecutor
 from srdeploy.serve.folders.records import Photo
 from srdeploy.serve.folders.settings import PredictSettings
 from srdeploy.serve.scheduling.planner import ModelSource
@@ -52,8 +52,8 @@ class Deadly(Photo):
 
 kind, graph, out, names, options, fate = json.loads(sys.argv[1])
 if fate == "deadly":
-    ray_engine.RETRIES = 0
-engine = LocalEngine() if kind == "local" else ray_engine.RayEngine(**options)
+    ray_executor.RETRIES = 0
+engine = LocalExecutor() if kind == "local" else ray_executor.RayExecutor(**options)
 photos = [
     (Deadly if name == "deadly" else Photo)(path, name, os.path.getsize(path), 0)
     for path, name in names
@@ -204,7 +204,7 @@ def test_without_ray_the_line_that_installs_it_is_given(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     source = ModelSource("colour", make_graph())
-    records = RayEngine().records(source, iter(()), 0, str(tmp_path / "out"), PredictSettings())
+    records = RayExecutor().records(source, iter(()), 0, str(tmp_path / "out"), PredictSettings())
     with pytest.raises(MissingPackageError, match=r"pip install 'srdeploy\[ray\]'"):
         next(records)
 
@@ -231,7 +231,7 @@ def test_a_machine_that_has_another_folder_of_that_name_refuses_to_write_there(
 ) -> None:
     import pyarrow
 
-    order = Order(
+    config = WorkerConfig(
         source=ModelSource("colour", make_graph()),
         out=str(tmp_path / "out"),
         settings=PredictSettings(),
@@ -243,8 +243,8 @@ def test_a_machine_that_has_another_folder_of_that_name_refuses_to_write_there(
         batch=None,
     )
     batch = pyarrow.array([pickle.dumps((7, ()))], pyarrow.binary())
-    table = BatchActor(order)(pyarrow.table({"batch": batch}))
-    answer = pickle.loads(table["answer"].to_pylist()[0])
+    table = BatchActor(config)(pyarrow.table({"batch": batch}))
+    answer = pickle.loads(table["result"].to_pylist()[0])
     assert answer.number == 7
     assert answer.failure.kind == "user"
     assert "give one that all machines share" in answer.failure.message
