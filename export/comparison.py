@@ -34,13 +34,14 @@ _MOST_PIXELS = 768 * 768
 """Larger images take a CPU too long; the usual size is always measured."""
 
 
-def expose_logits(file: Path, target: Path) -> None:
-    """Copies a graph, with the tensor that its labels are taken from as an output named logits.
+def expose_logits(model: ModelProto, file: Path) -> ModelProto:
+    """A copy of a graph, with the tensor that its labels are taken from as an output named logits.
 
-    It is float32, whatever the graph computes in.
+    It is float32, whatever the graph computes in. file: where `model` was read from, for messages.
     """
-    model = onnx.load(str(file))
-    graph = model.graph
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    graph = exposed.graph
     if all(value.name != "logits" for value in graph.output):
         index = GraphIndex(graph)
         node = index.producer_of("labels")
@@ -48,11 +49,11 @@ def expose_logits(file: Path, target: Path) -> None:
             node = index.producer_of(node.input[0])
         if node is None:
             raise UserError(f"{file}: its labels do not come from an ArgMax: nothing to compare")
-        exposed = onnx.helper.make_node("Cast", [node.input[0]], ["logits"], to=TensorProto.FLOAT)
-        graph.node.append(exposed)
+        cast = onnx.helper.make_node("Cast", [node.input[0]], ["logits"], to=TensorProto.FLOAT)
+        graph.node.append(cast)
         shape = ["N", None, "H", "W"]
         graph.output.append(onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
-    onnx.save(model, str(target))
+    return exposed
 
 
 def batches(

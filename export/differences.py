@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import ModelProto
 
 from srdeploy.artifacts.artifact import Artifact
-from srdeploy.export.certificate import read_model
 from srdeploy.export.comparison import Limits, Outputs, expose_logits, overlap, unexplained
 from srdeploy.export.precision.half import emulate
 from srdeploy.imaging import Pixels, restore
@@ -350,16 +350,19 @@ class Side:
         return logits.argmax(1).astype(np.uint8), logits
 
 
-def open_reference(file: Path, spec: Spec, folder: Path, stack: ExitStack) -> Side:
+def open_reference(
+    model: ModelProto, file: Path, spec: Spec, folder: Path, stack: ExitStack
+) -> Side:
     """The float32 graph in onnxruntime on the CPU; a copy with its logits exposed goes to
     `folder`."""
     exposed = folder / "reference.onnx"
-    expose_logits(file, exposed)
+    onnx.save(expose_logits(model, file), str(exposed))
     return Side("onnxruntime float32", None, stack.enter_context(open_runtime(exposed, spec=spec)))
 
 
 def open_sides(
     artifact: Artifact,
+    model: ModelProto | None,
     spec: Spec,
     precision: Precision,
     runtime: str,
@@ -369,25 +372,26 @@ def open_sides(
 ) -> list[Side]:
     """Every way in which the candidate is judged; files needed for them go to `folder`.
 
-    16-bit graphs run with their rounding emulated and, where onnxruntime has the type (fp16), as
-    they are. Raises UserError where a runtime can't be had.
+    model: the candidate's graph; None for an engine. 16-bit graphs run with their rounding
+    emulated and, where onnxruntime has the type (fp16), as they are. Raises UserError where a
+    runtime can't be had.
     """
     device = device or ("cuda" if artifact.kind == "engine" else "cpu")
     if artifact.kind == "engine":
         engine = stack.enter_context(open_runtime(artifact.path, device, runtime, spec))
         known = artifact.signature is not None and artifact.signature.logits is not None
         return [Side(_name(engine), engine, engine if known else None)]
+    assert model is not None
     sides = []
     emulated = precision in HALVES and runtime in ("auto", "onnxruntime")
     if emulated:
         rounded = folder / "emulated.onnx"
-        onnx.save(emulate(read_model(artifact.file)), str(rounded))
-        expose_logits(rounded, rounded)
+        onnx.save(expose_logits(emulate(model), artifact.file), str(rounded))
         inside = stack.enter_context(open_runtime(rounded, spec=spec))
         sides.append(Side(EMULATED, None, inside))
     if not (emulated and precision == "bf16"):
         exposed = folder / "candidate.onnx"
-        expose_logits(artifact.file, exposed)
+        onnx.save(expose_logits(model, artifact.file), str(exposed))
         inner = precision if runtime == "openvino" and precision in HALVES else None
         whole, inside = (
             stack.enter_context(open_runtime(file, device, runtime, spec, precision=inner))

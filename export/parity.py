@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from onnx import ModelProto
 from torch import nn
 
 from srdeploy.deployable import Deployable, cut_logits, pad_images
@@ -72,25 +73,31 @@ class Case(Settings):
 
 
 def parity_line(
-    network: nn.Module, spec: Spec, file: Path, photos: Sequence[Pixels], drawn: bool = False
+    network: nn.Module,
+    spec: Spec,
+    file: Path,
+    photos: Sequence[Pixels],
+    drawn: bool = False,
+    model: ModelProto | None = None,
 ) -> Line:
     """The line `parity`: `network` in torch against `file` in onnxruntime, on the CPU.
 
     photos: uint8 [H, W, 3], any sizes; they are resized to the spec's sizes. `drawn`: they are
-    made-up pictures, which the line then says. Passes where every value is finite, logits differ
-    by no more than rounding explains, and labels differ only where the network's two best classes
-    are nearly tied. A network that chooses by comparing its own features (max-unpooling) turns a
-    rounding difference into a moved value now and then: there, what rounding explains is measured,
-    by nudging torch's own input. Raises UserError where onnxruntime fails on a size that torch
-    takes.
+    synthetic, which the line then says. model: what `file` holds, where it has been read.
+    Passes where every value is finite, logits differ by no more than rounding explains, and
+    labels differ only where the network's two best classes are nearly tied. A network that
+    chooses by comparing its own features (max-unpooling) turns a rounding difference into a
+    moved value now and then: there, what rounding explains is measured, by nudging torch's own
+    input. Raises UserError where onnxruntime fails on a size that torch takes.
     """
-    compares = compares_features(onnx.load(str(file)))
+    model = onnx.load(str(file)) if model is None else model
+    compares = compares_features(model)
     counts = np.zeros((2, spec.class_count), np.int64)
     both = Deployable(network, spec, output="both").eval()
     cases = []
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
         exposed = Path(folder) / "exposed.onnx"
-        expose_logits(file, exposed)
+        onnx.save(expose_logits(model, file), str(exposed))
         with open_runtime(file) as deployed, open_runtime(exposed) as inside:
             for size, images in batches(photos, spec.input):
                 expected = _in_torch(both, images)

@@ -36,7 +36,7 @@ from srdeploy.export.certificate import (
     text_digest,
 )
 from srdeploy.export.parity import parity_line
-from srdeploy.export.precision.stage import DIFFERENCES, TypeOptions, write_typed
+from srdeploy.export.precision.stage import DIFFERENCES, TypeOptions, write_converted
 from srdeploy.export.source import Source, source_of_run
 from srdeploy.export.to_onnx import NETWORK_KEY, export_onnx
 from srdeploy.files import sha256_of, whole_folder, write_json
@@ -182,15 +182,18 @@ def export_source(
         with beside(export_fresh) as fresh_is_there:
             _export(network, source, plain, input, output)
             bar.update(task, advance=2, description="comparing with torch on photos")
-            parity = parity_line(network, source.spec, plain, source.pictures, source.drawn)
+            # Read back: what is judged and converted from here on is what the file holds.
+            model = read_model(plain)
+            parity = parity_line(network, source.spec, plain, source.pictures, source.drawn, model)
             bar.update(task, advance=1, description="comparing with the network built fresh")
             fresh_is_there()
-        identity = identity_lines(read_model(fresh), read_model(plain))
+        identity = identity_lines(read_model(fresh), model)
         bar.update(task, advance=1, description=f"converting to {types.precision}")
         typed: tuple[Line, ...] = ()
         if types.converts:
-            typed = write_typed(
+            typed = write_converted(
                 plain,
+                model,
                 folder / MODEL,
                 source.spec,
                 source.pictures,

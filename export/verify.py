@@ -50,6 +50,7 @@ def verification_line(
     masks: Sequence[Pixels] | None = None,
     drawn: bool = False,
     device: str | None = None,
+    model: ModelProto | None = None,
 ) -> Line:
     """The line `verification`: `candidate`, at `precision`, against `reference` in float32.
 
@@ -60,21 +61,24 @@ def verification_line(
     `LIMITS`; an engine at the sizes of its profile. 16-bit graphs are judged with every rounding
     emulated and, for fp16, also as onnxruntime runs the file. Where it fails, the detail ends with
     the layers where the difference begins. page: where to write the difference page. device: cpu,
-    cuda or cuda:N [cuda for engines, else cpu]. Raises UserError where something can't be run, or
+    cuda or cuda:N [cuda for engines, else cpu]. model: what the reference's file holds, where it
+    has been read. Raises UserError where something can't be run, or
     does not belong together.
     """
     artifact = open_artifact(candidate)
     _check(artifact, spec, pictures, masks)
     file = model_file(reference)
-    plain = read_model(file)
+    plain = read_model(file) if model is None else model
+    # Also right after a conversion: what is verified is what the file holds.
+    graph = read_model(artifact.file) if artifact.kind != "engine" else None
     limits = LIMITS[precision]
     if precision == "fp32" and compares_features(plain):
         limits = COMPARING_FP32
     policy, most = _promised(artifact, spec)
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as name, ExitStack() as stack:
         folder = Path(name)
-        inside = open_reference(file, spec, folder, stack)
-        sides = open_sides(artifact, spec, precision, runtime, device, folder, stack)
+        inside = open_reference(plain, file, spec, folder, stack)
+        sides = open_sides(artifact, graph, spec, precision, runtime, device, folder, stack)
         ties = precision == "fp32"
         found = [Difference(side.computed_by, spec, limits, ties_count=ties) for side in sides]
         for index, (size, images) in enumerate(batches(pictures, policy, most)):
@@ -89,7 +93,7 @@ def verification_line(
     layers: list[LayerError] = []
     where = ""
     if not passed or page is not None:
-        layers, where = _layers(artifact, plain, precision, limits, worst, mend=not passed)
+        layers, where = _layers(artifact, plain, graph, precision, limits, worst, mend=not passed)
     summary = _detail(found, precision, limits)
     line = Line(
         name="verification",
@@ -153,6 +157,7 @@ def _promised(artifact: Artifact, spec: Spec) -> tuple[InputPolicy, int | None]:
 def _layers(
     artifact: Artifact,
     plain: ModelProto,
+    graph: ModelProto | None,
     precision: Precision,
     limits: Limits,
     worst: Difference,
@@ -161,15 +166,14 @@ def _layers(
     """The error of every layer, on the photo and at the size that differ most among the smallest
     that fail; and what they say, with flags where there is something to `mend`. For an engine, of
     the graph that it was built from."""
-    file = artifact.file
-    if artifact.kind == "engine":
-        file = file.with_name(read_sidecar(file).onnx)
+    if graph is None:
+        file = artifact.file.with_name(read_sidecar(artifact.file).onnx)
         if not file.is_file():
             return [], (
                 f"an engine's layers can't be looked into, and {file.name}, which it was built "
                 "from, is not beside it"
             )
-    graph = read_model(file)
+        graph = read_model(file)
     if precision in HALVES:
         graph = emulate(graph)
     errors = layer_errors(plain, graph, worst.telling_photo())
