@@ -21,7 +21,7 @@ from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
 DIFFERENCES = "differences.html"
-"""The page of a deploy folder that shows where the typed graph differs from float32."""
+"""The page of a deploy folder that shows where the converted graph differs from float32."""
 
 
 class TypeOptions(Settings):
@@ -85,7 +85,7 @@ def write_converted(
     pictures: Sequence[Pixels],
     options: TypeOptions,
     *,
-    drawn: bool = False,
+    synthetic: bool = False,
 ) -> tuple[Line, ...]:
     """Converts `model`, the float32 graph of the file `certified`, and writes it to `out`; beside
     it, DIFFERENCES.
@@ -103,7 +103,7 @@ def write_converted(
         pictures,
         options.precision,
         page=out.with_name(DIFFERENCES),
-        drawn=drawn,
+        synthetic=synthetic,
         model=model,
     )
     return types_line(model, converted), verified
