@@ -27,20 +27,21 @@ Outputs = tuple[Pixels, npt.NDArray[np.float32]]
 TOLERANCE = 1e-4
 """Largest logit difference that rounding explains, as a share of the largest logit."""
 
-DRAWN = "; on drawn pictures, not photos: give --images"
+SYNTHETIC = "; on synthetic images, not photos: give --images"
 """What the line ends with where no photos were given."""
 
 _MOST_PIXELS = 768 * 768
 """Larger images take a CPU too long; the usual size is always measured."""
 
 
-def expose_logits(file: Path, target: Path) -> None:
-    """Copies a graph, with the tensor that its labels are taken from as an output named logits.
+def expose_logits(model: ModelProto, file: Path) -> ModelProto:
+    """A copy of a graph, with the tensor that its labels are taken from as an output named logits.
 
-    It is float32, whatever the graph computes in.
+    It is float32, whatever the graph computes in. file: where `model` was read from, for messages.
     """
-    model = onnx.load(str(file))
-    graph = model.graph
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    graph = exposed.graph
     if all(value.name != "logits" for value in graph.output):
         index = GraphIndex(graph)
         node = index.producer_of("labels")
@@ -48,11 +49,11 @@ def expose_logits(file: Path, target: Path) -> None:
             node = index.producer_of(node.input[0])
         if node is None:
             raise UserError(f"{file}: its labels do not come from an ArgMax: nothing to compare")
-        exposed = onnx.helper.make_node("Cast", [node.input[0]], ["logits"], to=TensorProto.FLOAT)
-        graph.node.append(exposed)
+        cast = onnx.helper.make_node("Cast", [node.input[0]], ["logits"], to=TensorProto.FLOAT)
+        graph.node.append(cast)
         shape = ["N", None, "H", "W"]
         graph.output.append(onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
-    onnx.save(model, str(target))
+    return exposed
 
 
 def batches(
@@ -134,7 +135,7 @@ def compares_features(model: ModelProto) -> bool:
 # How far a graph of each precision may stray from the certified float32 one, and why.
 
 
-class Limits(Settings):
+class PrecisionLimits(Settings):
     """What a precision is allowed; all shares in 0..1."""
 
     agreement: float
@@ -150,14 +151,14 @@ class Limits(Settings):
     """How much lower mIoU against true masks may be, where masks are given; two standard errors
     beyond it fail."""
     rounding: float
-    """Relative error that a layer's rounding alone gives, about; a layer that adds several times
+    """Relative error that only a layer's rounding gives, about; a layer that adds several times
     as much is named."""
     reason: str
     """Where the figures come from."""
 
 
-LIMITS: dict[Precision, Limits] = {
-    "fp32": Limits(
+LIMITS: dict[Precision, PrecisionLimits] = {
+    "fp32": PrecisionLimits(
         agreement=1.0,
         least=1.0,
         logits=TOLERANCE,
@@ -168,7 +169,7 @@ LIMITS: dict[Precision, Limits] = {
             "differ where the two best classes are nearly tied, and such pixels are not counted"
         ),
     ),
-    "tf32": Limits(
+    "tf32": PrecisionLimits(
         agreement=0.995,
         least=0.98,
         logits=None,
@@ -176,7 +177,7 @@ LIMITS: dict[Precision, Limits] = {
         rounding=1e-3,
         reason="operands are rounded to 10 bits of mantissa, as in fp16",
     ),
-    "fp16": Limits(
+    "fp16": PrecisionLimits(
         agreement=0.995,
         least=0.98,
         logits=None,
@@ -187,7 +188,7 @@ LIMITS: dict[Precision, Limits] = {
             "99.5 % a layer leaves fp16's range of 6e-5 to 65504"
         ),
     ),
-    "bf16": Limits(
+    "bf16": PrecisionLimits(
         agreement=0.995,
         least=0.95,
         logits=None,
@@ -198,7 +199,7 @@ LIMITS: dict[Precision, Limits] = {
             "borders between classes; single photos vary more"
         ),
     ),
-    "int8": Limits(
+    "int8": PrecisionLimits(
         agreement=0.95,
         least=0.85,
         logits=None,
@@ -212,7 +213,7 @@ LIMITS: dict[Precision, Limits] = {
     ),
 }
 
-COMPARING_FP32 = Limits(
+COMPARING_FP32 = PrecisionLimits(
     agreement=0.999,
     least=0.99,
     logits=None,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from srdeploy.environment import describe_environment
 from srdeploy.export.certificate import Line
-from srdeploy.export.comparison import Limits
-from srdeploy.export.differences import UNTYPED, Difference, Pair, Truth, part_text, share_text
+from srdeploy.export.comparison import PrecisionLimits
+from srdeploy.export.differences import UNTYPED, Difference, MaskScores, Pair, part_text, share_text
 from srdeploy.export.layer_errors import LayerError, explain_jump, first_jump, nodes_to_keep
 from srdeploy.imaging import colour_table
 from srdeploy.pages import charts
@@ -50,7 +50,7 @@ class Findings:
     summary: str
     """The line's detail, without what its end says of layers."""
     precision: Precision
-    limits: Limits
+    limits: PrecisionLimits
     spec: Spec
     found: tuple[Difference, ...]
     worst: Difference
@@ -110,11 +110,11 @@ def _verdicts(findings: Findings) -> Iterator[Verdict]:
     if worst.finite is not None:
         figure = "all finite" if worst.finite else "NaN or infinity"
         yield Verdict("logits in every batch", figure, worst.finite)
-    if worst.truth is not None:
-        gain = 100 * worst.truth.gain
-        exceeds = worst.truth.exceeds(findings.limits.miou_loss)
+    if worst.against_masks is not None:
+        gain = 100 * worst.against_masks.gain
+        exceeds = worst.against_masks.exceeds(findings.limits.miou_loss)
         kept = None if exceeds is None else not exceeds
-        yield Verdict(f"points of mIoU{_error(worst.truth)}", f"{gain:+.2f}", kept)
+        yield Verdict(f"points of mIoU{_error(worst.against_masks)}", f"{gain:+.2f}", kept)
 
 
 def _needed(findings: Findings) -> Table:
@@ -136,11 +136,11 @@ def _needed(findings: Findings) -> Table:
                 _MARKS[judged],
             )
         )
-    if worst.truth is not None:
-        gain, exceeds = worst.truth.gain, worst.truth.exceeds(limits.miou_loss)
+    if worst.against_masks is not None:
+        gain, exceeds = worst.against_masks.gain, worst.against_masks.exceeds(limits.miou_loss)
         rows.append(
             (
-                f"mIoU lost, points{_error(worst.truth)}",
+                f"mIoU lost, points{_error(worst.against_masks)}",
                 f"{max(0.0, -100 * gain):.2f}",
                 f"≤ {100 * limits.miou_loss:.2f}",
                 _MARKS[None if exceeds is None else not exceeds],
@@ -149,8 +149,8 @@ def _needed(findings: Findings) -> Table:
     return Table("Tolerance that would have passed", ("", "would pass", "limit", ""), rows)
 
 
-def _error(truth: Truth) -> str:
-    return "" if truth.error is None else f" (standard error {100 * truth.error:.2f})"
+def _error(scores: MaskScores) -> str:
+    return "" if scores.error is None else f" (standard error {100 * scores.error:.2f})"
 
 
 def _share_row(name: str, share: float, limit: float) -> tuple[str, str, str, str]:
@@ -183,7 +183,7 @@ def _cases(findings: Findings) -> Table:
 
 
 def _classes_text(worst: Difference) -> str:
-    if worst.truth is None:
+    if worst.against_masks is None:
         return (
             "IoU of the two predictions, over the photos at the usual size: 100 % where both see "
             "the same pixels."
@@ -195,15 +195,15 @@ def _classes_text(worst: Difference) -> str:
 
 
 def _classes(worst: Difference, spec: Spec) -> Iterator[Bar]:
-    truth = None if worst.truth is None else worst.truth.per_class
+    per_class = None if worst.against_masks is None else worst.against_masks.per_class
     colours = dict(zip(spec.classes, map(css, spec.palette), strict=True))
     for name, share in worst.iou.items():
-        if truth is None:
+        if per_class is None:
             if share is not None:
                 both = [("both", 100 * share, charts.COLOURS[0])]
                 yield Bar(name, share_text(share), both, colours[name])
             continue
-        pair = truth.get(name, (None, None))
+        pair = per_class.get(name, (None, None))
         if pair != (None, None):
             left, right = (100 * (value or 0.0) for value in pair)
             shares = [("float32", left, charts.COLOURS[0]), ("new", right, charts.COLOURS[1])]

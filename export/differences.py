@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import ModelProto
 
 from srdeploy.artifacts.artifact import Artifact
-from srdeploy.export.certificate import read_model
-from srdeploy.export.comparison import Limits, Outputs, expose_logits, overlap, unexplained
+from srdeploy.export.comparison import Outputs, PrecisionLimits, expose_logits, overlap, unexplained
 from srdeploy.export.precision.half import emulate
 from srdeploy.imaging import Pixels, restore
 from srdeploy.metrics import Counts, Score
@@ -27,7 +27,7 @@ USUAL = "usual"
 """The name that batches gives to single photos of the usual size."""
 
 
-class Case(Settings):
+class BatchDifference(Settings):
     """One batch at one size, run in one way."""
 
     size: str
@@ -44,11 +44,11 @@ class Case(Settings):
     """Least share allowed in one batch."""
     largest_logit: float | None
     largest_difference: float | None
-    """Of logits; None where the candidate gives labels alone, or NaN or infinity."""
+    """Of logits; None where the candidate gives only labels, or NaN or infinity."""
     allowed_difference: float | None
     """In the logits' own units; None: recorded, not judged."""
     finite: bool | None
-    """Whether neither side's logits hold NaN or infinity; None where there are labels alone."""
+    """Whether neither side's logits hold NaN or infinity; None where there are only labels."""
 
     @property
     def passed(self) -> bool:
@@ -84,8 +84,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """mIoU of both sides against true masks, at the usual size, restored to the masks' size."""
+class MaskScores:
+    """mIoU of both graphs against true masks, at the usual size, restored to the masks' size."""
 
     reference: float
     candidate: float
@@ -112,11 +112,13 @@ class Truth:
 class Difference:
     """Collects the batches that were run in one way."""
 
-    def __init__(self, computed_by: str, spec: Spec, limits: Limits, ties_count: bool) -> None:
+    def __init__(
+        self, computed_by: str, spec: Spec, limits: PrecisionLimits, ties_count: bool
+    ) -> None:
         self.computed_by = computed_by
         self.spec = spec
         self.limits = limits
-        self.cases: list[Case] = []
+        self.cases: list[BatchDifference] = []
         self.pairs: list[Pair] = []
         self.worst: list[Pixels] = []
         """Of each case, the photo of its batch that differs most."""
@@ -133,7 +135,7 @@ class Difference:
         expected: Outputs,
         labels: Pixels,
         logits: npt.NDArray[np.float32] | None,
-        truth: Pixels | None,
+        target: Pixels | None,
     ) -> None:
         """One batch: the reference's labels and logits, the candidate's, and, for a single photo,
         its true mask uint8 [H, W] of any size."""
@@ -148,9 +150,9 @@ class Difference:
         self._usual += np.array([equal.size, equal.sum(), counted.sum()])
         self._counts += overlap(expected[0], labels, self.spec.class_count)
         self.pairs.append(Pair(images[0], expected[0][0], labels[0]))
-        if truth is not None:
+        if target is not None:
             for score, one in zip(self._scores, (expected[0], labels), strict=True):
-                score.update(truth, restore(one[0], *truth.shape))
+                score.update(target, restore(one[0], *target.shape))
             left, right = (score.confusion.copy() for score in self._scores)
             self._confusions.append((left, right))
 
@@ -171,12 +173,12 @@ class Difference:
         return all(known) if known else None
 
     @property
-    def truth(self) -> Truth | None:
+    def against_masks(self) -> MaskScores | None:
         """None where no masks were given."""
         if not self._scores[0].images:
             return None
         left, right = (score.result() for score in self._scores)
-        return Truth(
+        return MaskScores(
             left.miou,
             right.miou,
             {name: (left.iou[name], right.iou[name]) for name in left.iou},
@@ -220,8 +222,8 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        truth = self.truth
-        kept = truth is None or not truth.exceeds(self.limits.miou_loss)
+        scores = self.against_masks
+        kept = scores is None or not scores.exceeds(self.limits.miou_loss)
         enough = self.counted >= self.limits.agreement
         return all(case.passed for case in self.cases) and enough and kept
 
@@ -242,7 +244,7 @@ class Difference:
     def figures(self) -> dict[str, Any]:
         """As JSON values."""
         iou = self.iou
-        truth = self.truth
+        scores = self.against_masks
         present = [value for value in iou.values() if value is not None]
         figures: dict[str, Any] = {
             "computed_by": self.computed_by,
@@ -255,15 +257,15 @@ class Difference:
             "iou_of_the_two_predictions": iou,
             "largest_iou_difference": 1 - min(present, default=1.0),
         }
-        if truth is not None:
+        if scores is not None:
             figures["against_masks"] = {
-                "miou_reference": truth.reference,
-                "miou_candidate": truth.candidate,
-                "miou_difference": truth.gain,
-                "standard_error": truth.error,
-                "iou_per_class": {name: list(pair) for name, pair in truth.per_class.items()},
+                "miou_reference": scores.reference,
+                "miou_candidate": scores.candidate,
+                "miou_difference": scores.gain,
+                "standard_error": scores.error,
+                "iou_per_class": {name: list(pair) for name, pair in scores.per_class.items()},
                 "largest_iou_difference": max(
-                    abs(a - b) for a, b in _known(list(truth.per_class.values()))
+                    abs(a - b) for a, b in _known(list(scores.per_class.values()))
                 ),
             }
         return figures | {"cases": [case.model_dump(mode="json") for case in self.cases]}
@@ -275,7 +277,7 @@ class Difference:
         logits: npt.NDArray[np.float32] | None,
         equal: npt.NDArray[np.bool_],
         counted: npt.NDArray[np.bool_],
-    ) -> Case:
+    ) -> BatchDifference:
         finite, scale, difference, allowed = None, None, None, None
         if logits is not None:
             finite = bool(np.isfinite(expected[1]).all() and np.isfinite(logits).all())
@@ -283,7 +285,7 @@ class Difference:
             scale = float(np.abs(expected[1]).max())
             difference = float(np.abs(expected[1] - logits).max())
             allowed = None if self.limits.logits is None else self.limits.logits * scale
-        return Case(
+        return BatchDifference(
             size=size,
             shape=(equal.shape[0], equal.shape[1], equal.shape[2]),
             computed_by=self.computed_by,
@@ -332,14 +334,14 @@ UNTYPED = ("fp32", "tf32")
 
 
 @dataclass(frozen=True)
-class Side:
+class Candidate:
     """One way of running a graph, open."""
 
     computed_by: str
     labels: Runtime | None
     """What gives labels; None: they are taken from the logits."""
     logits: Runtime | None
-    """What gives logits; None: labels alone can be had."""
+    """What gives logits; None: only labels can be had."""
 
     def run(self, images: Pixels) -> tuple[Pixels, npt.NDArray[np.float32] | None]:
         """images uint8 [N, H, W, 3] -> labels uint8 [N, H, W], logits float32 [N, K, H, W]."""
@@ -350,52 +352,58 @@ class Side:
         return logits.argmax(1).astype(np.uint8), logits
 
 
-def open_reference(file: Path, spec: Spec, folder: Path, stack: ExitStack) -> Side:
+def open_reference(
+    model: ModelProto, file: Path, spec: Spec, folder: Path, stack: ExitStack
+) -> Candidate:
     """The float32 graph in onnxruntime on the CPU; a copy with its logits exposed goes to
     `folder`."""
     exposed = folder / "reference.onnx"
-    expose_logits(file, exposed)
-    return Side("onnxruntime float32", None, stack.enter_context(open_runtime(exposed, spec=spec)))
+    onnx.save(expose_logits(model, file), str(exposed))
+    return Candidate(
+        "onnxruntime float32", None, stack.enter_context(open_runtime(exposed, spec=spec))
+    )
 
 
-def open_sides(
+def open_candidates(
     artifact: Artifact,
+    model: ModelProto | None,
     spec: Spec,
     precision: Precision,
     runtime: str,
     device: str | None,
     folder: Path,
     stack: ExitStack,
-) -> list[Side]:
+) -> list[Candidate]:
     """Every way in which the candidate is judged; files needed for them go to `folder`.
 
-    16-bit graphs run with their rounding emulated and, where onnxruntime has the type (fp16), as
-    they are. Raises UserError where a runtime can't be had.
+    model: the candidate's graph; None for an engine. 16-bit graphs run with their rounding
+    emulated and, where onnxruntime has the type (fp16), as they are. Raises UserError where a
+    runtime can't be had.
     """
     device = device or ("cuda" if artifact.kind == "engine" else "cpu")
     if artifact.kind == "engine":
         engine = stack.enter_context(open_runtime(artifact.path, device, runtime, spec))
         known = artifact.signature is not None and artifact.signature.logits is not None
-        return [Side(_name(engine), engine, engine if known else None)]
-    sides = []
+        return [Candidate(_name(engine), engine, engine if known else None)]
+    assert model is not None
+    candidates = []
     emulated = precision in HALVES and runtime in ("auto", "onnxruntime")
     if emulated:
         rounded = folder / "emulated.onnx"
-        onnx.save(emulate(read_model(artifact.file)), str(rounded))
-        expose_logits(rounded, rounded)
+        onnx.save(expose_logits(emulate(model), artifact.file), str(rounded))
         inside = stack.enter_context(open_runtime(rounded, spec=spec))
-        sides.append(Side(EMULATED, None, inside))
+        candidates.append(Candidate(EMULATED, None, inside))
     if not (emulated and precision == "bf16"):
         exposed = folder / "candidate.onnx"
-        expose_logits(artifact.file, exposed)
+        onnx.save(expose_logits(model, artifact.file), str(exposed))
         chosen = runtime in choosing_precision() and precision in HALVES
         inner = precision if chosen else None
         whole, inside = (
             stack.enter_context(open_runtime(file, device, runtime, spec, precision=inner))
             for file in (artifact.path, exposed)
         )
-        sides.append(Side(_name(whole), whole, inside))
-    return sides
+        candidates.append(Candidate(_name(whole), whole, inside))
+    return candidates
 
 
 def _name(runtime: Runtime) -> str:

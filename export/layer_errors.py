@@ -22,7 +22,7 @@ from srdeploy.runtimes.onnx_runtime import first_line, import_onnxruntime, ort_e
 from srdeploy.validation import Settings
 
 JUMP = 4.0
-"""A layer's error jumps where it is as many times what came in, or what rounding alone gives."""
+"""A layer's error jumps where it is as many times what came in, or what only rounding gives."""
 SUGGESTED = 8
 """As many nodes are named for --keep."""
 
@@ -44,7 +44,7 @@ class LayerError(Settings):
     """Root mean square of the difference over that of the reference's values; None where the
     candidate gives NaN or infinity."""
     before: float | None
-    """The largest error among the nodes it reads from; 0 where it reads the image alone, None
+    """The largest error among the nodes it reads from; 0 where it only reads the image, None
     where one of them gives NaN or infinity."""
     largest: float
     """The reference's largest absolute value."""
@@ -88,7 +88,7 @@ def first_jump(errors: Sequence[LayerError], rounding: float) -> LayerError | No
 def nodes_to_keep(errors: Sequence[LayerError], rounding: float) -> list[str]:
     """Nodes that, kept in float32, should mend the difference; in topological order."""
     if any(one.error is None for one in errors):
-        # A large tensor stays large for whoever reads it: its readers must be kept as well.
+        # A large tensor stays large for whoever reads it: its consumers must be kept as well.
         large = {one.node for one in errors if one.largest > _NEAR_OVERFLOW}
         named = [one.node for one in errors if one.node in large or large & set(one.reads)]
         broken = first_jump(errors, rounding)

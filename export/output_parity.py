@@ -28,15 +28,15 @@ SIZES = ((1, 64, 96), (1, 97, 131), (1, 160, 224), (2, 64, 96))
 FALLBACKS = ((1, 224, 224), (1, 256, 256), (1, 512, 512), (1, 512, 1024))
 """Tried one after the other where the original takes none of those."""
 _SCENE = (144, 192)
-"""(height, width) of drawn pictures; each size is resized from them."""
+"""(height, width) of synthetic images; each size is resized from them."""
 _OTHER_AXIS = 8
 """Length of open axes of inputs that are no images."""
 
 
-class Drawing:
-    """Draws feeds: images are `photos` uint8 [H, W, 3], resized and normalised as `spec` says.
+class SyntheticInputs:
+    """Makes feeds: images are `photos` uint8 [H, W, 3], resized and normalised as `spec` says.
 
-    Without photos, pictures are made up; without a spec, floats are in -1..1.
+    Without photos, images are synthetic; without a spec, floats are in -1..1.
     """
 
     def __init__(self, photos: Sequence[Pixels], spec: Spec | None) -> None:
@@ -49,7 +49,7 @@ class Drawing:
     def feeds(self, model: ModelProto, sizes: Sequence[tuple[int, int, int]]) -> list[Feed]:
         """One feed per size (N, H, W) that gives other shapes than those before.
 
-        Raises UserError where an input's type is nothing that can be drawn.
+        Raises UserError where an input's type has no synthetic values.
         """
         inputs = real_inputs(model)
         found: dict[tuple[tuple[int, ...], ...], Feed] = {}
@@ -141,7 +141,7 @@ _HUGE = float(np.finfo(np.float32).max)
 """Stands for an infinite difference: JSON has no infinity."""
 
 
-class Case(Settings):
+class OutputCase(Settings):
     """One set of inputs."""
 
     inputs: dict[str, tuple[int, ...]]
@@ -163,12 +163,12 @@ class Case(Settings):
         return self.bits_equal and close and self.moved <= MOVED
 
 
-class Comparison(Settings):
+class OutputComparison(Settings):
     """What running both files showed."""
 
     pictures: str
     """What was fed, for people."""
-    cases: tuple[Case, ...]
+    cases: tuple[OutputCase, ...]
     refused: tuple[str, ...]
     """Inputs that the original itself can't take, with its reason."""
     fault: str | None = None
@@ -202,39 +202,41 @@ class Comparison(Settings):
         return f"{text}{f' and {moved:.2%} of labels differ' if moved else ''} ({self.pictures})"
 
 
-def same_outputs(
+def compare_outputs(
     original: ModelProto,
     files: tuple[Path, Path],
     kept: Sequence[str],
     *,
     photos: Sequence[Pixels] = (),
     spec: Spec | None = None,
-) -> Comparison:
+) -> OutputComparison:
     """Runs files[0], which holds `original`, and files[1] on the CPU; compares the outputs `kept`.
 
-    Images are `photos` uint8 [H, W, 3], resized and normalised as `spec` says, else drawn pictures;
-    inputs that are no images are drawn at random by type and shape. Nothing is raised where a file
-    can't be run: the comparison says so. Raises UserError where onnxruntime is not installed.
+    Images are `photos` uint8 [H, W, 3], resized and normalised as `spec` says, or else synthetic;
+    other inputs are random values by type and shape. Nothing is raised where a file can't be run:
+    the comparison says so. Raises UserError where onnxruntime is not installed.
     """
     import_onnxruntime()
-    source = f"{len(photos)} photos" if photos else "drawn pictures, no photos were given"
-    drawing = Drawing(photos, spec)
-    cases: list[Case] = []
+    source = f"{len(photos)} photos" if photos else "synthetic images, no photos were given"
+    inputs = SyntheticInputs(photos, spec)
+    cases: list[OutputCase] = []
     refused: list[str] = []
     fault = None
     try:
         plain = _Pair(files, kept, optimised=False)
         fused = _Pair(files, kept, optimised=True)
-        for feed in drawing.feeds(original, SIZES):
+        for feed in inputs.feeds(original, SIZES):
             _run_case(plain, fused, feed, cases, refused)
-        for feed in drawing.feeds(original, FALLBACKS) if not cases else ():
+        for feed in inputs.feeds(original, FALLBACKS) if not cases else ():
             if not cases:
                 _run_case(plain, fused, feed, cases, refused)
         if not cases:
             fault = f"the original takes none of the inputs tried ({refused[-1]})"
     except UserError as error:
         fault = str(error)
-    return Comparison(pictures=source, cases=tuple(cases), refused=tuple(refused), fault=fault)
+    return OutputComparison(
+        pictures=source, cases=tuple(cases), refused=tuple(refused), fault=fault
+    )
 
 
 class _Pair:
@@ -260,7 +262,7 @@ class _Pair:
 
 
 def _run_case(
-    plain: _Pair, fused: _Pair, feed: Feed, cases: list[Case], refused: list[str]
+    plain: _Pair, fused: _Pair, feed: Feed, cases: list[OutputCase], refused: list[str]
 ) -> None:
     shapes = {name: value.shape for name, value in feed.items()}
     try:
@@ -284,7 +286,7 @@ def _run_case(
             max(moved, one[2]),
         )
     cases.append(
-        Case(
+        OutputCase(
             inputs=shapes,
             outputs={name: a.shape for name, a in zip(plain.kept, expected, strict=True)},
             bits_equal=equal,

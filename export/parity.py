@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from onnx import ModelProto
 from torch import nn
 
 from srdeploy.deployable import Deployable, cut_logits, pad_images
 from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line
 from srdeploy.export.comparison import (
-    DRAWN,
+    SYNTHETIC,
     TOLERANCE,
     Outputs,
     batches,
@@ -37,13 +38,13 @@ FROZEN = (
     "adaptive pooling: export it for one size, with --fixed-size --size HxW (a run: by its "
     "network, --weights RUN/network.safetensors --classes RUN/spec.json)"
 )
-"""What to do about a graph that is right at some sizes alone."""
+"""What to do about a graph that is right only at some sizes."""
 
 _NUDGE, _NUDGES = 1e-6, 8
 """Relative size of the changes of the input that stand for rounding, and how many are tried."""
 
 
-class Case(Settings):
+class ParityCase(Settings):
     """One batch at one size."""
 
     size: str
@@ -62,7 +63,7 @@ class Case(Settings):
     unexplained: float
     """Share of pixels whose label differs although torch's two best classes are not nearly tied."""
     allowed_unexplained: float
-    """0, but for networks where rounding-sized changes of the input alone change such labels."""
+    """0, but for networks where only rounding-sized changes of the input change such labels."""
     finite: bool
     """Whether neither side gave NaN or infinity."""
 
@@ -72,25 +73,31 @@ class Case(Settings):
 
 
 def parity_line(
-    network: nn.Module, spec: Spec, file: Path, photos: Sequence[Pixels], drawn: bool = False
+    network: nn.Module,
+    spec: Spec,
+    file: Path,
+    photos: Sequence[Pixels],
+    synthetic: bool = False,
+    model: ModelProto | None = None,
 ) -> Line:
     """The line `parity`: `network` in torch against `file` in onnxruntime, on the CPU.
 
     photos: uint8 [H, W, 3], any sizes; they are resized to the spec's sizes. `drawn`: they are
-    made-up pictures, which the line then says. Passes where every value is finite, logits differ
-    by no more than rounding explains, and labels differ only where the network's two best classes
-    are nearly tied. A network that chooses by comparing its own features (max-unpooling) turns a
-    rounding difference into a moved value now and then: there, what rounding explains is measured,
-    by nudging torch's own input. Raises UserError where onnxruntime fails on a size that torch
-    takes.
+    synthetic, which the line then says. model: what `file` holds, where it has been read.
+    Passes where every value is finite, logits differ by no more than rounding explains, and
+    labels differ only where the network's two best classes are nearly tied. A network that
+    chooses by comparing its own features (max-unpooling) turns a rounding difference into a
+    moved value now and then: there, what rounding explains is measured, by nudging torch's own
+    input. Raises UserError where onnxruntime fails on a size that torch takes.
     """
-    compares = compares_features(onnx.load(str(file)))
+    model = onnx.load(str(file)) if model is None else model
+    compares = compares_features(model)
     counts = np.zeros((2, spec.class_count), np.int64)
     both = Deployable(network, spec, output="both").eval()
     cases = []
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as folder:
         exposed = Path(folder) / "exposed.onnx"
-        expose_logits(file, exposed)
+        onnx.save(expose_logits(model, file), str(exposed))
         with open_runtime(file) as deployed, open_runtime(exposed) as inside:
             for size, images in batches(photos, spec.input):
                 expected = _in_torch(both, images)
@@ -104,8 +111,8 @@ def parity_line(
     return Line(
         name="parity",
         passed=all(case.passed for case in cases),
-        detail=_detail(cases, compares) + (DRAWN if drawn else ""),
-        figures=_figures(cases, counts, spec, compares) | ({"drawn": True} if drawn else {}),
+        detail=_detail(cases, compares) + (SYNTHETIC if synthetic else ""),
+        figures=_figures(cases, counts, spec, compares) | ({"drawn": True} if synthetic else {}),
     )
 
 
@@ -149,7 +156,9 @@ def _nudged(module: Deployable, images: Pixels, expected: Outputs) -> tuple[floa
     return difference, moved
 
 
-def _compare(size: str, expected: Outputs, found: Outputs, nudged: tuple[float, float]) -> Case:
+def _compare(
+    size: str, expected: Outputs, found: Outputs, nudged: tuple[float, float]
+) -> ParityCase:
     """One batch of torch's labels and logits against the exported file's."""
     labels, logits = expected
     finite = bool(np.isfinite(logits).all() and np.isfinite(found[1]).all())
@@ -157,7 +166,7 @@ def _compare(size: str, expected: Outputs, found: Outputs, nudged: tuple[float, 
     scale = float(np.abs(logits).max()) if finite else 0.0
     # Twice: each of the two sides may have been moved.
     allowed = max(TOLERANCE * scale, 2 * nudged[0]) if finite else 0.0
-    return Case(
+    return ParityCase(
         size=size,
         shape=(labels.shape[0], labels.shape[1], labels.shape[2]),
         agreement=float((labels == found[0]).mean()),
@@ -171,7 +180,7 @@ def _compare(size: str, expected: Outputs, found: Outputs, nudged: tuple[float, 
     )
 
 
-def _detail(cases: Sequence[Case], compares: bool) -> str:
+def _detail(cases: Sequence[ParityCase], compares: bool) -> str:
     if not all(case.finite for case in cases):
         sizes = sorted({case.size for case in cases if not case.finite})
         return f"NaN or infinity in the logits at {'; '.join(sizes)}"
@@ -194,14 +203,14 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{height}x{width}" for height, width in sizes)
 
 
-def _needed(cases: Sequence[Case]) -> float:
+def _needed(cases: Sequence[ParityCase]) -> float:
     return max(
         (c.largest_difference / c.largest_logit for c in cases if c.largest_logit > 0), default=0.0
     )
 
 
 def _figures(
-    cases: Sequence[Case],
+    cases: Sequence[ParityCase],
     counts: npt.NDArray[np.int64],
     spec: Spec,
     compares: bool,

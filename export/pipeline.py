@@ -36,7 +36,7 @@ from srdeploy.export.certificate import (
     text_digest,
 )
 from srdeploy.export.parity import parity_line
-from srdeploy.export.precision.stage import DIFFERENCES, TypeOptions, write_typed
+from srdeploy.export.precision.stage import DIFFERENCES, TypeOptions, write_converted
 from srdeploy.export.source import Source, source_of_run
 from srdeploy.export.to_onnx import NETWORK_KEY, export_onnx
 from srdeploy.files import sha256_of, whole_folder, write_json
@@ -44,7 +44,7 @@ from srdeploy.models.auxiliary import AuxiliaryHead
 
 
 @contextmanager
-def beside(work: Callable[[], None]) -> Iterator[Callable[[], None]]:
+def forked(work: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Runs `work` in a forked process from now on; calling what is yielded waits until it is done.
 
     `work` hands its result over in files: nothing that it changes in memory comes back. It must not
@@ -157,7 +157,7 @@ def export_source(
 
     The float32 graph is compared with that of a network built fresh from its name, which no
     training code has touched, and run against torch on the source's pictures. Where `types` asks
-    for another precision, that graph is then converted, and the result held against it. The folder
+    for another precision, that graph is then converted, and the result compared with it. The folder
     is written whole, also where a line of the certificate fails. Raises UserError for weights or a
     network that can't be used, for types that it can't have, and where `out` exists (force
     replaces a deploy folder). certified: where to keep the float32 graph, for what compares with
@@ -179,23 +179,28 @@ def export_source(
         def export_fresh() -> None:
             _export(source.build_fresh(network), source, fresh, input, output)
 
-        with beside(export_fresh) as fresh_is_there:
+        with forked(export_fresh) as fresh_is_there:
             _export(network, source, plain, input, output)
             bar.update(task, advance=2, description="comparing with torch on photos")
-            parity = parity_line(network, source.spec, plain, source.pictures, source.drawn)
+            # Read back: what is judged and converted from here on is what the file holds.
+            model = read_model(plain)
+            parity = parity_line(
+                network, source.spec, plain, source.pictures, source.synthetic, model
+            )
             bar.update(task, advance=1, description="comparing with the network built fresh")
             fresh_is_there()
-        identity = identity_lines(read_model(fresh), read_model(plain))
+        identity = identity_lines(read_model(fresh), model)
         bar.update(task, advance=1, description=f"converting to {types.precision}")
-        typed: tuple[Line, ...] = ()
+        converted: tuple[Line, ...] = ()
         if types.converts:
-            typed = write_typed(
+            converted = write_converted(
                 plain,
+                model,
                 folder / MODEL,
                 source.spec,
                 source.pictures,
                 types,
-                drawn=source.drawn,
+                synthetic=source.synthetic,
             )
             bar.update(task, advance=1)
         if certified is not None:
@@ -205,12 +210,12 @@ def export_source(
             {MODEL: folder / MODEL, **weights},
             spec_sha256=text_digest(source.spec.to_json()),
             device="cpu",
-            photos=0 if source.drawn else len(source.pictures),
+            photos=0 if source.synthetic else len(source.pictures),
         )
-        certificate = Certificate(lines=(*identity, parity, *typed, provenance))
+        certificate = Certificate(lines=(*identity, parity, *converted, provenance))
         certificate.write(folder / CERTIFICATE)
         digest = str(identity[0].figures["digest_deployed"])
-        opset = int((typed or identity)[0].figures["opset"])
+        opset = int((converted or identity)[0].figures["opset"])
         manifest = _manifest(source, heads, folder, out, digest, opset, input, output, types)
         write_json(folder / MANIFEST, manifest)
     return ExportResult(folder=out, certificate=certificate, manifest=manifest)

@@ -35,9 +35,9 @@ from srdeploy.validation import closest, validated
 MOST = 4
 """Of a folder, as many photos."""
 
-_DRAWN = 3
-_DRAWN_SIDE = 240
-"""Longest side of drawn pictures, pixels; each size compared at is resized from it."""
+_SYNTHETIC = 3
+_SYNTHETIC_SIDE = 240
+"""Longest side of synthetic images, pixels; each size compared at is resized from it."""
 
 
 def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
@@ -52,11 +52,11 @@ def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
     return [read_photo(file) for file in run.samples[:MOST]]
 
 
-def drawn_pictures(spec: Spec) -> list[Pixels]:
+def synthetic_pictures(spec: Spec) -> list[Pixels]:
     """Made-up scenes of the usual size's proportions, for want of photos; always the same ones."""
-    height, width = scaled_size(*spec.input.usual, _DRAWN_SIDE)
+    height, width = scaled_size(*spec.input.usual, _SYNTHETIC_SIDE)
     size = max(height, LEAST_SIDE), max(width, LEAST_SIDE)
-    return [scene(np.random.default_rng(seed), *size)[0] for seed in range(_DRAWN)]
+    return [scene(np.random.default_rng(seed), *size)[0] for seed in range(_SYNTHETIC)]
 
 
 # What is exported: a run, or a network by name with a weight file. One form for both.
@@ -74,7 +74,7 @@ class Source:
     """None: the network's code brings its own."""
     pictures: list[Pixels]
     """uint8 [H, W, 3], to compare torch and the exported file on."""
-    drawn: bool
+    synthetic: bool
     """Whether these were made up, for want of photos."""
     arguments: tuple[str, ...]
     """Of `srdeploy export`: what names this source."""
@@ -129,8 +129,8 @@ def open_source(
 
     A run has all it needs; `images` (a folder of photos) takes the place of its samples. A network
     needs `classes` (classes.json, or a spec.json) and, where it is a built-in one, `weights`;
-    without `images` it is compared on drawn pictures. size: (H, W) that most images have;
-    fixed_size: it takes that size alone; multiple: it takes multiples of this alone.
+    without `images` it is compared on synthetic images. size: (H, W) that most images have;
+    fixed_size: it takes only that size; multiple: it takes only multiples of this.
     Raises UserError where something is absent, unknown, or doesn't go with the target.
     """
     given = {
@@ -165,8 +165,8 @@ def open_source(
         network=network,
         spec=spec,
         weights=weights,
-        pictures=first_photos(images, MOST) if images is not None else drawn_pictures(spec),
-        drawn=images is None,
+        pictures=first_photos(images, MOST) if images is not None else synthetic_pictures(spec),
+        synthetic=images is None,
         arguments=(target, *_flags({**given, "--images": images})),
     )
 
@@ -184,7 +184,7 @@ def source_of_run(folder: Path, images: Path | None = None) -> Source:
         spec=run.spec,
         weights=run.weights,
         pictures=parity_images(run, images),
-        drawn=False,
+        synthetic=False,
         arguments=(str(folder), *_flags({"--images": images})),
         training_data=_folder(run.config.get("data")),
     )

@@ -24,7 +24,7 @@ from srdeploy.export.certificate import (
 )
 from srdeploy.export.digest import graph_digest
 from srdeploy.export.isomorphism import compare_graphs
-from srdeploy.export.output_parity import Comparison, same_outputs
+from srdeploy.export.output_parity import OutputComparison, compare_outputs
 from srdeploy.files import explain_os_error, write_whole
 from srdeploy.graph.signature import (
     INPUT_KEY,
@@ -317,8 +317,8 @@ def strip_file(
     source: an .onnx file, with side files or without, or a deploy folder. keep: may be empty where
     there is one output. out: another file to write; its certificate stands beside it, and both are
     written also where a line of that fails. classes: a classes.json or spec.json to attach. images:
-    photos to compare both files on, else pictures are drawn. Raises UserError for files that can't
-    be read, unknown outputs, classes that don't suit, nothing to do, and where the file to write
+    photos to compare both files on [synthetic images]. Raises UserError for files that can't be
+    read, unknown outputs, classes that don't suit, nothing to do, and where the file to write
     exists (force replaces it, also where it is `source`).
     """
     source = model_file(source)
@@ -441,7 +441,7 @@ def _sizes(value: ValueInfoProto) -> list[int | None]:
     return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
 
 
-def _check_shapes(parity: Comparison, signature: Signature, spec: Spec, path: Path) -> None:
+def _check_shapes(parity: OutputComparison, signature: Signature, spec: Spec, path: Path) -> None:
     """What the file leaves open about its outputs, seen when it ran. Raises UserError."""
     for case in parity.cases:
         if signature.logits is not None:
@@ -464,8 +464,8 @@ def _parity(
     kept: Sequence[str],
     photos: Sequence[Pixels],
     spec: Spec | None,
-) -> Comparison:
+) -> OutputComparison:
     """Both files on the same inputs, normalised by the given spec or the file's own."""
     if spec is None and any(entry.key == ONNX_KEY for entry in original.metadata_props):
         spec = signature_of(original, files[0]).spec
-    return same_outputs(original, files, kept, photos=photos, spec=spec)
+    return compare_outputs(original, files, kept, photos=photos, spec=spec)

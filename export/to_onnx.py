@@ -265,7 +265,7 @@ def export_onnx(
     .onnx file.
 
     images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] for input="float32"; N is dynamic, and so
-    are H and W unless the spec has one size alone.
+    are H and W unless the spec has only one size.
     `output_names` name a module's several outputs; by default they follow from `output`: labels,
     logits or both. `description` is added to the metadata beside the spec. Equal weights give
     equal bytes. The module is traced in evaluation mode and left as it was. Raises UserError where
@@ -302,7 +302,7 @@ def _traced(
     dtype = torch.uint8 if input == "uint8" else torch.float32
     images = torch.zeros((2, 3, height, width), dtype=dtype, device=device)
     if input == "uint8":
-        # Channels last to the eye alone: the tracer reasons about strides, and maps in the usual
+        # Channels last only to the eye: the tracer reasons about strides, and maps in the usual
         # order of axes cost it half the time. The graph says nothing about strides.
         images = images.permute(0, 2, 3, 1)
     first = 1 if input == "uint8" else 2

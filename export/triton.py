@@ -27,7 +27,7 @@ class Enum(str):
 
 
 def to_pbtxt(message: Mapping[str, Any]) -> str:
-    """The message as text, ASCII alone: other characters are written as escaped UTF-8 bytes."""
+    """The message as text, only ASCII: other characters are written as escaped UTF-8 bytes."""
     return "".join(f"{line}\n" for line in _lines(message))
 
 
@@ -138,7 +138,7 @@ def write_repository(
         raise UserError(f"{deploy / MODEL} has no '{ONNX_KEY}' metadata: export or strip it again")
     engines = _engines(deploy, kind)
     if engines and device == "cpu":
-        raise UserError(f"{engines[0].file} is an engine, which runs on GPUs alone: not on a cpu")
+        raise UserError(f"{engines[0].file} is an engine, which only runs on GPUs: not on a cpu")
     batching = _largest_batch(signature, engines, largest_batch)
     images = next(value for value in model.graph.input if value.name == signature.input_name)
     usual = engines[0].sidecar.profiles[0].usual[1:] if engines else signature.spec.input.usual
@@ -197,7 +197,7 @@ def _checked_target(folder: Path, name: str) -> Path:
     if foreign or others:
         what = f"{others[0]} is in it" if others else "another tool's model is in it"
         raise UserError(
-            f"{target} was not written by srdeploy alone ({what}): remove it, or give another name"
+            f"{target} was not written only by srdeploy ({what}): remove it, or give another name"
         )
     return target
 
@@ -238,7 +238,7 @@ def _largest_batch(signature: Signature, engines: Sequence[Engine], wanted: int 
     if signature.shape[0] is not None:
         if wanted not in (None, signature.shape[0]):
             raise UserError(
-                f"largest batch {wanted}: the graph takes batches of {signature.shape[0]} alone"
+                f"largest batch {wanted}: the graph only takes batches of {signature.shape[0]}"
             )
         return 0
     # The server takes one number for all of them, and every request must find a profile.

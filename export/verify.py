@@ -16,9 +16,9 @@ from srdeploy.errors import UserError
 from srdeploy.export.certificate import Line, model_file, read_model
 from srdeploy.export.comparison import (
     COMPARING_FP32,
-    DRAWN,
     LIMITS,
-    Limits,
+    SYNTHETIC,
+    PrecisionLimits,
     batches,
     compares_features,
 )
@@ -26,8 +26,8 @@ from srdeploy.export.differences import (
     HALVES,
     UNTYPED,
     Difference,
+    open_candidates,
     open_reference,
-    open_sides,
     part_text,
     share_text,
 )
@@ -48,54 +48,60 @@ def verification_line(
     runtime: str = "auto",
     *,
     masks: Sequence[Pixels] | None = None,
-    drawn: bool = False,
+    synthetic: bool = False,
     device: str | None = None,
+    model: ModelProto | None = None,
 ) -> Line:
     """The line `verification`: `candidate`, at `precision`, against `reference` in float32.
 
     reference: the certified .onnx file or its deploy folder; candidate: an .onnx file, a deploy
     folder or an .engine file. pictures: uint8 [H, W, 3], any sizes; masks: their true labels, uint8
-    [H, W]. `drawn`: the pictures are made up, which the line then says. Compared are labels and,
-    where they can be had, logits, at the smallest, usual and largest size and at batch > 1, with
-    `LIMITS`; an engine at the sizes of its profile. 16-bit graphs are judged with every rounding
-    emulated and, for fp16, also as onnxruntime runs the file. Where it fails, the detail ends with
-    the layers where the difference begins. page: where to write the difference page. device: cpu,
-    cuda or cuda:N [cuda for engines, else cpu]. Raises UserError where something can't be run, or
-    does not belong together.
+    [H, W]. `synthetic`: the pictures are no photos, which the line then says. Compared are labels
+    and, where they can be had, logits, at the smallest, usual and largest size and at batch > 1,
+    with `LIMITS`; an engine at the sizes of its profile. 16-bit graphs are judged with every
+    rounding emulated and, for fp16, also as onnxruntime runs the file. Where it fails, the detail
+    ends with the layers where the difference begins. page: where to write the difference page.
+    device: cpu, cuda or cuda:N [cuda for engines, else cpu]. model: what the reference's file
+    holds, where it has been read. Raises UserError where something can't be run, or does not belong
+    together.
     """
     artifact = open_artifact(candidate)
     _check(artifact, spec, pictures, masks)
     file = model_file(reference)
-    plain = read_model(file)
+    plain = read_model(file) if model is None else model
+    # Also right after a conversion: what is verified is what the file holds.
+    graph = read_model(artifact.file) if artifact.kind != "engine" else None
     limits = LIMITS[precision]
     if precision == "fp32" and compares_features(plain):
         limits = COMPARING_FP32
     policy, most = _promised(artifact, spec)
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as name, ExitStack() as stack:
         folder = Path(name)
-        inside = open_reference(file, spec, folder, stack)
-        sides = open_sides(artifact, spec, precision, runtime, device, folder, stack)
+        inside = open_reference(plain, file, spec, folder, stack)
+        candidates = open_candidates(
+            artifact, graph, spec, precision, runtime, device, folder, stack
+        )
         ties = precision == "fp32"
-        found = [Difference(side.computed_by, spec, limits, ties_count=ties) for side in sides]
+        found = [Difference(run.computed_by, spec, limits, ties_count=ties) for run in candidates]
         for index, (size, images) in enumerate(batches(pictures, policy, most)):
             labels, logits = inside.run(images)
             assert logits is not None
             # Single photos of the usual size come first, in the pictures' order.
-            truth = masks[index] if masks is not None and index < len(masks) else None
-            for side, one in zip(sides, found, strict=True):
-                one.add(size, images, (labels, logits), *side.run(images), truth)
+            target = masks[index] if masks is not None and index < len(masks) else None
+            for run, one in zip(candidates, found, strict=True):
+                one.add(size, images, (labels, logits), *run.run(images), target)
     passed = all(one.passed for one in found)
     worst = min(found, key=lambda one: (one.passed, one.finite is not False, one.counted))
     layers: list[LayerError] = []
     where = ""
     if not passed or page is not None:
-        layers, where = _layers(artifact, plain, precision, limits, worst, mend=not passed)
+        layers, where = _layers(artifact, plain, graph, precision, limits, worst, mend=not passed)
     summary = _detail(found, precision, limits)
     line = Line(
         name="verification",
         passed=passed,
-        detail=summary + ("" if passed else f"; {where}") + DRAWN * drawn,
-        figures=_figures(artifact, precision, limits, found, layers, drawn),
+        detail=summary + ("" if passed else f"; {where}") + SYNTHETIC * synthetic,
+        figures=_figures(artifact, precision, limits, found, layers, synthetic),
     )
     if page is not None:
         from srdeploy.export.difference_page import Findings, write_difference_page
@@ -103,7 +109,7 @@ def verification_line(
         files = (file.stat().st_size, artifact.file.stat().st_size)
         findings = Findings(
             line,
-            summary + DRAWN * drawn,
+            summary + SYNTHETIC * synthetic,
             precision,
             limits,
             spec,
@@ -153,30 +159,30 @@ def _promised(artifact: Artifact, spec: Spec) -> tuple[InputPolicy, int | None]:
 def _layers(
     artifact: Artifact,
     plain: ModelProto,
+    graph: ModelProto | None,
     precision: Precision,
-    limits: Limits,
+    limits: PrecisionLimits,
     worst: Difference,
     mend: bool,
 ) -> tuple[list[LayerError], str]:
     """The error of every layer, on the photo and at the size that differ most among the smallest
     that fail; and what they say, with flags where there is something to `mend`. For an engine, of
     the graph that it was built from."""
-    file = artifact.file
-    if artifact.kind == "engine":
-        file = file.with_name(read_sidecar(file).onnx)
+    if graph is None:
+        file = artifact.file.with_name(read_sidecar(artifact.file).onnx)
         if not file.is_file():
             return [], (
                 f"an engine's layers can't be looked into, and {file.name}, which it was built "
                 "from, is not beside it"
             )
-    graph = read_model(file)
+        graph = read_model(file)
     if precision in HALVES:
         graph = emulate(graph)
     errors = layer_errors(plain, graph, worst.telling_photo())
     return errors, explain_jump(errors, limits.rounding, mend and precision not in UNTYPED)
 
 
-def _detail(found: Sequence[Difference], precision: Precision, limits: Limits) -> str:
+def _detail(found: Sequence[Difference], precision: Precision, limits: PrecisionLimits) -> str:
     """The least favourable figure of all ways of running."""
     cases = [case for one in found for case in one.cases]
     if sizes := sorted({case.size for case in cases if case.finite is False}):
@@ -192,14 +198,14 @@ def _detail(found: Sequence[Difference], precision: Precision, limits: Limits) -
         allowed = "" if limits.logits is None else f" (allowed {part_text(limits.logits)})"
         text += f"; logits differ by {part_text(max(differences))} of the largest at most{allowed}"
     else:
-        text += "; it gives labels alone, so logits and NaN were not looked at"
-    truths = [truth for one in found if (truth := one.truth) is not None]
-    if truths:
-        truth = min(truths, key=lambda one: one.gain)
-        error = "" if truth.error is None else f" ± {100 * truth.error:.2f}"
+        text += "; it gives only labels, so logits and NaN were not looked at"
+    scores = [score for one in found if (score := one.against_masks) is not None]
+    if scores:
+        score = min(scores, key=lambda one: one.gain)
+        error = "" if score.error is None else f" ± {100 * score.error:.2f}"
         text += (
-            f"; mIoU {100 * truth.candidate:.2f} %, of float32 {100 * truth.reference:.2f} % "
-            f"({100 * truth.gain:+.2f}{error}, {100 * limits.miou_loss:.2f} lower is allowed)"
+            f"; mIoU {100 * score.candidate:.2f} %, of float32 {100 * score.reference:.2f} % "
+            f"({100 * score.gain:+.2f}{error}, {100 * limits.miou_loss:.2f} lower is allowed)"
         )
     return text
 
@@ -207,10 +213,10 @@ def _detail(found: Sequence[Difference], precision: Precision, limits: Limits) -
 def _figures(
     artifact: Artifact,
     precision: Precision,
-    limits: Limits,
+    limits: PrecisionLimits,
     found: Sequence[Difference],
     layers: Sequence[LayerError],
-    drawn: bool,
+    synthetic: bool,
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "precision": precision,
@@ -219,4 +225,4 @@ def _figures(
         "runs": [one.figures() for one in found],
         "layers": [one.model_dump(mode="json") for one in layers],
     }
-    return figures | ({"drawn": True} if drawn else {})
+    return figures | ({"drawn": True} if synthetic else {})

@@ -26,7 +26,7 @@ from srdeploy.export.engines.build import (
     parse_onnx,
     target_gpu,
 )
-from srdeploy.export.source import drawn_pictures
+from srdeploy.export.source import synthetic_pictures
 from srdeploy.files import sha256_of, write_whole
 from srdeploy.graph.signature import read_signature
 from srdeploy.imaging import Pixels, fit
@@ -246,7 +246,7 @@ def _usual_pictures(spec: Spec) -> list[Pixels]:
     height, width = spec.input.usual
     return [
         np.asarray(Image.fromarray(picture).resize((width, height)))
-        for picture in drawn_pictures(spec)
+        for picture in synthetic_pictures(spec)
     ]
 
 

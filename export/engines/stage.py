@@ -174,6 +174,6 @@ def _verified(
         source.pictures,
         sidecar.precision,
         page=page,
-        drawn=source.drawn,
+        synthetic=source.synthetic,
     )
     return line.model_copy(update={"name": "engine verification"})

@@ -107,8 +107,8 @@ class Conversion:
                 yield position, name, self.half if follows else FLOAT
 
     def _convert_weights(self) -> None:
-        """Stores each weight in the type that its readers need; in both where they differ."""
-        readers: dict[str, NodeProto] = {}
+        """Stores each weight in the type that its consumers need; in both where they differ."""
+        consumers: dict[str, NodeProto] = {}
         in_float = set(self._outputs)
         for index, node in enumerate(self._nodes):
             in_float.update(captured_by(node))
@@ -116,12 +116,12 @@ class Conversion:
                 if element_type == FLOAT:
                     in_float.add(name)
                 else:
-                    readers.setdefault(name, node)
+                    consumers.setdefault(name, node)
         copies: list[TensorProto] = []
         for tensor in self.graph.initializer:
-            if tensor.name not in readers:
+            if tensor.name not in consumers:
                 continue
-            half = self._weight_in_16_bits(tensor, readers[tensor.name])
+            half = self._weight_in_16_bits(tensor, consumers[tensor.name])
             if tensor.name in in_float:
                 half.name = self._names.fresh(f"{tensor.name}/{self.precision}")
                 copies.append(half)
@@ -131,28 +131,30 @@ class Conversion:
                 tensor.CopyFrom(half)
         self.graph.initializer.extend(copies)
 
-    def _weight_in_16_bits(self, tensor: TensorProto, reader: NodeProto) -> TensorProto:
+    def _weight_in_16_bits(self, tensor: TensorProto, consumer: NodeProto) -> TensorProto:
         try:
             return in_16_bits(tensor, self.precision)
         except ValueError as error:
             other = " or use --precision bf16" if self.precision == "fp16" else ""
             raise UserError(
-                f"initialiser '{tensor.name}' of node '{label_of(reader)}' holds {error}, beyond "
+                f"initialiser '{tensor.name}' of node '{label_of(consumer)}' holds {error}, beyond "
                 f"{self.precision}'s largest value {LARGEST[self.precision]:.6g}: keep the node in "
-                f"float32 with --keep '{label_of(reader)}'" + (f",{other}" if other else "")
+                f"float32 with --keep '{label_of(consumer)}'" + (f",{other}" if other else "")
             ) from error
 
-    def _value_as(self, name: str, element_type: int, reader: NodeProto) -> str:
+    def _value_as(self, name: str, element_type: int, consumer: NodeProto) -> str:
         """The name under which the float value is there in `element_type`; casts it once."""
         if (name, element_type) not in self._as:
             same = self._made_in.get(name, FLOAT) == element_type
-            self._as[name, element_type] = name if same else self._cast(name, element_type, reader)
+            self._as[name, element_type] = (
+                name if same else self._cast(name, element_type, consumer)
+            )
         return self._as[name, element_type]
 
-    def _cast(self, name: str, element_type: int, reader: NodeProto) -> str:
+    def _cast(self, name: str, element_type: int, consumer: NodeProto) -> str:
         """Casts the value right after it was made; the cast is named after its producer."""
         index = self._producer.get(name, -1)
-        label = label_of(self._nodes[index] if index >= 0 else reader)
+        label = label_of(self._nodes[index] if index >= 0 else consumer)
         source = self._as.get((name, self.half), name)
         suffix = self.precision if element_type == self.half else "fp32"
         result = name if source != name else self._names.fresh(f"{name}/{suffix}")

@@ -150,10 +150,10 @@ def to_half(model: ModelProto, precision: HalfPrecision, keep: Collection[str] =
     is left to convert, or the body of an If, Loop or Scan holds weighted operators.
     """
     half = HALF_TYPES[precision]
-    typed = _prepared(model, precision)
-    graph = typed.graph
-    opset = opset_of(typed)
-    types = element_types(typed)
+    converted = _prepared(model, precision)
+    graph = converted.graph
+    opset = opset_of(converted)
+    types = element_types(converted)
     chosen = nodes_in_16_bits(graph, types, opset, half, keep)
     if not any(graph.node[index].op_type in NETWORK for index in chosen):
         raise UserError(
@@ -162,17 +162,19 @@ def to_half(model: ModelProto, precision: HalfPrecision, keep: Collection[str] =
         )
     _refuse_weights_in_bodies(graph, precision, keep)
     Conversion(graph, precision, chosen, types, opset).run()
-    metadata = {entry.key: entry.value for entry in typed.metadata_props}
-    onnx.helper.set_model_props(typed, dict(sorted({**metadata, PRECISION_KEY: precision}.items())))
-    _check(typed, model)
-    return typed
+    metadata = {entry.key: entry.value for entry in converted.metadata_props}
+    onnx.helper.set_model_props(
+        converted, dict(sorted({**metadata, PRECISION_KEY: precision}.items()))
+    )
+    _check(converted, model)
+    return converted
 
 
-def _check(typed: ModelProto, model: ModelProto) -> None:
+def _check(converted: ModelProto, model: ModelProto) -> None:
     """Raises UserError where ONNX's checker refuses the result because of what it was made from."""
     faults = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
     try:
-        onnx.checker.check_model(typed, full_check=True)
+        onnx.checker.check_model(converted, full_check=True)
     except faults:
         try:
             onnx.checker.check_model(model, full_check=True)
@@ -188,19 +190,19 @@ def _check(typed: ModelProto, model: ModelProto) -> None:
 def _prepared(model: ModelProto, precision: HalfPrecision) -> ModelProto:
     """A copy in an operator set that fits, with functions inlined and constants stored."""
     described = {value.name for value in model.graph.value_info}
-    typed = inlined(model)
-    if precision == "bf16" and opset_of(typed) < BFLOAT16_OPSET:
-        typed = _in_newer_opset(typed)
-    inputs = real_inputs(typed)
-    del typed.graph.input[:]
-    typed.graph.input.extend(inputs)  # files before IR 4 list weights as inputs
-    least = onnx.helper.find_min_ir_version_for(typed.opset_import, ignore_unknown=True)
-    typed.ir_version = max(typed.ir_version, least, 4)
-    _store_constants(typed.graph)
-    values = [value for value in typed.graph.value_info if value.name in described]
-    del typed.graph.value_info[:]
-    typed.graph.value_info.extend(values)
-    return typed
+    converted = inlined(model)
+    if precision == "bf16" and opset_of(converted) < BFLOAT16_OPSET:
+        converted = _in_newer_opset(converted)
+    inputs = real_inputs(converted)
+    del converted.graph.input[:]
+    converted.graph.input.extend(inputs)  # files before IR 4 list weights as inputs
+    least = onnx.helper.find_min_ir_version_for(converted.opset_import, ignore_unknown=True)
+    converted.ir_version = max(converted.ir_version, least, 4)
+    _store_constants(converted.graph)
+    values = [value for value in converted.graph.value_info if value.name in described]
+    del converted.graph.value_info[:]
+    converted.graph.value_info.extend(values)
+    return converted
 
 
 def _in_newer_opset(model: ModelProto) -> ModelProto:

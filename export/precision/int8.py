@@ -88,8 +88,8 @@ OUTLIERS = 1e-4
 SAMPLES = 2**19
 """Numbers looked at for each value, over all pictures; drawn where there are more."""
 _GROUP_BYTES = 2**29
-"""Most that values and samples take at once, for the largest picture; a larger value is fetched
-alone."""
+"""Most that values and samples take at once, for the largest picture; a larger value has a
+run of its own."""
 
 
 def measure_ranges(
@@ -111,14 +111,14 @@ def measure_ranges(
             for index, picture in enumerate(pictures):
                 for name, values in _values(session, signature, group, picture):
                     _check_finite(values, name)
-                    samples[name].append(drawn(values, SAMPLES // len(pictures), seed=index))
+                    samples[name].append(sampled(values, SAMPLES // len(pictures), seed=index))
                 bar.advance(task)
             for name in group:
                 found[name] = range_without_outliers(np.concatenate(samples.pop(name)))
     return found
 
 
-def drawn(values: Floats, count: int, seed: int) -> Floats:
+def sampled(values: Floats, count: int, seed: int) -> Floats:
     """`count` of the values, float32 [count], always the same; all where there are no more."""
     flat = values.ravel()
     if flat.size <= count:
@@ -233,14 +233,14 @@ def to_int8(
             "first and last too (--quantise-ends), keep fewer, or deploy it in fp16"
         )
     ranges = measure_ranges(model, _measured(placement), pictures)
-    typed = ModelProto()
-    typed.CopyFrom(model)
-    write_rounding(typed, placement, ranges, target)
-    metadata = {entry.key: entry.value for entry in typed.metadata_props}
+    converted = ModelProto()
+    converted.CopyFrom(model)
+    write_rounding(converted, placement, ranges, target)
+    metadata = {entry.key: entry.value for entry in converted.metadata_props}
     metadata |= {PRECISION_KEY: "int8", TARGET_KEY: target}
-    onnx.helper.set_model_props(typed, dict(sorted(metadata.items())))
-    onnx.checker.check_model(typed, full_check=True)
-    return typed
+    onnx.helper.set_model_props(converted, dict(sorted(metadata.items())))
+    onnx.checker.check_model(converted, full_check=True)
+    return converted
 
 
 def _measured(placement: Placement) -> list[str]:

@@ -142,8 +142,8 @@ class _Graph(GraphIndex):
 
     def unshared(self, chosen: Collection[int], biases: bool) -> list[int]:
         """Those of `chosen` whose kernel is only read by them and along one axis: one kernel
-        becomes int8 for all its readers or for none. biases: and whose bias nothing else reads,
-        because in int32 it has the scale of each reader's input."""
+        becomes int8 for all its consumers or for none. biases: and whose bias nothing else reads,
+        because in int32 it has the scale of each consumer's input."""
         left = set(chosen)
         while True:
             lost = {index for index in left if not self._may_round(index, left, biases)}
@@ -154,8 +154,8 @@ class _Graph(GraphIndex):
     def _may_round(self, index: int, left: Collection[int], biases: bool) -> bool:
         node = self.nodes[index]
         axis = output_axis(node)
-        for reader, operand in self.uses[node.input[1]]:
-            if reader not in left or operand != 1 or output_axis(self.nodes[reader]) != axis:
+        for user, operand in self.uses[node.input[1]]:
+            if user not in left or operand != 1 or output_axis(self.nodes[user]) != axis:
                 return False
         return not biases or len(node.input) < 3 or len(self.uses[node.input[2]]) == 1
 
@@ -182,16 +182,16 @@ class _Graph(GraphIndex):
         return found
 
     def sole_consumer(self, name: str) -> NodeProto | None:
-        readers = self.uses[name]
-        if len(readers) == 1 and name not in self.outputs:
-            return self.nodes[readers[0][0]]
+        uses = self.uses[name]
+        if len(uses) == 1 and name not in self.outputs:
+            return self.nodes[uses[0][0]]
         return None
 
     def after_activation(self, name: str) -> str:
         """The value itself, or that of the activation which is its only consumer."""
-        reader = self.sole_consumer(name)
-        if reader is not None and reader.op_type in _ACTIVATIONS and reader.input[0] == name:
-            return str(reader.output[0])
+        consumer = self.sole_consumer(name)
+        if consumer is not None and consumer.op_type in _ACTIVATIONS and consumer.input[0] == name:
+            return str(consumer.output[0])
         return name
 
     def _floats_read(self, node: NodeProto) -> list[str]:
@@ -248,10 +248,10 @@ def _for_cpu(graph: _Graph, chosen: list[int], keep: Collection[int]) -> Placeme
                 rounded.add(node.output[0])
                 placement.same_scale[node.output[0]] = reads[0]
     for name in sorted(rounded):
-        readers = graph.uses[name]
+        uses = graph.uses[name]
         if name in compared:  # the comparison and all but weighted operators read it as it is
-            readers = [(i, operand) for i, operand in readers if i in chosen]
-        asking = [r for r in readers if graph.nodes[r[0]].op_type in MEASURING]
+            uses = [(i, operand) for i, operand in uses if i in chosen]
+        asking = [use for use in uses if graph.nodes[use[0]].op_type in MEASURING]
         placement.shapes[name] = asking
-        placement.reads[name] = [reader for reader in readers if reader not in asking]
+        placement.reads[name] = [use for use in uses if use not in asking]
     return placement

@@ -97,7 +97,7 @@ class _Writer:
         self._graph.initializer.extend([*left, *(t for t in new if t.name in used)])
 
     def _round(self, name: str, nodes: Sequence[NodeProto]) -> None:
-        """The pair behind the value; its readers get what the pair makes of it."""
+        """The pair behind the value; its consumers get what the pair makes of it."""
         stem = name.removesuffix("_out")
         scale, zero = self._scale(name)
         operands = [self._store(f"{stem}/scale", scale), self._store(f"{stem}/zero_point", zero)]

@@ -8,7 +8,7 @@ from onnx import ModelProto
 from pydantic import Field
 
 from srdeploy.errors import UserError
-from srdeploy.export.certificate import Line, identity_lines, read_model
+from srdeploy.export.certificate import Line, identity_lines
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.precision.int8 import calibration_pictures, to_int8
 from srdeploy.export.precision.strip_precision import strip_precision
@@ -21,7 +21,7 @@ from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
 DIFFERENCES = "differences.html"
-"""The page of a deploy folder that shows where the typed graph differs from float32."""
+"""The page of a deploy folder that shows where the converted graph differs from float32."""
 
 
 class TypeOptions(Settings):
@@ -29,7 +29,7 @@ class TypeOptions(Settings):
 
     precision: Precision = "fp32"
     target: Target | None = None
-    """Of int8 alone."""
+    """What int8 is quantised for (int8 only)."""
     keep: tuple[str, ...] = ()
     """Names, or shell patterns, of nodes that stay float32."""
     ends: bool = False
@@ -40,12 +40,12 @@ class TypeOptions(Settings):
 
     @property
     def converts(self) -> bool:
-        """Whether the graph's types change; tf32 is a matter of the engine alone."""
+        """Whether the graph's types change; only an engine computes in tf32."""
         return self.precision in ("fp16", "bf16", "int8")
 
     @property
     def suffix(self) -> str:
-        """Of a deploy folder's default name."""
+        """What the default name of a deploy folder ends with."""
         if self.precision == "fp32":
             return ""
         return f"-{self.precision}" + ("-tensorrt" if self.target == "tensorrt" else "")
@@ -77,24 +77,25 @@ class TypeOptions(Settings):
         return flags
 
 
-def write_typed(
+def write_converted(
     certified: Path,
+    model: ModelProto,
     out: Path,
     spec: Spec,
     pictures: Sequence[Pixels],
     options: TypeOptions,
     *,
-    drawn: bool = False,
+    synthetic: bool = False,
 ) -> tuple[Line, ...]:
-    """Converts the float32 graph in `certified` and writes it to `out`; beside it, DIFFERENCES.
+    """Converts `model`, the float32 graph of the file `certified`, and writes it to `out`; beside
+    it, DIFFERENCES.
 
     Returns the lines `types` (without its types it is the certified graph) and `verification`
     (what it computes on `pictures`, against the certified file). Raises UserError where the graph
     can't be converted.
     """
-    model = read_model(certified)
-    typed = convert(model, spec, options)
-    write_whole(out, typed.SerializeToString(deterministic=True))
+    converted = convert(model, spec, options)
+    write_whole(out, converted.SerializeToString(deterministic=True))
     verified = verification_line(
         certified,
         out,
@@ -102,9 +103,10 @@ def write_typed(
         pictures,
         options.precision,
         page=out.with_name(DIFFERENCES),
-        drawn=drawn,
+        synthetic=synthetic,
+        model=model,
     )
-    return types_line(model, typed), verified
+    return types_line(model, converted), verified
 
 
 def convert(model: ModelProto, spec: Spec, options: TypeOptions) -> ModelProto:
@@ -118,13 +120,13 @@ def convert(model: ModelProto, spec: Spec, options: TypeOptions) -> ModelProto:
     return to_int8(model, pictures, options.target, options.keep, options.ends)
 
 
-def types_line(certified: ModelProto, typed: ModelProto) -> Line:
-    """The line `types`: with casts and quantisation taken out, is `typed` the certified graph?"""
-    plain = strip_precision(typed, opset_of(certified))
+def types_line(certified: ModelProto, converted: ModelProto) -> Line:
+    """The line `types`: without casts and quantisation, is `converted` the certified graph?"""
+    plain = strip_precision(converted, opset_of(certified))
     identity, oracles, survivors = identity_lines(certified, plain)
     passed = bool(identity.passed and oracles.passed and survivors.passed)
-    kinds = _weight_types(typed)
-    inserted = len(typed.graph.node) - len(certified.graph.node)
+    kinds = _weight_types(converted)
+    inserted = len(converted.graph.node) - len(certified.graph.node)
     share = ", ".join(f"{count} {name}" for name, count in kinds.items())
     fault = next((line.detail for line in (identity, oracles, survivors) if not line.passed), "")
     return Line(
@@ -138,7 +140,7 @@ def types_line(certified: ModelProto, typed: ModelProto) -> Line:
         figures={
             "weight_tensors": kinds,
             "inserted_nodes": inserted,
-            "opset": opset_of(typed),
+            "opset": opset_of(converted),
         },
     )
 

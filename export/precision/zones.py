@@ -91,7 +91,7 @@ class _Flow(GraphIndex):
     def __init__(self, graph: GraphProto) -> None:
         super().__init__(graph)
         self.fed = set(self.inputs)
-        """Values that depend on what the images show, not on their shape alone."""
+        """Values that depend on what the images show, not only on their shape."""
         self.late: set[int] = set()
         """Nodes at or after a weighted operator, of what the images show."""
         self.constant: set[int] = set()

@@ -109,7 +109,7 @@ def strip(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Photos to compare both files on (default: pictures are drawn)."),
+        typer.Option(help="Photos to compare both files on (default: synthetic images)."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file to write.")] = False,
     quiet: Quiet = False,

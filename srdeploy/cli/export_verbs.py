@@ -91,7 +91,8 @@ def export(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Photos to compare torch and ONNX on (default: the run's samples, or drawn ones)."
+            help="Photos to compare torch and ONNX on (default: the run's samples, or synthetic "
+            "images)."
         ),
     ] = None,
     precision: PrecisionOption = PrecisionName.FP32,

@@ -85,24 +85,24 @@ def peeled(model: ModelProto, keep: Collection[str]) -> Part:
     """The same part, found the other way round: nodes that nobody reads go, until none is left."""
     graph = model.graph
     reads = [list(_reads_outside(node)) for node in graph.node]
-    readers: Counter[str] = Counter(keep)
+    uses: Counter[str] = Counter(keep)
     for names in reads:
-        readers.update(names)
+        uses.update(names)
     producer = {name: i for i, node in enumerate(graph.node) for name in node.output}
     alive = set(range(len(graph.node)))
-    doomed = [i for i, node in enumerate(graph.node) if not any(readers[n] for n in node.output)]
+    doomed = [i for i, node in enumerate(graph.node) if not any(uses[n] for n in node.output)]
     while doomed:
         index = doomed.pop()
         if index not in alive:
             continue
         alive.remove(index)
         for name in reads[index]:
-            readers[name] -= 1
-            if not readers[name] and name in producer:
+            uses[name] -= 1
+            if not uses[name] and name in producer:
                 above = graph.node[producer[name]]
-                if not any(readers[other] for other in above.output):
+                if not any(uses[other] for other in above.output):
                     doomed.append(producer[name])
-    values = {name for name, count in readers.items() if count}
+    values = {name for name, count in uses.items() if count}
     values.update(name for index in alive for name in graph.node[index].output if name)
     scales = [
         entry.value
@@ -115,7 +115,7 @@ def peeled(model: ModelProto, keep: Collection[str]) -> Part:
 
 
 def restricted(model: ModelProto, part: Part, keep: Collection[str]) -> ModelProto:
-    """A copy of `model` that holds `part` alone, with the outputs `keep` in the model's order.
+    """A copy of `model` that only holds `part`, with the outputs `keep` in the model's order.
 
     Operator sets and metadata stay as they are, also where only removed nodes used them. How to
     train the model (training_info) is no part of what an output is computed from, and goes.

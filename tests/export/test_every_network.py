@@ -38,7 +38,7 @@ SAME_WHEN_SMALL = {
     "hrnet-w48": "hrnet-w18",
     "ocrnet-hrnet-w48": "ocrnet-hrnet-w18",
 }
-"""Networks that differ in width or depth alone: at one width and depth they are one network, which
+"""Networks that only differ in width or depth: at one width and depth they are one network, which
 goes once."""
 NAMES = tuple(name for name in NETWORKS if name not in SAME_WHEN_SMALL)
 """As built in: conftest adds one for other tests."""

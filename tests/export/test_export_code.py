@@ -107,7 +107,7 @@ def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def exported(place: Path) -> tuple[dict[str, Any], Path]:
-    """The summary and deploy folder of a network that takes multiples of 32 alone."""
+    """The summary and deploy folder of a network that only takes multiples of 32."""
     arguments = [NAME, "--weights", "trained.pth", "--classes", "spec.json", "--size", "48x80"]
     arguments += ["--option", "picky=32", "--multiple", "32", "--json"]
     result = subprocess.run(
@@ -168,9 +168,11 @@ def test_auxiliary_heads_are_left_out_and_named(
     assert digests[0] == digests[1]
 
 
-def test_drawn_pictures_are_never_taken_for_photos(exported: tuple[dict[str, Any], Path]) -> None:
+def test_synthetic_pictures_are_never_taken_for_photos(
+    exported: tuple[dict[str, Any], Path],
+) -> None:
     lines = {line["name"]: line for line in exported[0]["certificate"]["lines"]}
-    assert lines["parity"]["detail"].endswith("on drawn pictures, not photos: give --images")
+    assert lines["parity"]["detail"].endswith("on synthetic images, not photos: give --images")
     assert lines["parity"]["figures"]["drawn"] is True
     assert lines["provenance"]["figures"]["photos"] == 0
 

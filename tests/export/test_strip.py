@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from srdeploy.errors import UserError
 from srdeploy.export import strip
 from srdeploy.export.certificate import Certificate, Line, certify_files, read_model
-from srdeploy.export.output_parity import same_outputs
+from srdeploy.export.output_parity import compare_outputs
 from srdeploy.export.strip import strip_file
 from srdeploy.graph.outputs import likely_main, output_shares
 from srdeploy.graph.signature import read_signature
@@ -95,7 +95,7 @@ def test_parity_runs_odd_sizes_and_batches_where_the_graph_leaves_them_open(save
     shapes = {tuple(case["inputs"]["images"]) for case in parity.figures["cases"]}
     assert {(1, 3, 97, 131), (2, 3, 64, 96)} <= shapes
     assert all(case["bits_equal"] for case in parity.figures["cases"])
-    assert "drawn pictures" in parity.detail
+    assert "synthetic images" in parity.detail
 
 
 def test_a_fixed_shape_is_run_as_it_is(saved: Saved) -> None:
@@ -178,7 +178,7 @@ def test_other_values_fail_parity_however_close(saved: Saved, change: float) -> 
     values = numpy_helper.to_array(tensor) * np.float32(1 + change)
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     original, changed = saved(), saved(other, "changed.onnx")
-    found = same_outputs(model_of(), (original, changed), ["out"])
+    found = compare_outputs(model_of(), (original, changed), ["out"])
     line = found.line(["out"])
     assert line.passed is False
     assert "equal bit for bit in 0 of 4 runs" in line.detail
@@ -193,7 +193,7 @@ def test_other_labels_fail_parity(saved: Saved) -> None:
     )
     plain = saved(model_of(text % "images", w=(1,)))
     negative = model_of(text.replace("{ ", "{ minus = Neg(images) ") % "minus", w=(1,))
-    found = same_outputs(
+    found = compare_outputs(
         model_of(text % "images", w=(1,)), (plain, saved(negative, "n.onnx")), ["out"]
     )
     assert min(case.moved for case in found.cases) > 0.5
@@ -205,9 +205,9 @@ def test_not_a_number_equals_itself_and_nothing_else(saved: Saved) -> None:
     text = "root (float[N,3,H,W] images) => (float[N,3,H,W] out) { out = Sqrt(%s) }"
     plain = saved(model_of(text % "images", w=(1,)))
     model = model_of(text % "images", w=(1,))
-    assert same_outputs(model, (plain, plain), ["out"]).line(["out"]).passed
+    assert compare_outputs(model, (plain, plain), ["out"]).line(["out"]).passed
     positive = saved(model_of(text.replace("{ ", "{ p = Abs(images) ") % "p", w=(1,)), "p.onnx")
-    assert not same_outputs(model, (plain, positive), ["out"]).line(["out"]).passed
+    assert not compare_outputs(model, (plain, positive), ["out"]).line(["out"]).passed
 
 
 def test_weights_in_side_files_are_brought_into_the_one_file(saved: Saved) -> None:

@@ -150,7 +150,7 @@ def test_a_graph_that_fixes_its_batch_and_size_takes_part_in_no_batching(
     assert list(config.output[0].dims) == [1, 48, 64]
     assert list(config.model_warmup[0].inputs["images"].dims) == [1, 48, 64, 3]
     assert not config.HasField("dynamic_batching")
-    with pytest.raises(UserError, match="largest batch 4: the graph takes batches of 1 alone"):
+    with pytest.raises(UserError, match="largest batch 4: the graph only takes batches of 1"):
         write_repository(deploy, tmp_path / "r", "other", largest_batch=4)
 
 
@@ -243,7 +243,7 @@ def test_engines_of_several_gpus_go_by_compute_capability(
         ([{"builder": "rtx"}], {"kind": "engine"}, "(Triton can't load those of TensorRT for RTX)"),
         ([{"onnx_sha256": "0" * 64}], {}, "was not built from this model.onnx"),
         ([{}, {}], {}, "are both for compute capability 8.9"),
-        ([{}], {"device": "cpu"}, "runs on GPUs alone"),
+        ([{}], {"device": "cpu"}, "only runs on GPUs"),
         ([{}], {"largest_batch": 5}, "largest batch 5: the engine's profiles take 4 at most"),
         ([], {"largest_batch": 0}, "largest batch 0: 1 or more is needed"),
         ([], {"instances": 0}, "instances 0: 1 or more is needed"),
@@ -301,7 +301,7 @@ def test_our_own_model_is_replaced_whole_and_others_are_left_alone(
         write_repository(deploy, repository, "other")
     assert (other / "config.pbtxt").read_text() == 'name: "other"'
     (model / "2").mkdir()
-    with pytest.raises(UserError, match=r"night was not written by srdeploy alone \(2 is in it\)"):
+    with pytest.raises(UserError, match=r"night was not written only by srdeploy \(2 is in it\)"):
         write_repository(deploy, repository)
     assert (model / "2").is_dir()
 

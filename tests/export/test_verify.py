@@ -19,7 +19,7 @@ from srdeploy.errors import UserError
 from srdeploy.export import differences, verify
 from srdeploy.export.certificate import Line
 from srdeploy.export.comparison import COMPARING_FP32, LIMITS
-from srdeploy.export.differences import EMULATED, Truth
+from srdeploy.export.differences import EMULATED, MaskScores
 from srdeploy.export.precision.half import to_half
 from srdeploy.export.verify import verification_line
 from srdeploy.files import sha256_of
@@ -241,9 +241,9 @@ def test_pictures_of_several_sizes_and_a_lone_one_are_taken(
     assert max(case["shape"][0] for case in run["cases"]) == 2  # a batch, by mirroring it
 
 
-def test_drawn_pictures_are_said(spec: Spec, tiny_file: Path, photos: list[Pixels]) -> None:
-    line = verification_line(tiny_file, tiny_file, spec, photos, "int8", drawn=True)
-    assert line.detail.endswith("on drawn pictures, not photos: give --images")
+def test_synthetic_pictures_are_said(spec: Spec, tiny_file: Path, photos: list[Pixels]) -> None:
+    line = verification_line(tiny_file, tiny_file, spec, photos, "int8", synthetic=True)
+    assert line.detail.endswith("on synthetic images, not photos: give --images")
     assert line.figures["drawn"] is True
     assert "drawn" not in verification_line(tiny_file, tiny_file, spec, photos, "int8").figures
 
@@ -309,7 +309,7 @@ def test_the_standard_error_leaves_each_photo_out_in_turn(
 def test_a_loss_counts_beyond_two_standard_errors(
     gain: float, error: float | None, exceeds: bool | None
 ) -> None:
-    assert Truth(0.5, 0.5 + gain, {}, error).exceeds(0.005) is exceeds
+    assert MaskScores(0.5, 0.5 + gain, {}, error).exceeds(0.005) is exceeds
 
 
 @pytest.fixture
@@ -354,7 +354,7 @@ def test_an_engine_gives_labels_alone_at_its_profiles_sizes(
 ) -> None:
     line = verification_line(tiny_file, engine, spec, photos, "int8")
     assert line.passed is False
-    assert "labels alone, so logits and NaN were not looked at" in line.detail
+    assert "only labels, so logits and NaN were not looked at" in line.detail
     assert "model.onnx, which it was built from, is not beside it" in line.detail
     (run,) = line.figures["runs"]
     assert (run["finite"], run["tolerance_that_would_have_passed"]) == (None, None)

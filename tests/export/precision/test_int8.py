@@ -13,7 +13,7 @@ from onnx.numpy_helper import from_array, to_array
 
 from srdeploy.errors import UserError
 from srdeploy.export.precision import int8
-from srdeploy.export.precision.int8 import drawn, range_without_outliers, to_int8
+from srdeploy.export.precision.int8 import range_without_outliers, sampled, to_int8
 from srdeploy.export.precision.qdq import quantise_kernel
 from srdeploy.export.precision.stage import types_line
 from srdeploy.graph.signature import signature_of
@@ -109,7 +109,7 @@ def test_without_its_types_it_is_the_graph_that_was_given(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_first_and_last_layers_are_rounded_on_request_alone(
+def test_first_and_last_layers_are_rounded_only_on_request(
     typed: dict[str, ModelProto], network: ModelProto, pictures: list[Pixels], target: Target
 ) -> None:
     assert weighted_in_int8(typed[target]) == set(QUANTISED)
@@ -391,12 +391,12 @@ def test_a_range_holds_0() -> None:
 
 def test_samples_are_drawn_alike_each_time_from_all_over_the_value() -> None:
     values = np.arange(100_000, dtype=np.float32).reshape(10, 100, 100)
-    sample = drawn(values, 1000, seed=3)
+    sample = sampled(values, 1000, seed=3)
     assert sample.shape == (1000,)
-    assert sample.tolist() == drawn(values, 1000, seed=3).tolist()
-    assert sample.tolist() != drawn(values, 1000, seed=4).tolist()
+    assert sample.tolist() == sampled(values, 1000, seed=3).tolist()
+    assert sample.tolist() != sampled(values, 1000, seed=4).tolist()
     np.testing.assert_allclose(np.quantile(sample, (0.1, 0.5, 0.9)), (1e4, 5e4, 9e4), atol=5e3)
-    assert drawn(values, 100_000, seed=0).tolist() == values.ravel().tolist()
+    assert sampled(values, 100_000, seed=0).tolist() == values.ravel().tolist()
 
 
 def test_a_channel_of_zeros_stays_zero() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from srdeploy.errors import UserError
-from srdeploy.export.pipeline import beside
+from srdeploy.export.pipeline import forked
 
 
 def test_work_goes_on_while_the_block_runs_and_leaves_its_files(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_work_goes_on_while_the_block_runs_and_leaves_its_files(tmp_path: Path) 
         total = torch.ones(512, 512).matmul(torch.ones(512, 512)).sum()
         (tmp_path / "made").write_text(f"{os.getpid()} {int(total)}")
 
-    with beside(work) as finish:
+    with forked(work) as finish:
         finish()
     process, total = (tmp_path / "made").read_text().split()
     assert int(process) != os.getpid()
@@ -36,11 +36,11 @@ def test_mistakes_of_people_and_bugs_arrive_as_what_they_are() -> None:
     def death() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with beside(mistake) as finish, pytest.raises(UserError, match="^no such network: unett$"):
+    with forked(mistake) as finish, pytest.raises(UserError, match="^no such network: unett$"):
         finish()
-    with beside(bug) as finish, pytest.raises(RuntimeError, match=r"in bug\n(.|\n)*unexpected"):
+    with forked(bug) as finish, pytest.raises(RuntimeError, match=r"in bug\n(.|\n)*unexpected"):
         finish()
-    with beside(death) as finish, pytest.raises(UserError, match="exit code -9"):
+    with forked(death) as finish, pytest.raises(UserError, match="exit code -9"):
         finish()
 
 
@@ -53,7 +53,7 @@ def test_work_that_nobody_waits_for_ends_with_the_block(tmp_path: Path) -> None:
         time.sleep(60)
 
     def fail_once_it_started() -> None:
-        with beside(work):
+        with forked(work):
             while not started.exists():
                 time.sleep(0.01)
             raise ValueError("the block's own")
