@@ -83,7 +83,7 @@ def predict_photos(
         manifest = stack.enter_context(open_manifest(store, header, force))
         write_key(store, probe.spec)
         stop = stack.enter_context(
-            StopRequest("finishing the photos under way; once more to stop at once")
+            StopRequest("finishing the photos in flight; once more to stop at once")
         )
         stats = JobStats()
         for unusable in listing.unusable():
@@ -105,7 +105,7 @@ def predict_photos(
             except OutputError as error:
                 raise OutputError(
                     f"{error} ({stats.images + stats.done_before:,} photos are done, "
-                    "and the same command goes on from there)"
+                    "and the same command resumes there)"
                 ) from error
         seconds, images_per_s = stats.seconds, stats.images_per_s
         if settings.areas != "none":

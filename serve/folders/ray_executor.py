@@ -241,7 +241,7 @@ def _dataset(feed: Any, config: WorkerConfig, allocation: Allocation) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1  # bytes: each batch goes on at once, by itself
+    context.target_max_block_size = 1  # bytes: each batch is passed on at once, by itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the limits to restarts and retries
         batches = ray.data.read_datasource(

@@ -29,9 +29,9 @@ from srdeploy.serve.folders.paths import (
 )
 
 WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"})
-"""File systems whose files appear once they are complete, and that have no folders to be made."""
+"""File systems whose files appear only when complete, and that need no folders."""
 FOLDERS = 10_000
-"""Folders that are remembered as made, at most; it bounds the memory."""
+"""Most folders remembered as created; it bounds the memory."""
 EVERY_S = 30.0
 """Seconds between two uploads, at least."""
 SHARE = 20
@@ -77,7 +77,7 @@ class Store(Protocol):
 
 def open_store(out: str) -> Store:
     """The folder or URL `out`; nothing is written yet. Raises UserError where it is a file, or no
-    driver for its file system is there."""
+    driver for its file system is installed."""
     local = local_path(out) if is_url(out) else out
     if local is not None:
         return LocalStore(local)
@@ -272,7 +272,7 @@ class RemoteStore:
             raise self._explained(error, path) from error
 
     def _move(self, temporary: str, target: str) -> None:
-        """Some file systems do not move onto a file that is there."""
+        """Some file systems do not move onto an existing file."""
         try:
             self._system.mv(temporary, target)
         except OSError:
@@ -362,7 +362,7 @@ class TemporaryNames:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file of that name was left by a write that was killed, if none is under way."""
+    """Whether a file of that name is a leftover of a killed write, if none is in progress."""
     return _PARTIAL.fullmatch(name) is not None
 
 

@@ -153,7 +153,7 @@ def find_remote(source: str, out: str | None) -> Iterator[Found | Unusable]:
                 if pattern is not None and not pattern.may_hold(relative):
                     continue
                 if depth == DEEPEST:
-                    reason = "folders are nested too deep here: is there a link in a circle?"
+                    reason = "folders are nested too deep here: look for a link in a circle"
                     yield Unusable(files.unstrip_protocol(about["name"]), reason)
                 else:
                     folders.append((about["name"], relative + "/", depth + 1))

@@ -258,9 +258,7 @@ def _tell(summary: "Summary") -> None:
             f"encode {summary.encode_s:.1f} s"
         )
     if summary.left:
-        console.failed(
-            f"stopped with {summary.left:,} photos left: the same command goes on from here"
-        )
+        console.failed(f"stopped with {summary.left:,} photos left: the same command resumes here")
     if summary.skipped_count:
         console.failed(
             f"{summary.skipped_count:,} photos skipped: the reasons are in "
