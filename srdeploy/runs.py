@@ -213,9 +213,9 @@ def _remedy(size: tuple[int, int], policy: InputPolicy) -> str:
             "export: a spec.json with input.smallest as --classes)"
         )
     return (
-        "if it takes multiples of a size alone, say so (train: --set multiple=32; export: "
-        "--multiple 32); if one size alone (train: --crop HxW --set fixed_size=true; export: "
-        "--size HxW --fixed-size)"
+        "if it takes only multiples of a size, say so (train: --set multiple=32; export: "
+        "--set multiple=32); if only one size (train: --crop HxW --set fixed_size=true; export: "
+        "--size HxW --set fixed_size=true)"
     )
 
 

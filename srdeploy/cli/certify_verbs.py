@@ -1,4 +1,4 @@
-"""`srdeploy certify`: two files hold one graph, whatever their weights."""
+"""`srdeploy certify` and `srdeploy strip`: what proves a graph plain, and what makes one plain."""
 
 import shlex
 from collections.abc import Sequence
@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from srdeploy.cli.options import BuilderName, BuilderOption, Json, Quiet, SmOption
-from srdeploy.graph.signature import is_labels, is_logits
-from srdeploy.graph.subgraph import ancestors, size_of
-from srdeploy.validation import Settings
+from srdeploy.cli.verbs import DEPLOY, add_verb
 
 if TYPE_CHECKING:
+    from srdeploy.cli.output_shares import OutputShare
     from srdeploy.export.certificate import Certificate, Line
 
 
 def certify(
     a: Annotated[Path, typer.Argument(help="The plain network's .onnx file or deploy folder.")],
     b: Annotated[Path, typer.Argument(help="The .onnx file or deploy folder to certify.")],
-    out: Annotated[Path | None, typer.Option(help="Also write the certificate here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the certificate.")
+    ] = None,
     refit: Annotated[
         bool,
         typer.Option(
             "--refit",
-            help="Also on TensorRT engines: B's differs from A's in its weights alone.",
+            help="Also certify that the TensorRT engines differ only in their weights.",
         ),
     ] = False,
     builder: BuilderOption = BuilderName.TENSORRT,
@@ -35,12 +35,12 @@ def certify(
 ) -> None:
     """Certify that two ONNX files hold the same graph, whatever their weights and names.
 
-    Two independent checks must agree. The first differing node is named, and
-    so is the first node that only B has. Exit code 1 where a line fails.
+    Two independent checks must agree. The first differing node is named, and so is the first node
+    that only B has. The exit code is 1 if a line fails.
 
-    --refit, on a GPU: an engine built from A, given B's weights without a build, must do as one
-    built from B. With --builder rtx --sm X.Y, without a GPU: the two plans must be equal byte for
-    byte but for the weights.
+    --refit on a GPU: an engine built from A and refitted with B's weights must compute what one
+    built from B does. --refit --builder rtx --sm X.Y, without a GPU: the two plans must be equal
+    byte for byte except for the weights.
 
     Example: srdeploy certify deploy/baseline deploy/regulated
 
@@ -52,7 +52,7 @@ def certify(
 
     console.set_quiet(quiet or as_json)
     if sm and not refit:
-        raise UserError("--sm is about engines: add --refit, or leave it away")
+        raise UserError("--sm is about engines: add --refit, or leave it out")
     certificate = certify_files(a, b)
     if refit:
         line = _refit(a, b, builder.value, tuple(sm or ()))
@@ -95,17 +95,6 @@ def report_lines(certificate: "Certificate") -> None:
             console.failed(text)
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the verb to the command line."""
-    app.command("certify")(certify)
-
-
-# `srdeploy strip`: an ONNX file of any tool without its auxiliary outputs.
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
 def strip(
     model: Annotated[Path, typer.Argument(help="An .onnx file, of any tool, or a deploy folder.")],
     keep: Annotated[
@@ -113,17 +102,21 @@ def strip(
         typer.Option(metavar="OUTPUT", help="Output to keep; may be repeated."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write (default: NAME.stripped.onnx beside it).")
+        Path | None,
+        typer.Option(metavar="FILE", help="File to write (default: NAME.stripped.onnx beside it)."),
     ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="classes.json (names, palette, mean, std) to attach, so that no verb asks for it."
+            metavar="FILE",
+            help="classes.json (names, palette, mean, std) to attach, so that no verb asks for it.",
         ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Photos to compare both files on (default: pictures are drawn)."),
+        typer.Option(
+            metavar="FOLDER", help="Photos to compare both files on (default: drawn pictures)."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file to write.")] = False,
     quiet: Quiet = False,
@@ -131,11 +124,10 @@ def strip(
 ) -> None:
     """Remove auxiliary outputs from an ONNX file, with all that only they need.
 
-    Auxiliary heads cost time wherever they are left in a graph, also where
-    nobody asks for their output. What stays is the original's byte for byte:
-    weights, names, operator set. Without --keep the outputs are listed with
-    what each of them costs. A certificate is written beside the file; exit
-    code 1 where a line of it fails, the file is written all the same.
+    Auxiliary heads cost time wherever they are left in a graph, even if nobody asks for their
+    output. What stays is the original's byte for byte: weights, names, operator set. Without --keep
+    it lists the outputs and what each of them costs. A certificate is written beside the file; the
+    exit code is 1 if a line of it fails, and the file is still written.
 
     Example: srdeploy strip model.onnx
 
@@ -160,7 +152,7 @@ def strip(
         )
     else:
         size = result.file.stat().st_size / 1e6
-        note = ": nothing was there to strip" if result.removed.nothing else ""
+        note = ": there was nothing to strip" if result.removed.nothing else ""
         console.done(f"wrote {result.file} ({size:.2f} MB){note}")
         report_lines(result.certificate)
         if result.passed and result.spec is not None:
@@ -172,6 +164,7 @@ def strip(
 def _list_outputs(model: Path, as_json: bool) -> None:
     """Shows the outputs of a file that has several, and refuses to choose."""
     from srdeploy import console
+    from srdeploy.cli.output_shares import likely_main, output_shares
     from srdeploy.errors import UserError
     from srdeploy.export.certificate import model_file
     from srdeploy.export.strip import load_model
@@ -218,85 +211,7 @@ def _print_outputs(model: Path, shares: "Sequence[OutputShare]", main: str) -> N
     console.print_table(table)
 
 
-def register_strip(app: typer.Typer) -> None:
-    """Adds `strip` to the command line."""
-    app.command("strip")(strip)
-
-
-# What each output of an ONNX model costs: the nodes and weights that only it needs.
-
-_MAIN_NAMES = ("labels", "logits", "out", "output", "main", "pred", "prediction", "mask")
-"""What exporters and people call the main output, the surest first."""
-
-
-class OutputShare(Settings):
-    """One output of a model."""
-
-    name: str
-    dtype: str
-    """As ONNX names it, e.g. float or int64."""
-    shape: tuple[int | str, ...] | None
-    """A number, a symbol or ? for each axis; None where the rank is unknown."""
-    nodes: int
-    """That only this output needs."""
-    parameters: int
-    """That only this output needs."""
-    bytes: int
-    """That only this output needs, as stored."""
-
-    @property
-    def shape_text(self) -> str:
-        """For people."""
-        return "any" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
-
-
-def output_shares(model: ModelProto) -> tuple[OutputShare, ...]:
-    """The outputs in the model's order, with what would go if each alone were removed."""
-    names = [value.name for value in model.graph.output]
-    whole = size_of(model, ancestors(model, names))
-    shares = []
-    for value in model.graph.output:
-        others = [name for name in names if name != value.name]
-        alone = whole - size_of(model, ancestors(model, others))
-        shares.append(
-            OutputShare(
-                name=value.name,
-                dtype=_dtype(value),
-                shape=_shape(value),
-                nodes=alone.nodes,
-                parameters=alone.parameters,
-                bytes=alone.bytes,
-            )
-        )
-    return tuple(shares)
-
-
-def likely_main(model: ModelProto, shares: Sequence[OutputShare]) -> str:
-    """The output that looks like the segmentation: by its name, else by what only it needs.
-
-    Outputs of another type than labels or logits come last. A guess, to be confirmed by people.
-    """
-    fitting = {value.name for value in model.graph.output if is_labels(value) or is_logits(value)}
-    candidates = [share for share in shares if share.name in fitting] or list(shares)
-    by_name = {share.name.lower(): share.name for share in reversed(candidates)}
-    for name in _MAIN_NAMES:
-        if name in by_name:
-            return by_name[name]
-    return max(candidates, key=lambda share: (share.parameters, share.nodes)).name
-
-
-def _dtype(value: ValueInfoProto) -> str:
-    kind = value.type.WhichOneof("value")
-    if kind != "tensor_type":
-        return (kind or "unknown").removesuffix("_type")
-    return str(TensorProto.DataType.Name(value.type.tensor_type.elem_type)).lower()
-
-
-def _shape(value: ValueInfoProto) -> tuple[int | str, ...] | None:
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
-        return None
-    return tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
-        for dim in tensor.shape.dim
-    )
+def register(app: typer.Typer) -> None:
+    """Adds `certify` and `strip` to the command line."""
+    add_verb(app, "certify", certify, DEPLOY)
+    add_verb(app, "strip", strip, DEPLOY)

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from srdeploy import console
 from srdeploy.cli.bench_train_verb import step_table
-from srdeploy.cli.main import TwoWords
 from srdeploy.cli.main import app as whole_app
+from srdeploy.cli.verbs import SubcommandGroup
 from srdeploy.metrics import Interval
 from srdeploy.train.step_cost import VARIANTS, Memory, StepCost, VariantCost
 
@@ -52,7 +52,7 @@ def test_all_variants_step_through_the_compiler_where_that_is_asked(
 
 
 def test_the_first_two_words_are_tried_before_the_first() -> None:
-    app = typer.Typer(cls=TwoWords)
+    app = typer.Typer(cls=SubcommandGroup)
 
     @app.command("bench")
     def bench(artifacts: list[str]) -> None:

@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from PIL import Image
 from torch import Tensor, nn
 
-from srdeploy.cli.certify_verbs import likely_main, output_shares
+from srdeploy.cli.output_shares import likely_main, output_shares
 from srdeploy.errors import UserError
 from srdeploy.export import strip
 from srdeploy.export.certificate import Certificate, Line, certify_files, read_model

@@ -160,7 +160,6 @@ def test_an_unknown_recipe_is_refused_with_the_closest_one(name: str, message: s
 @pytest.fixture
 def app() -> typer.Typer:
     app = typer.Typer()
-    train_verbs.register_recipes(app)
     train_verbs.register(app)
     return app
 
