@@ -57,7 +57,7 @@ def main(
     runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="Of OpenVINO: fp32, bf16, fp16.")] = "fp32",
     option: Annotated[
-        list[str] | None, typer.Option(help="A word for srdeploy serve, e.g. --sessions=2.")
+        list[str] | None, typer.Option(help="A word for srdeploy serve, e.g. --set=sessions=2.")
     ] = None,
     concurrency: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="Each loads every server once.", min=2)] = 4,

@@ -35,8 +35,8 @@ from srdeploy.validation import Settings
 
 FROZEN = (
     "the exporter freezes what a network computes from the image's size, such as the bins of "
-    "adaptive pooling: export it for one size, with --fixed-size --size HxW (a run: by its "
-    "network, --weights RUN/network.safetensors --classes RUN/spec.json)"
+    "adaptive pooling: export it for one size, with --size HxW --set fixed_size=true (a run: by "
+    "its network, --weights RUN/network.safetensors --classes RUN/spec.json)"
 )
 """What to do about a graph that is right only at some sizes."""
 

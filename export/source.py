@@ -30,7 +30,7 @@ from srdeploy.runs import (
     require_usable,
 )
 from srdeploy.spec import InputPolicy, Spec
-from srdeploy.validation import closest, validated
+from srdeploy.validation import closest, setting_flags, validated
 
 MOST = 4
 """Of a folder, as many photos."""
@@ -138,15 +138,15 @@ def open_source(
         "--classes": classes,
         "--option": options or None,
         "--size": size,
-        "--multiple": multiple,
-        "--fixed-size": fixed_size or None,
+        "multiple": multiple,
+        "fixed_size": fixed_size or None,
     }
     if Path(target).exists() or not (is_imported(target) or target in NETWORKS):
         _require_run(target)
         extra = next((flag for flag, value in given.items() if value is not None), None)
         if extra is not None:
             raise UserError(
-                f"{target} is a run folder, which says by itself what {extra} would: leave it away"
+                f"{target} is a run folder, which says by itself what {extra} would: leave it out"
             )
         return source_of_run(Path(target), images)
     if classes is None:
@@ -210,7 +210,7 @@ def _with_sizes(
     values: dict[str, Any] = spec.input.model_dump()
     if fixed_size:
         if size is None:
-            raise UserError("--fixed-size needs the size: --size HEIGHTxWIDTH")
+            raise UserError("fixed_size needs the size: --size HEIGHTxWIDTH")
         values |= {"smallest": size, "usual": size, "largest": size, "longest_side": None}
     elif size is not None:
         values["usual"] = size
@@ -230,8 +230,8 @@ def _flags(given: Mapping[str, Any]) -> list[str]:
                 flags += [flag, f"{key}={json.dumps(part)}"]
         elif flag == "--size" and value is not None:
             flags += [flag, f"{value[0]}x{value[1]}"]
-        elif value is True:
-            flags.append(flag)
+        elif value is not None and not flag.startswith("--"):
+            flags += setting_flags({flag: value})
         elif value is not None:
             flags += [flag, str(value)]
     return flags

@@ -33,7 +33,9 @@ def require_fitting(precision: Precision, target: Target | None, *, engine: bool
     """
     if precision != "int8":
         if target is not None:
-            raise UserError(f"--target goes only with --precision int8, not with {precision}")
+            raise UserError(
+                f"target={target} goes only with --precision int8, not with {precision}"
+            )
         if precision == "tf32" and not engine:
             raise UserError(
                 "tf32 is a way of computing inside a TensorRT engine, not a type of a graph: "
@@ -42,7 +44,7 @@ def require_fitting(precision: Precision, target: Target | None, *, engine: bool
         return None
     if engine and target == "cpu":
         raise UserError(
-            "--target cpu quantises biases and activations without sign, which TensorRT does not "
-            "parse: use --target tensorrt with --trt"
+            "target=cpu quantises biases and activations without sign, which TensorRT does not "
+            "parse: use target=tensorrt with --trt"
         )
     return target or ("tensorrt" if engine else "cpu")

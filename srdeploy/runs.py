@@ -214,8 +214,8 @@ def _remedy(size: tuple[int, int], policy: InputPolicy) -> str:
         )
     return (
         "if it takes only multiples of a size, say so (train: --set multiple=32; export: "
-        "--multiple 32); if only one size (train: --crop HxW --set fixed_size=true; export: "
-        "--size HxW --fixed-size)"
+        "--set multiple=32); if only one size (train: --crop HxW --set fixed_size=true; export: "
+        "--size HxW --set fixed_size=true)"
     )
 
 

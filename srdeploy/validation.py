@@ -60,6 +60,19 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
         raise UserError(f"{where}: {message}") from error
 
 
+def setting_flags(values: Mapping[str, Any]) -> list[str]:
+    """["--set", "KEY=VALUE", ...] that parse_options reads as `values`."""
+    import json
+
+    import yaml
+
+    flags: list[str] = []
+    for key, value in values.items():
+        plain = isinstance(value, str) and yaml.safe_load(value) == value
+        flags += ["--set", f"{key}={value if plain else json.dumps(value)}"]
+    return flags
+
+
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Field names of the model nested at `location` below `model`."""
     current = model
@@ -75,8 +88,10 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
     return list(current.model_fields)
 
 
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """["width=8"] as {"width": 8}; values are read as YAML. Raises UserError."""
+def parse_options(
+    texts: Sequence[str], flag: str = "--option", example: str = "output_stride=8"
+) -> dict[str, Any]:
+    """["width=8"] as {"width": 8}; values are read as YAML. Raises UserError naming `flag`."""
     import yaml
 
     options: dict[str, Any] = {}
@@ -84,11 +99,11 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not key.isidentifier():
-            raise UserError(f"--option {text}: needs KEY=VALUE, such as --option output_stride=8")
+            raise UserError(f"{flag} {text}: needs KEY=VALUE, such as {flag} {example}")
         if key in options:
-            raise UserError(f"--option {key} is given twice")
+            raise UserError(f"{flag} {key} is given twice")
         try:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"--option {text}: the value is not valid YAML") from error
+            raise UserError(f"{flag} {text}: the value is not valid YAML") from error
     return options

@@ -23,7 +23,9 @@ SMALLER = {
     ("pseudo",): "--steps 3 --batch 2 --crop 64x64 --set pseudo.scales=[1]",
     ("bench", "train"): "--rounds 3 --size 32x32 --batch 2 --option width_mult=0.25",
     ("bench",): "--budget 1 --threads 1 --no-costs",
-    ("serve",): "--port 0 --sessions 1 --threads 1 --max-batch 1 --drain 0 --log json",
+    (
+        "serve",
+    ): "--port 0 --log json --set sessions=1 --set threads=1 --set max_batch=1 --set drain=0",
 }
 
 

@@ -65,7 +65,7 @@ def explain_failure(logger: Any, what: str) -> UserError:
     if any(part in said for part in _MEMORY):
         return UserError(
             f"{what}: TensorRT found no kernel that fits, which is probably a matter of memory "
-            f"({first}): raise --workspace, free the GPU, or give a smaller --profile"
+            f"({first}): raise workspace, free the GPU, or give a smaller profile"
         )
     return UserError(f"{what}: TensorRT can't build it ({first})")
 
@@ -181,7 +181,7 @@ def attach_timing_cache(config: Any, path: Path | None) -> Any:
     cache = config.create_timing_cache(stored)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise UserError(
-            f"{path} is no timing cache of this TensorRT on this GPU: give another --timing-cache"
+            f"{path} is no timing cache of this TensorRT on this GPU: give another timing_cache"
         )
     return cache
 
@@ -227,7 +227,7 @@ class BuildOptions(Settings):
             return self
         if self.timing_cache is not None:
             raise ValueError(
-                "--timing-cache goes with TensorRT proper alone: TensorRT for RTX measures nothing"
+                "timing_cache goes only with TensorRT proper: TensorRT for RTX measures nothing"
             )
         for capability in self.sm:
             require_target(capability, self.precision)
@@ -355,7 +355,7 @@ def build_plan(
     if options.refittable and options.builder == "rtx" and gpu is None:
         raise UserError(
             f"{path}: TensorRT for RTX builds refittable engines on a machine with a GPU alone: "
-            "leave out --refittable, or leave out --sm there"
+            "leave out refittable, or leave out --sm there"
         )
     config = _configured(parsed, options, gpu)
     cache = attach_timing_cache(config, options.timing_cache)

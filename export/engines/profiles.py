@@ -70,11 +70,11 @@ def parse_profile(text: str) -> Profile:
         shapes *= 3
     if len(shapes) != 3:
         raise UserError(
-            f"--profile '{text}': one or three shapes are needed (smallest, usual, largest), not "
+            f"profile '{text}': one or three shapes are needed (smallest, usual, largest), not "
             f"{len(shapes)}, e.g. {EXAMPLE}"
         )
     values = dict(zip(("smallest", "usual", "largest"), shapes, strict=True))
-    return validated(Profile, values, f"--profile '{text}'")
+    return validated(Profile, values, f"profile '{text}'")
 
 
 def check_profiles(
@@ -102,7 +102,7 @@ def _parse_shape(part: str, text: str) -> tuple[int, int, int]:
     sides = part.strip().lower().split("x")
     if len(sides) != 3 or not all(_is_side(side) for side in sides):
         raise UserError(
-            f"--profile '{text}': '{part.strip()}' is no shape: batch x height x width is needed, "
+            f"profile '{text}': '{part.strip()}' is no shape: batch x height x width is needed, "
             f"e.g. {EXAMPLE}"
         )
     batch, height, width = map(int, sides)

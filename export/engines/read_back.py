@@ -115,7 +115,7 @@ def require_agreement(precision: Precision, types: Mapping[str, str], onnx: Path
         f"{onnx}: {precision} was asked for, but its weighted layers compute otherwise "
         f"({counted or 'there are none'}{named}): types are the graph's, so give the graph of "
         f"srdeploy export RUN --precision {precision}"
-        + (" --target tensorrt" if precision == "int8" else "")
+        + (" --set target=tensorrt" if precision == "int8" else "")
     )
 
 

@@ -19,7 +19,7 @@ from srdeploy.export.source import Source
 from srdeploy.export.verify import verification_line
 from srdeploy.files import write_json
 from srdeploy.spec import Spec
-from srdeploy.validation import validated
+from srdeploy.validation import setting_flags, validated
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,19 @@ class EngineRequest:
         flags = ["--trt", "--builder", self.builder]
         for one in self.sm:
             flags += ["--sm", one]
-        for profile in self.profiles:
-            flags += ["--profile", profile]
+        values: dict[str, Any] = {}
+        if self.profiles:
+            values["profile"] = list(self.profiles)
         if self.sizes_of is not None:
-            flags += ["--sizes-of", str(self.sizes_of)]
-        flags += ["--max-batch", str(self.max_batch)]
+            values["sizes_of"] = str(self.sizes_of)
+        values["max_batch"] = self.max_batch
         if self.workspace_gib is not None:
-            flags += ["--workspace", f"{self.workspace_gib:g}"]
+            values["workspace"] = self.workspace_gib
         if self.timing_cache is not None:
-            flags += ["--timing-cache", str(self.timing_cache)]
-        return flags + (["--refittable"] if self.refittable else [])
+            values["timing_cache"] = str(self.timing_cache)
+        if self.refittable:
+            values["refittable"] = True
+        return flags + setting_flags(values)
 
     @classmethod
     def of_flags(cls, wanted: bool, **values: Any) -> "EngineRequest | None":
@@ -73,7 +76,7 @@ class EngineRequest:
         )
         if request != idle:
             stray = next(flag for flag in request.flags()[1:] if flag not in idle.flags())
-            raise UserError(f"{stray} is about a TensorRT engine: add --trt, or leave it away")
+            raise UserError(f"{stray} is about a TensorRT engine: add --trt, or leave it out")
         return None
 
     def require_ready(self, spec: Spec, types: TypeOptions) -> None:

@@ -230,7 +230,7 @@ def to_int8(
         raise UserError(
             "int8 would quantise nothing: the graph's weighted operators are all among the first "
             "and last ones, kept in float32, or of kinds that have no int8 form; quantise the "
-            "first and last too (--quantise-ends), keep fewer, or deploy it in fp16"
+            "first and last too (--set quantise_ends=true), keep fewer, or deploy it in fp16"
         )
     ranges = measure_ranges(model, _measured(placement), pictures)
     converted = ModelProto()

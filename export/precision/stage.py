@@ -18,7 +18,7 @@ from srdeploy.graph.signature import opset_of
 from srdeploy.imaging import Pixels
 from srdeploy.precision import Precision, Target
 from srdeploy.spec import Spec
-from srdeploy.validation import Settings
+from srdeploy.validation import Settings, setting_flags
 
 DIFFERENCES = "differences.html"
 """The page of a deploy folder that shows where the converted graph differs from float32."""
@@ -59,7 +59,7 @@ class TypeOptions(Settings):
             return self
         if folder is None:
             raise UserError(
-                "int8 needs photos to measure ranges on: --calibration FOLDER, e.g. the photos "
+                "int8 needs photos to measure ranges on: --set calibration=FOLDER, e.g. the photos "
                 "that the network was trained on"
             )
         return self.model_copy(update={"calibration": folder})
@@ -67,13 +67,16 @@ class TypeOptions(Settings):
     def flags(self) -> list[str]:
         """The options of `srdeploy export` that say the same; only those that are not default."""
         flags = [] if self.precision == "fp32" else ["--precision", self.precision]
-        flags += [] if self.target is None else ["--target", self.target]
+        flags += [] if self.target is None else setting_flags({"target": self.target})
         for pattern in self.keep:
             flags += ["--keep", pattern]
-        flags += ["--quantise-ends"] if self.ends else []
+        flags += setting_flags({"quantise_ends": True}) if self.ends else []
         if self.calibration is not None:
-            flags += ["--calibration", str(self.calibration)]
-            flags += ["--calibration-images", str(self.calibration_count)]
+            values = {
+                "calibration": str(self.calibration),
+                "calibration_images": self.calibration_count,
+            }
+            flags += setting_flags(values)
         return flags
 
 

@@ -175,7 +175,9 @@ class _Finder:
             if source == "-":
                 given = stdin or getattr(sys.stdin, "buffer", None)
                 if given is None:
-                    raise UserError("- is a list on standard input, which is closed: use --list")
+                    raise UserError(
+                        "- is a list on standard input, which is closed: use --set list=FILE"
+                    )
                 yield from self._add_list(index, given, "standard input")
                 continue
             label, found = self._look(source)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet
+from srdeploy.cli.verbs import USE, add_verb
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,48 +21,48 @@ def bench_train(
     ] = "deeplabv2-mobilenetv2",
     option: NetworkOptions = None,
     classes: Annotated[
-        int, typer.Option(help="Classes that the network tells apart.", min=2, max=255)
+        int, typer.Option(metavar="N", help="Number of classes.", min=2, max=255)
     ] = 21,
     size: Annotated[
-        str, typer.Option(metavar="HEIGHTxWIDTH", help="Of the images, as --crop in training.")
+        str, typer.Option(metavar="HxW", help="Size of the images, as --crop in training.")
     ] = "320x320",
-    batch: Annotated[int, typer.Option(help="Images per step, 2 or more.")] = 2,
+    batch: Annotated[int, typer.Option(metavar="N", help="Images per step, 2 or more.")] = 2,
     rounds: Annotated[
-        int, typer.Option(help="Rounds; each variant steps twice in each.", min=3)
+        int, typer.Option(metavar="N", help="Rounds, with two steps of each variant.", min=3)
     ] = 10,
     device: Device = "cpu",
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of torch; its own choice by default.", min=1)
+        int | None, typer.Option(metavar="N", help="CPU threads (default: torch's choice).", min=1)
     ] = None,
     compile_steps: Annotated[
         bool,
         typer.Option(
             "--compile",
-            help="Through torch.compile, as --set compile=true trains: all variants, the baseline "
-            "too.",
+            help="Compile all variants, the baseline too, as train --set compile=true does.",
         ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Also write the JSON report here.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a JSON report.", show_default=False),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Measure what self-regulation costs while training: time and memory of one step.
 
-    Four ways to train one network step in turn in one process, on a made-up batch:
+    Four ways to train one network step in turn in one process, on a synthetic batch:
 
     baseline: the plain network, as srdeploy train --no-sr trains it.
 
-    mea: with lean exits that learn from the labels; so training begins, before feedback sets in.
+    mea: with lean exits that learn from the labels, as training begins, before feedback sets in.
 
     lean: mea and the feedback between exits (SR-F and SR-L), as srdeploy train goes on.
 
     authors: the same with the heads of the authors' published code.
 
-    Ratios are of medians, with a 95 % interval, beside that of the baseline to itself: smaller
-    differences than that are noise. Memory is measured in a fresh process each. None of it is left
-    in what is deployed. A folder called train goes to the other verb as: srdeploy bench ./train
+    Ratios are of medians, with a 95 % interval, beside the baseline's ratio to itself: smaller
+    differences than that are noise. Memory is measured in a fresh process for each variant. None of
+    this cost is deployed. To benchmark a folder called train: srdeploy bench ./train
 
     Example: srdeploy bench train
 
@@ -154,4 +155,4 @@ def _remarks(found: "StepCost") -> list[str]:
 
 def register(app: typer.Typer) -> None:
     """Adds `bench train` to the command line."""
-    app.command("bench train")(bench_train)
+    add_verb(app, "bench train", bench_train, USE)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from srdeploy.cli.options import Classes, Device, Json, Quiet, Split, Threads
+from srdeploy.cli.verbs import USE, add_verb
 from srdeploy.runtimes.registry import runtime_names
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+ACCURACY, MATRIX, MEASUREMENT, REPORT = "Accuracy", "Settings to compare", "Measurement", "Report"
+EXITS = "Exits of regulated checkpoints"
+
 REPORT_HTML = "report.html"
 REPORT_JSON = "report.json"
 REPORT_MARKDOWN = "report.md"
@@ -26,35 +30,70 @@ REPORT_MARKDOWN = "report.md"
 def bench(
     artifacts: Annotated[
         list[Path],
-        typer.Argument(help="The baseline, then what is compared with it.", show_default=False),
+        typer.Argument(help="The baseline, then what to compare with it.", show_default=False),
     ],
     data: Annotated[
-        Path | None, typer.Option(help="Data set: real photos to time, and accuracy of each.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Data set: time on its photos, and score each artifact.",
+            rich_help_panel=ACCURACY,
+        ),
     ] = None,
     split: Split = "val",
-    limit: Annotated[int | None, typer.Option(help="Score the first N photos.", min=1)] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Score the first N photos.", min=1, rich_help_panel=ACCURACY
+        ),
+    ] = None,
     margin: Annotated[
-        float, typer.Option(help="Percent within which latencies count as equal.", min=0.01)
+        float,
+        typer.Option(
+            metavar="PERCENT",
+            help="Latencies within this count as equal.",
+            min=0.01,
+            rich_help_panel=MEASUREMENT,
+        ),
     ] = 1.0,
     budget: Annotated[
-        float, typer.Option(help="Seconds to measure each setting for, at most.", min=1)
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Most time to measure each setting.",
+            min=1,
+            rich_help_panel=MEASUREMENT,
+        ),
     ] = 120.0,
     runtime: Annotated[
         str,
-        typer.Option(help=f"One or several, with commas: {', '.join(runtime_names())}."),
+        typer.Option(
+            metavar="NAME,...",
+            help=f"One or several of {', '.join(runtime_names())}.",
+            rich_help_panel=MATRIX,
+        ),
     ] = "auto",
     precision: Annotated[
         str | None,
         typer.Option(
-            help="One or several of fp32, fp16, bf16: the arithmetic where a runtime has a choice; "
-            "for others, float32 graphs are converted. By default as stored."
+            metavar="TYPE,...",
+            help="One or several of fp32, fp16, bf16: the arithmetic of runtimes that have a choice; "
+            "for others, float32 graphs are converted (default: as stored).",
+            rich_help_panel=MATRIX,
         ),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Images per run, one or several: 1,8.")] = "1",
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="N,...", help="Images per run, one or several: 1,8.", rich_help_panel=MATRIX
+        ),
+    ] = "1",
     size: Annotated[
         str | None,
         typer.Option(
-            help="HEIGHTxWIDTH, one or several; by default the first artifact's usual one."
+            metavar="HxW,...",
+            help="One or several image sizes (default: the first artifact's usual one).",
+            rich_help_panel=MATRIX,
         ),
     ] = None,
     device: Device = "cpu",
@@ -62,54 +101,82 @@ def bench(
     checkpoint: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Run that an artifact was exported from, where its manifest's command does not "
-            "lead there; may be repeated."
+            metavar="RUN",
+            help="Run that an artifact was exported from, if its manifest does not name it; may be "
+            "repeated.",
+            rich_help_panel=ACCURACY,
         ),
     ] = None,
     exits_left_in: Annotated[
         bool,
         typer.Option(
-            help="Also time a regulated checkpoint's graph with its exits: what stripping saves."
+            help="Also time a regulated checkpoint's graph with its exits, to show what stripping "
+            "saves.",
+            rich_help_panel=EXITS,
         ),
     ] = True,
     builds: Annotated[
-        int, typer.Option(help="tensorrt: builds of each engine, which take turns.", min=1)
+        int,
+        typer.Option(
+            metavar="N",
+            help="TensorRT: builds of each engine, which take turns.",
+            min=1,
+            rich_help_panel=MEASUREMENT,
+        ),
     ] = 3,
     costs: Annotated[
         bool,
-        typer.Option(help="Count GMACs; measure memory and time to first inference."),
+        typer.Option(
+            help="Count GMACs; measure memory and time to first inference.",
+            rich_help_panel=MEASUREMENT,
+        ),
     ] = True,
     classes: Classes = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for report.html and report.json.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for report.html and report.json.",
+            rich_help_panel=REPORT,
+        ),
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print Markdown; with --out, write report.md too.")
+        bool,
+        typer.Option(
+            "--markdown",
+            help="Print Markdown; with --out, also write report.md.",
+            rich_help_panel=REPORT,
+        ),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a benchmark that was stopped in --out.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue a stopped benchmark in --out.",
+            rich_help_panel=REPORT,
+        ),
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show that artifacts are as fast as a baseline, and compare their accuracy and cost.
 
-    All run in turn, round after round, each round with freshly opened sessions, until the noise is
+    The artifacts take turns, round after round with freshly opened sessions, until the noise is
     small enough or the budget is spent. Two sessions of the baseline give the noise floor. Two
     one-sided tests decide: EQUIVALENT (the ratio lies within the margin), DIFFERENT (outside it),
-    or NOT SHOWN, with the number of rounds that would be needed. The margin is never below the
-    floor.
+    or NOT SHOWN, with the number of rounds that it would take. The margin is never below the floor.
 
-    With --data: mIoU and both failures, the gain over the baseline with its interval, and whether
-    each export has its own checkpoint's labels.
+    With --data: mIoU and error hints, the gain over the baseline with its interval, and whether
+    each export gives its own checkpoint's labels.
 
-    Exit code 0 when every verdict is EQUIVALENT and every export matches its checkpoint, else 1.
+    The exit code is 0 if every verdict is EQUIVALENT and every export matches its checkpoint, else
+    1. What self-regulation costs in training is a sub-command: srdeploy bench train.
 
     Example: srdeploy bench deploy/baseline deploy/regulated --data data/camvid --out bench
 
     Example: srdeploy bench deploy/a deploy/b --runtime torch,onnxruntime --batch 1,8
 
-    What self-regulation costs in training: srdeploy bench train --help
+    Example: srdeploy bench train
     """
     from srdeploy import console
     from srdeploy.artifacts.artifact import spec_from_classes
@@ -170,7 +237,7 @@ def _several(text: str, option: str, parse: Callable[[str], Value]) -> list[Valu
     if not all(parts):
         raise UserError(f"{option} '{text}': an entry between the commas is empty")
     if len(set(parts)) < len(parts):
-        raise UserError(f"{option} '{text}': an entry stands there twice")
+        raise UserError(f"{option} '{text}': an entry is given twice")
     return [parse(part) for part in parts]
 
 
@@ -227,4 +294,4 @@ def _show(report: "BenchReport") -> None:
 
 def register(app: typer.Typer) -> None:
     """Adds the verb to the command line."""
-    app.command("bench")(bench)
+    add_verb(app, "bench", bench, USE)

@@ -1,4 +1,4 @@
-"""`srdeploy certify` and `srdeploy strip`: proofs about ONNX files of any tool."""
+"""`srdeploy certify` and `srdeploy strip`: what proves a graph plain, and what makes one plain."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from srdeploy.cli.options import BuilderName, BuilderOption, Json, Quiet, SmOption
+from srdeploy.cli.verbs import DEPLOY, add_verb
 
 if TYPE_CHECKING:
     from srdeploy.export.certificate import Certificate, Line
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 def certify(
     a: Annotated[Path, typer.Argument(help="The plain network's .onnx file or deploy folder.")],
     b: Annotated[Path, typer.Argument(help="The .onnx file or deploy folder to certify.")],
-    out: Annotated[Path | None, typer.Option(help="Also write the certificate here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the certificate.")
+    ] = None,
     refit: Annotated[
         bool,
         typer.Option(
             "--refit",
-            help="Also on TensorRT engines: B's differs from A's in its weights alone.",
+            help="Also certify that the TensorRT engines differ only in their weights.",
         ),
     ] = False,
     builder: BuilderOption = BuilderName.TENSORRT,
@@ -32,12 +35,12 @@ def certify(
 ) -> None:
     """Certify that two ONNX files hold the same graph, whatever their weights and names.
 
-    Two independent checks must agree. The first differing node is named, and
-    so is the first node that only B has. Exit code 1 where a line fails.
+    Two independent checks must agree. The first differing node is named, and so is the first node
+    that only B has. The exit code is 1 if a line fails.
 
-    --refit, on a GPU: an engine built from A, given B's weights without a build, must do as one
-    built from B. With --builder rtx --sm X.Y, without a GPU: the two plans must be equal byte for
-    byte but for the weights.
+    --refit on a GPU: an engine built from A and refitted with B's weights must compute what one
+    built from B does. --refit --builder rtx --sm X.Y, without a GPU: the two plans must be equal
+    byte for byte except for the weights.
 
     Example: srdeploy certify deploy/baseline deploy/regulated
 
@@ -49,7 +52,7 @@ def certify(
 
     console.set_quiet(quiet or as_json)
     if sm and not refit:
-        raise UserError("--sm is about engines: add --refit, or leave it away")
+        raise UserError("--sm is about engines: add --refit, or leave it out")
     certificate = certify_files(a, b)
     if refit:
         line = _refit(a, b, builder.value, tuple(sm or ()))
@@ -99,17 +102,21 @@ def strip(
         typer.Option(metavar="OUTPUT", help="Output to keep; may be repeated."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write (default: NAME.stripped.onnx beside it).")
+        Path | None,
+        typer.Option(metavar="FILE", help="File to write (default: NAME.stripped.onnx beside it)."),
     ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="classes.json (names, palette, mean, std) to attach, so that no verb asks for it."
+            metavar="FILE",
+            help="classes.json (names, palette, mean, std) to attach, so that no verb asks for it.",
         ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Photos to compare both files on (default: synthetic images)."),
+        typer.Option(
+            metavar="FOLDER", help="Photos to compare both files on (default: drawn pictures)."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file to write.")] = False,
     quiet: Quiet = False,
@@ -117,11 +124,10 @@ def strip(
 ) -> None:
     """Remove auxiliary outputs from an ONNX file, with all that only they need.
 
-    Auxiliary heads cost time wherever they are left in a graph, also where
-    nobody asks for their output. What stays is the original's byte for byte:
-    weights, names, operator set. Without --keep the outputs are listed with
-    what each of them costs. A certificate is written beside the file; exit
-    code 1 where a line of it fails, the file is written all the same.
+    Auxiliary heads cost time wherever they are left in a graph, even if nobody asks for their
+    output. What stays is the original's byte for byte: weights, names, operator set. Without --keep
+    it lists the outputs and what each of them costs. A certificate is written beside the file; the
+    exit code is 1 if a line of it fails, and the file is still written.
 
     Example: srdeploy strip model.onnx
 
@@ -146,7 +152,7 @@ def strip(
         )
     else:
         size = result.file.stat().st_size / 1e6
-        note = ": nothing was there to strip" if result.removed.nothing else ""
+        note = ": there was nothing to strip" if result.removed.nothing else ""
         console.done(f"wrote {result.file} ({size:.2f} MB){note}")
         report_lines(result.certificate)
         if result.passed and result.spec is not None:
@@ -161,10 +167,9 @@ def _list_outputs(model: Path, as_json: bool) -> None:
     from srdeploy.errors import UserError
     from srdeploy.export.certificate import model_file
     from srdeploy.export.strip import load_model
-
-    graph = load_model(model_file(model))
     from srdeploy.graph.outputs import likely_main, output_shares
 
+    graph = load_model(model_file(model))
     shares = output_shares(graph)
     if len(shares) == 1:
         return
@@ -208,5 +213,5 @@ def _print_outputs(model: Path, shares: "Sequence[OutputShare]", main: str) -> N
 
 def register(app: typer.Typer) -> None:
     """Adds `certify` and `strip` to the command line."""
-    app.command("certify")(certify)
-    app.command("strip")(strip)
+    add_verb(app, "certify", certify, DEPLOY)
+    add_verb(app, "strip", strip, DEPLOY)

@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from srdeploy.cli.options import Force, Json, Quiet
+from srdeploy.cli.verbs import TRAIN, add_verb
 
 data_app = typer.Typer(
     no_args_is_help=True,
-    help="Make a data set to try things on, or check one before training.",
+    help="Make a data set to try things on, or check one before training.\n\n"
+    "Example: srdeploy data check scenes",
 )
 
 
@@ -18,15 +20,15 @@ def synth(
     train: Annotated[int, typer.Option(help="Scenes for training.", min=0)] = 200,
     val: Annotated[int, typer.Option(help="Scenes for validation.", min=0)] = 40,
     test: Annotated[int, typer.Option(help="Scenes for testing.", min=0)] = 40,
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels.")] = "120x160",
+    size: Annotated[str, typer.Option(metavar="HxW", help="Size in pixels.")] = "120x160",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal files.", min=0)] = 0,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write made-up scenes with exact masks, for the two failures that self-regulation is about.
+    """Write synthetic scenes with exact masks that show the two failures self-regulation addresses.
 
     Deer, sheep and herons have thin legs and stand far away.
-    Cow and buffalo look the same: only the fence or the water around them tells which is which.
+    Cow and buffalo look alike: only the fence or the water around them tells which is which.
 
     Example: srdeploy data synth scenes --train 400 --seed 7
     """
@@ -53,7 +55,8 @@ def synth(
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The data set.")],
     split: Annotated[
-        list[str] | None, typer.Option(help="Split to check, may be repeated; without it all are.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Split to check, may be repeated (default: all)."),
     ] = None,
     layout: Annotated[str, typer.Option(help="auto, folder, voc or cityscapes.")] = "auto",
     quiet: Quiet = False,
@@ -61,13 +64,12 @@ def check(
 ) -> None:
     """Decode every photo and mask; report faults and how often each class occurs.
 
-    Finds missing pairs, unreadable files, sizes that differ and ids that are no class.
-    Exit code 1 where something is wrong.
+    Finds missing pairs, unreadable files, sizes that differ and ids that are no class. The exit
+    code is 1 if it finds a fault.
 
-    Where DIR has labels.csv or labels.json, a split may have tags instead of masks.
-    Their file says which classes a photo shows: a header "image,classes", then
-    lines such as "cow_1.jpg,cow;person". Finds unknown classes, photos that are
-    missing, not listed or listed twice, and tags that a mask disagrees with.
+    If DIR has labels.csv or labels.json, a split may have tags instead of masks: a header
+    "image,classes", then lines such as "cow_1.jpg,cow;person". Finds unknown classes, photos that
+    are missing, not listed or listed twice, and tags that a mask contradicts.
 
     Example: srdeploy data check scenes --split train --split val
 
@@ -97,6 +99,6 @@ def check(
 
 def register(app: typer.Typer) -> None:
     """Adds `data synth` and `data check` to the command line."""
-    data_app.command("synth")(synth)
-    data_app.command("check")(check)
-    app.add_typer(data_app, name="data")
+    add_verb(data_app, "synth", synth)
+    add_verb(data_app, "check", check)
+    app.add_typer(data_app, name="data", rich_help_panel=TRAIN)

@@ -16,6 +16,7 @@ from srdeploy.cli.options import (
     Split,
     Threads,
 )
+from srdeploy.cli.verbs import USE, add_verb
 
 if TYPE_CHECKING:
     from srdeploy.runtimes.base import Runtime
@@ -25,7 +26,9 @@ def evaluate(
     artifact: Artifact,
     data: Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)],
     split: Split = "val",
-    limit: Annotated[int | None, typer.Option(help="Score the first N photos.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Score the first N photos.", min=1)
+    ] = None,
     device: Device = "cpu",
     runtime: RuntimeName = "auto",
     precision: Arithmetic = None,
@@ -34,7 +37,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Score an artifact on a labelled split: IoU per class, mIoU, pixel accuracy, both failures.
+    """Score an artifact on a labelled split: IoU per class, mIoU, pixel accuracy, error hints.
 
     Labels are compared at the masks' own size.
 
@@ -83,4 +86,4 @@ def _opened(
 
 def register(app: typer.Typer) -> None:
     """Adds the verb to the command line."""
-    app.command("evaluate")(evaluate)
+    add_verb(app, "evaluate", evaluate, USE)

@@ -11,27 +11,20 @@ from srdeploy.cli.certify_verbs import report_lines
 from srdeploy.cli.options import (
     BuilderName,
     BuilderOption,
-    CalibrationCountOption,
-    CalibrationOption,
-    EndsOption,
+    EngineConfigOption,
     Force,
     Json,
     KeepOption,
-    MaxBatchOption,
     NetworkOptions,
     PrecisionName,
     PrecisionOption,
-    ProfileOption,
     Quiet,
-    RefittableOption,
-    SizesOption,
+    SettingTexts,
     SmOption,
-    TargetOption,
-    TimingCacheOption,
     TritonOption,
     TrtOption,
-    WorkspaceOption,
 )
+from srdeploy.cli.verbs import DEPLOY, add_verb
 
 
 class Input(StrEnum):
@@ -60,7 +53,10 @@ def export(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write (default: deploy/NAME of run, weights or function)."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder to write (default: deploy/NAME of run, weights or function).",
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
@@ -74,69 +70,65 @@ def export(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="The size that most images have.")
     ] = None,
-    multiple: Annotated[
-        int | None,
-        typer.Option(help="The network takes multiples of this alone: pad in the graph.", min=1),
-    ] = None,
-    fixed_size: Annotated[
-        bool, typer.Option("--fixed-size", help="The network takes images of --size alone.")
-    ] = False,
     input: Annotated[
         Input,
-        typer.Option(help="uint8: photos [N,H,W,3]. float32: normalised by the client, [N,3,H,W]."),
+        typer.Option(
+            metavar="TYPE",
+            help="uint8: photos [N,H,W,3]. float32: normalised by the client, [N,3,H,W].",
+        ),
     ] = Input.UINT8,
     output: Annotated[
-        Output, typer.Option(help="labels: class ids [N,H,W]. logits: scores [N,K,H,W].")
+        Output,
+        typer.Option(
+            metavar="KIND", help="labels: ids [N,H,W]. logits: scores [N,K,H,W]. Or both."
+        ),
     ] = Output.LABELS,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Photos to compare torch and ONNX on (default: the run's samples, or synthetic "
-            "images)."
+            metavar="FOLDER",
+            help="Photos to compare torch and ONNX on (default: the run's samples, or drawn ones).",
         ),
     ] = None,
     precision: PrecisionOption = PrecisionName.FP32,
-    target: TargetOption = None,
     keep: KeepOption = None,
-    quantise_ends: EndsOption = False,
-    calibration: CalibrationOption = None,
-    calibration_images: CalibrationCountOption = 64,
     trt: TrtOption = False,
     builder: BuilderOption = BuilderName.TENSORRT,
     sm: SmOption = None,
-    profile: ProfileOption = None,
-    sizes_of: SizesOption = None,
-    max_batch: MaxBatchOption = 4,
-    workspace: WorkspaceOption = None,
-    timing_cache: TimingCacheOption = None,
-    refittable: RefittableOption = False,
+    engine_config: EngineConfigOption = None,
     triton: TritonOption = None,
+    settings: SettingTexts = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Export a plain network to ONNX and TensorRT, and certify that nothing of the training is in
-    it.
+    """Export a plain network to ONNX and TensorRT, and certify that no training part is left in it.
 
-    Writes model.onnx, manifest.json and certificate.json. The certificate
-    compares the graph with that of a network built fresh from its name, and
-    torch with onnxruntime on photos. Other precisions are converted from that
-    graph and verified against it on photos (differences.html). Auxiliary
-    heads, which the main output does not need, are left out and named. Exit
-    code 1 where a line of the certificate fails; the files are written all the
-    same. --trt adds an engine and its sidecar.
+    Writes model.onnx, manifest.json and certificate.json. The certificate compares the graph with
+    that of a network built fresh from its name, and torch with onnxruntime on photos. Other
+    precisions are converted from that graph and verified against it on photos (differences.html).
+    Auxiliary heads, which the main output does not need, are left out and named. --trt adds an
+    engine and its sidecar. The exit code is 1 if a line of the certificate fails; the files are
+    still written.
 
     A network of your own is imported from the working folder, and its code runs.
+
+    Settings for --set KEY=VALUE. Engine, also in --engine-config (YAML): profile
+    (MIN,OPT,MAX shapes NxHxW, such as 1x32x32,1x360x480,4x720x960), sizes_of (folder of photos to
+    take the profile from), max_batch (4), workspace (GiB), timing_cache (file), refittable. int8:
+    target (tensorrt or cpu), quantise_ends, calibration (folder), calibration_images (64). A
+    network of one size, or of multiples of N: fixed_size=true, multiple=N.
 
     Example: srdeploy export runs/night --out deploy/night
 
     Example: srdeploy export runs/night --precision fp16 --trt
 
-    Example: srdeploy export runs/night --precision int8 --trt --builder rtx --sm 8.9
+    Example: srdeploy export runs/night --trt --builder rtx --sm 8.9
 
     Example: srdeploy export my_package.models:make_network --weights w.pth --classes classes.json
     """
     from srdeploy import console
+    from srdeploy.cli.settings import EngineSettings, ExportSettings, load_settings
     from srdeploy.export.engines.stage import EngineRequest, add_engine
     from srdeploy.export.pipeline import export_source
     from srdeploy.export.precision.stage import TypeOptions
@@ -146,17 +138,16 @@ def export(
     from srdeploy.validation import parse_options, parse_size, validated
 
     console.set_quiet(quiet or as_json)
+    rare = load_settings(ExportSettings, settings or (), engine_config, EngineSettings)
     types = validated(
         TypeOptions,
         {
             "precision": precision.value,
-            "target": require_fitting(
-                precision.value, None if target is None else target.value, engine=trt
-            ),
+            "target": require_fitting(precision.value, rare.target, engine=trt),
             "keep": tuple(keep or ()),
-            "ends": quantise_ends,
-            "calibration": calibration,
-            "calibration_count": calibration_images,
+            "ends": rare.quantise_ends,
+            "calibration": rare.calibration,
+            "calibration_count": rare.calibration_images,
         },
         "srdeploy export",
     )
@@ -164,12 +155,12 @@ def export(
         trt,
         builder=builder.value,
         sm=tuple(sm or ()),
-        profiles=tuple(profile or ()),
-        sizes_of=sizes_of,
-        max_batch=max_batch,
-        workspace_gib=workspace,
-        timing_cache=timing_cache,
-        refittable=refittable,
+        profiles=rare.profile,
+        sizes_of=rare.sizes_of,
+        max_batch=rare.max_batch,
+        workspace_gib=rare.workspace,
+        timing_cache=rare.timing_cache,
+        refittable=rare.refittable,
     )
     source = open_source(
         run,
@@ -177,8 +168,8 @@ def export(
         classes=classes,
         options=parse_options(option or []),
         size=parse_size(size, "--size") if size is not None else None,
-        multiple=multiple,
-        fixed_size=fixed_size,
+        multiple=rare.multiple,
+        fixed_size=rare.fixed_size,
         images=images,
     )
     if request is not None:
@@ -221,4 +212,4 @@ def export(
 
 def register(app: typer.Typer) -> None:
     """Adds `export` to the command line."""
-    app.command("export")(export)
+    add_verb(app, "export", export, DEPLOY)

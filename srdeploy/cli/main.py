@@ -1,16 +1,11 @@
-"""The `srdeploy` command: all verbs, and the one place where errors become lines and exit codes.
-
-Exit codes: 0 all well; 1 a verdict failed or part of the input was skipped; 2 input that can't
-be used.
-"""
+"""The `srdeploy` command: all verbs, and the one place where errors become lines and exit codes."""
 
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from srdeploy import __version__, console
 from srdeploy.cli import (
@@ -27,22 +22,8 @@ from srdeploy.cli import (
     train_verbs,
 )
 from srdeploy.cli.options import Force, Json, Quiet
-from srdeploy.errors import UserError
-
-
-class SubcommandGroup(TyperGroup):
-    """A group whose commands may have names of two words: `bench train` beside `bench`.
-
-    The longer name wins. Not a group within the group: `bench` takes arguments of its own.
-    """
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """(name, command, what is left of args), as typer's own."""
-        both = " ".join(args[:2])
-        if len(args) > 1 and both in self.commands:
-            args = [both, *args[2:]]
-        return super().resolve_command(ctx, args)
-
+from srdeploy.cli.verbs import FIRST, SubcommandGroup, add_verb
+from srdeploy.errors import UserError, missing_package
 
 app = typer.Typer(
     name="srdeploy",
@@ -53,8 +34,9 @@ app = typer.Typer(
     help=(
         "Train semantic segmentation with self-regulation, deploy the plain network, and prove "
         "that it is the plain one.\n\n"
-        "First steps: srdeploy demo (minutes, no GPU), then srdeploy train DATA, "
-        "srdeploy export RUN, srdeploy predict DEPLOY PHOTOS --out MASKS."
+        "Example: srdeploy demo (minutes, no GPU)\n\n"
+        "Example: srdeploy train DATA --out RUN, srdeploy export RUN --out DEPLOY, "
+        "srdeploy predict DEPLOY PHOTOS --out MASKS"
     ),
 )
 
@@ -68,7 +50,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -76,23 +61,24 @@ def _root(
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for data, runs, exports and report.html.")
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder for data, runs, exports and report.html."),
     ] = Path("demo"),
     steps: Annotated[
-        int, typer.Option(help="Training steps of each of the two networks.", min=1)
+        int, typer.Option(metavar="N", help="Training steps of each network.", min=1)
     ] = 400,
-    seed: Annotated[int, typer.Option(help="Seed of the data and of both trainings.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of data and training.")] = 0,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Make data, train two networks, export, certify, evaluate, bench, predict, report.
+    """Run the whole job on synthetic data: train two networks, deploy, compare, report.
 
-    Takes minutes on two cores without a GPU and downloads nothing. Open OUT/report.html afterwards.
+    Makes data, trains, exports, certifies, evaluates, benchmarks and predicts. It takes minutes on
+    two cores without a GPU and downloads nothing. Open OUT/report.html afterwards.
 
     Example: srdeploy demo --out demo
     """
-    from srdeploy import console
     from srdeploy.studies.demo import run_demo
 
     console.set_quiet(quiet or as_json)
@@ -104,18 +90,17 @@ def demo(
 
 
 def doctor(context: typer.Context, as_json: Json = False) -> None:
-    """Try what each verb can do on this machine, and say what is missing for the rest.
+    """Try what each verb can do on this machine, and report what is missing for the rest.
 
-    Shows GPUs, driver and packages. Every line is tried on a tiny network: a training step,
-    exports, engines, a run in each runtime. Takes some seconds. The exit code is 1 only where the
-    environment is broken, such as with both packages of onnxruntime; what is merely not installed
-    is no fault.
+    Shows GPUs, driver and packages. Tries every line on a tiny network: a training step, exports,
+    engines, a run in each runtime. Takes some seconds. The exit code is 1 only if the environment
+    is broken, such as with both packages of onnxruntime; a package that is not installed is no
+    fault.
 
     Example: srdeploy doctor
 
     Example: srdeploy doctor --json > machine.json
     """
-    from srdeploy import console
     from srdeploy.studies.doctor import diagnose
 
     verbs = getattr(context.find_root().command, "commands")  # noqa: B009
@@ -135,19 +120,22 @@ def doctor(context: typer.Context, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-train_verbs.register(app)
-pseudo_verb.register(app)
-export_verbs.register(app)
-certify_verbs.register(app)
-evaluate_verb.register(app)
-predict_verb.register(app)
-serve_verb.register(app)
-bench_verb.register(app)
-bench_train_verb.register(app)
-network_verbs.register(app)
-app.command("demo")(demo)
-data_verbs.register(app)
-app.command("doctor")(doctor)
+add_verb(app, "demo", demo, FIRST)
+add_verb(app, "doctor", doctor, FIRST)
+for verbs in (
+    data_verbs,
+    train_verbs,
+    pseudo_verb,
+    network_verbs,
+    export_verbs,
+    certify_verbs,
+    predict_verb,
+    serve_verb,
+    evaluate_verb,
+    bench_verb,
+    bench_train_verb,
+):
+    verbs.register(app)
 
 
 def main() -> None:
@@ -156,9 +144,13 @@ def main() -> None:
         app()
     except UserError as error:
         _refuse(str(error))
+    except ModuleNotFoundError as error:
+        missing = missing_package(error, f"srdeploy {' '.join(sys.argv[1:2])}".rstrip())
+        if missing is None:
+            raise
+        _refuse(str(missing))
     except OSError as error:
-        # A full disk can strike in any write, also inside libraries; everything else is a bug of
-        # ours.
+        # Any write can meet a full disk, in libraries too; every other error is a bug of ours.
         if error.errno != errno.ENOSPC:
             raise
         _refuse(

@@ -1,4 +1,4 @@
-"""`srdeploy models` and `srdeploy inspect`: what networks there are, and how one is read."""
+"""`srdeploy models` and `srdeploy inspect`: what networks cost, and what their exits see."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from srdeploy.cli.options import Device, Json, NetworkOptions, Quiet
+from srdeploy.cli.verbs import TRAIN, add_verb
 
 if TYPE_CHECKING:
     from srdeploy.studies.inspection import PhotoView
@@ -19,18 +20,18 @@ def models(
             show_default=False,
         ),
     ] = None,
-    classes: Annotated[int, typer.Option(help="Classes that the network tells apart.", min=2)] = 21,
+    classes: Annotated[int, typer.Option(metavar="N", help="Number of classes.", min=2)] = 21,
     size: Annotated[
-        str, typer.Option(metavar="HxW", help="Size of the image that work is counted for.")
+        str, typer.Option(metavar="HxW", help="Image size that operations are counted for.")
     ] = "512x1024",
     option: NetworkOptions = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """List the networks: parameters, work, stages, and what self-regulation adds in training.
+    """List the networks: parameters, operations, stages, and what self-regulation adds in training.
 
-    Work is that of one forward, and counts convolutions and matrix products. The exits are the
-    default ones, of one per stage; nothing is left of them in what is deployed.
+    Operations are those of one forward pass: convolutions and matrix products. The exits are the
+    default ones, one per stage; nothing of them is deployed.
 
     Example: srdeploy models
 
@@ -72,41 +73,48 @@ def inspect(
     ],
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Photos to look at through a run's exits.", show_default=False),
+        typer.Argument(help="Photos to show the run's exits on.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.html|FILE.png",
-            help="Page or picture to write (default: inspect-PHOTO.html; with --json none).",
+            metavar="FILE",
+            help="Page (.html) or picture (.png) to write (default: inspect-PHOTO.html; none with "
+            "--json).",
         ),
     ] = None,
     before: Annotated[
-        Path | None, typer.Option(help="Another run, shown above RUN: its baseline, usually.")
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Another run to show above the first, usually its baseline."
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="The photo's label mask, or a folder of PHOTO.png masks: truth, and each exit's "
-            "accuracy."
+            metavar="PATH",
+            help="The photo's label mask, or a folder of PHOTO.png masks: shows the targets and "
+            "each exit's accuracy.",
         ),
     ] = None,
     blend: Annotated[
-        float, typer.Option(help="Share of the photo in the maps, 0 to 1.", min=0, max=1)
+        float,
+        typer.Option(metavar="F", help="Share of the photo in the maps.", min=0, max=1),
     ] = 0.0,
     classes: Annotated[
-        int | None, typer.Option(help="Classes of a network that is no run (default: 21).", min=2)
+        int | None,
+        typer.Option(
+            metavar="N", help="Classes of a network that is not a run (default: 21).", min=2
+        ),
     ] = None,
     option: NetworkOptions = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="HxW", help="Size of the image that the network is read on."),
+        typer.Option(metavar="HxW", help="Image size that the network is read at."),
     ] = None,
     taps: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B,...", help="Modules to tap, shallow to deep, instead of the choice."
-        ),
+        typer.Option(metavar="A,B,...", help="Modules to tap, shallow to deep (default: chosen)."),
     ] = None,
     device: Device = "cpu",
     quiet: Quiet = False,
@@ -114,12 +122,12 @@ def inspect(
 ) -> None:
     """Show how a network is read (its taps and why, its heads), or what each exit of a run sees.
 
-    Without photos: the modules that exits would read, and the reason for each; the network's own
-    supervised heads; auxiliary heads and what becomes of them; the form of its output.
+    Without photos: the modules that exits would tap, and why; the network's supervised auxiliary
+    heads; the heads that are dropped; the form of its output.
 
-    With photos, one column per exit of a run: how its features tell the image's parts apart, its
-    segmentation, its class scores. FILE.png takes one photo. --before RUN shows two runs above each
-    other, such as the baseline and the regulated one.
+    With photos, one column per exit of a run: how well its features separate the image's parts, its
+    segmentation, its class scores. A .png shows one photo. --before RUN stacks two runs, such as
+    the baseline and the regulated one.
 
     Example: srdeploy inspect runs/sr photo.jpg --before runs/base --out inspect.html
 
@@ -136,11 +144,17 @@ def inspect(
     }
     photo_only: dict[str, Any] = {"--before": before, "--labels": labels, "--out": out}
     if images:
-        _refuse_options(network_only, "says how to read a network: it goes without photos")
+        _refuse_options(network_only, "says how to read a network: leave the photos out")
         _inspect_photos(target, images, out, before, labels, blend, device, as_json)
     else:
         _refuse_options(photo_only, "is for photos: name them after the run")
         _inspect_network(target, classes, option or [], size, taps, as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `models` and `inspect` to the command line."""
+    add_verb(app, "models", models, TRAIN)
+    add_verb(app, "inspect", inspect, TRAIN)
 
 
 def _inspect_network(
@@ -185,8 +199,7 @@ def _inspect_photos(
         _check_out(out, images)
     if not Path(target).exists():
         raise UserError(
-            f"no run folder {target}: photos are looked at through the exits of a run "
-            "(srdeploy train)"
+            f"no run folder {target}: photos are shown through the exits of a run (srdeploy train)"
         )
     views = view_photos(load_subjects(Path(target), before, device), images, labels)
     if out is not None:
@@ -234,7 +247,7 @@ def _command(
     blend: float,
     out: Path,
 ) -> str:
-    """What makes the page again, for its foot."""
+    """The command that makes the page again, for its foot."""
     import shlex
 
     words = ["srdeploy", "inspect", target, *map(str, images)]
@@ -249,9 +262,3 @@ def _refuse_options(given: "dict[str, Any]", reason: str) -> None:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"{name} {reason}")
-
-
-def register(app: typer.Typer) -> None:
-    """Adds `models` and `inspect` to the command line."""
-    app.command("models")(models)
-    app.command("inspect")(inspect)

@@ -8,6 +8,8 @@ import typer
 
 from srdeploy.runtimes.registry import AUTO, choosing_precision, runtime_names
 
+NETWORK = "Network"
+
 Artifact = Annotated[
     Path,
     typer.Argument(
@@ -15,49 +17,63 @@ Artifact = Annotated[
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else there.")
+    bool, typer.Option("--json", help="Print one JSON object, and only that, on stdout.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress bars.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. Never falls back in silence.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N; no fallback.")]
 Split = Annotated[
     str,
     typer.Option(
-        help="Split of the data set, e.g. train, val or test; '+' joins several, as train+val."
+        metavar="NAME",
+        help="Split of the data set, e.g. train, val or test; '+' joins several, as train+val.",
     ),
 ]
 RuntimeName = Annotated[
     str,
     typer.Option(
         "--runtime",
-        help=f"{', '.join(runtime_names())}. auto goes by the artifact: {AUTO['run']} for a run, "
-        f"{AUTO['onnx']} for a graph, {AUTO['engine']} for an engine.",
+        metavar="NAME",
+        help=f"{', '.join(runtime_names())}. auto takes {AUTO['run']} for a run, {AUTO['onnx']} "
+        f"for a graph, {AUTO['engine']} for an engine.",
     ),
 ]
 Arithmetic = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help=f"Arithmetic of {' and '.join(choosing_precision())}: fp32 (default), bf16 or fp16. "
-        "Other runtimes compute what the artifact's types say.",
+        metavar="TYPE",
+        help=f"Arithmetic of {' and '.join(choosing_precision())}: fp32 (default), bf16 or fp16; "
+        "other runtimes follow the artifact's types.",
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads of the runtime; all cores by default.", min=1)
+    int | None,
+    typer.Option(metavar="N", help="CPU threads of the runtime; all cores by default.", min=1),
 ]
 Classes = Annotated[
     Path | None,
     typer.Option(
         "--classes",
+        metavar="FILE",
         help="classes.json for an ONNX file without our metadata (names, palette, mean, std).",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output folder where it exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
+SettingTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting from above; may be repeated.",
+    ),
+]
 NetworkOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
         metavar="KEY=VALUE",
         help="Keyword option of the network's builder, e.g. output_stride=8; may be repeated.",
+        rich_help_panel=NETWORK,
     ),
 ]
 
@@ -70,7 +86,7 @@ HAND_OVER = "Hand-over"
 
 
 class PrecisionName(StrEnum):
-    """Of the arithmetic inside; inputs and outputs keep their types."""
+    """Arithmetic inside the graph; inputs and outputs keep their types."""
 
     FP32 = "fp32"
     TF32 = "tf32"
@@ -79,15 +95,8 @@ class PrecisionName(StrEnum):
     INT8 = "int8"
 
 
-class TargetName(StrEnum):
-    """For whom int8 is written."""
-
-    TENSORRT = "tensorrt"
-    CPU = "cpu"
-
-
 class BuilderName(StrEnum):
-    """Which TensorRT builds."""
+    """Which TensorRT builds the engine."""
 
     TENSORRT = "tensorrt"
     RTX = "rtx"
@@ -97,17 +106,9 @@ PrecisionOption = Annotated[
     PrecisionName,
     typer.Option(
         "--precision",
-        help="Types inside the graph; what goes in and comes out keeps its type. tf32: in engines.",
-        rich_help_panel=TYPES,
-    ),
-]
-TargetOption = Annotated[
-    TargetName | None,
-    typer.Option(
-        "--target",
-        help="int8 for tensorrt (symmetric) or cpu (u8s8, fast on CPUs); "
-        "by default tensorrt with --trt, else cpu.",
-        show_default=False,
+        metavar="TYPE",
+        help="Types inside the graph: fp32, fp16, bf16 or int8; tf32 in engines. Inputs and "
+        "outputs keep their type.",
         rich_help_panel=TYPES,
     ),
 ]
@@ -121,30 +122,6 @@ KeepOption = Annotated[
         rich_help_panel=TYPES,
     ),
 ]
-EndsOption = Annotated[
-    bool,
-    typer.Option(
-        "--quantise-ends",
-        help="int8: quantise the first and last layers too.",
-        rich_help_panel=TYPES,
-    ),
-]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        metavar="FOLDER",
-        help="int8: photos to measure ranges on (default: the training photos of the run).",
-        show_default=False,
-        rich_help_panel=TYPES,
-    ),
-]
-CalibrationCountOption = Annotated[
-    int,
-    typer.Option(
-        "--calibration-images", help="int8: how many of them.", min=1, rich_help_panel=TYPES
-    ),
-]
 TrtOption = Annotated[
     bool,
     typer.Option("--trt", help="Also build a TensorRT engine.", rich_help_panel=ENGINE),
@@ -153,6 +130,7 @@ BuilderOption = Annotated[
     BuilderName,
     typer.Option(
         "--builder",
+        metavar="NAME",
         help="tensorrt: on this machine's GPU. rtx: TensorRT for RTX, ahead of time with --sm.",
         rich_help_panel=ENGINE,
     ),
@@ -167,58 +145,13 @@ SmOption = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
-ProfileOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--profile",
-        metavar="MIN,OPT,MAX",
-        help="Shapes NxHxW, e.g. 1x32x32,1x360x480,4x720x960; may be repeated "
-        "(default: from the network's sizes).",
-        show_default=False,
-        rich_help_panel=ENGINE,
-    ),
-]
-SizesOption = Annotated[
+EngineConfigOption = Annotated[
     Path | None,
     typer.Option(
-        "--sizes-of",
-        metavar="FOLDER",
-        help="Take the profile's sizes from these photos.",
-        show_default=False,
-        rich_help_panel=ENGINE,
-    ),
-]
-MaxBatchOption = Annotated[
-    int,
-    typer.Option(
-        "--max-batch", help="Largest batch of the profile.", min=1, rich_help_panel=ENGINE
-    ),
-]
-WorkspaceOption = Annotated[
-    float | None,
-    typer.Option(
-        "--workspace",
-        metavar="GIB",
-        help="Memory that the builder may try kernels with (default: the GPU's).",
-        show_default=False,
-        rich_help_panel=ENGINE,
-    ),
-]
-TimingCacheOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--timing-cache",
+        "--engine-config",
         metavar="FILE",
-        help="Kernel timings, read and written: the next build takes a fraction of the time.",
+        help="YAML file of the engine's settings: see above.",
         show_default=False,
-        rich_help_panel=ENGINE,
-    ),
-]
-RefittableOption = Annotated[
-    bool,
-    typer.Option(
-        "--refittable",
-        help="Let the engine take other weights without a build.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -236,19 +169,66 @@ TritonOption = Annotated[
 
 # Options of the verbs that train: a network by `train`, a classifier of tags by `pseudo`.
 
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps (default: 2000).")]
-Batch = Annotated[int | None, typer.Option(help="Images per forward pass (default: 8).")]
+OPTIMISATION = "Optimisation"
+CONFIGURATION = "Configuration"
+SUPERVISION = "Image tags instead of masks"
+RUN = "Run"
+
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Optimizer steps (default: 2000).", rich_help_panel=OPTIMISATION
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Images per forward pass (default: 8).", rich_help_panel=OPTIMISATION
+    ),
+]
 Crop = Annotated[
-    str | None, typer.Option(metavar="HxW", help="Size of training crops (default: 320x320).")
+    str | None,
+    typer.Option(
+        metavar="HxW",
+        help="Size of training crops (default: 320x320).",
+        rich_help_panel=OPTIMISATION,
+    ),
 ]
-Rate = Annotated[float | None, typer.Option(help="Highest learning rate (default: 0.01).")]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATE",
+        help="Highest learning rate (default: 0.01).",
+        rich_help_panel=OPTIMISATION,
+    ),
+]
 Pretrained = Annotated[
-    str | None, typer.Option(metavar="FILE|imagenet", help="Backbone weights to start from.")
+    str | None,
+    typer.Option(
+        metavar="FILE|imagenet", help="Backbone weights to start from.", rich_help_panel=NETWORK
+    ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of start, order and views (default: 0).")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Seed of weights, order and augmentation (default: 0).",
+        rich_help_panel=OPTIMISATION,
+    ),
+]
 TrainingDevice = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:N, or auto, which says what it took.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:N, or auto, which reports its choice.",
+        rich_help_panel=RUN,
+    ),
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Threads that read and augment photos (default: 2).")
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Threads that read and augment photos (default: 2).",
+        rich_help_panel=RUN,
+    ),
 ]

@@ -6,18 +6,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srdeploy.cli.options import Arithmetic, Artifact, Classes, Device, Json, Quiet, RuntimeName
+from srdeploy.cli.options import (
+    Arithmetic,
+    Artifact,
+    Classes,
+    Device,
+    Json,
+    Quiet,
+    RuntimeName,
+    SettingTexts,
+)
+from srdeploy.cli.verbs import USE, add_verb
 
 if TYPE_CHECKING:
+    from srdeploy.cli.settings import PredictionSettings
     from srdeploy.serve.folders.predict import Executor
     from srdeploy.serve.folders.summary import Summary
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 class MaskKind(StrEnum):
-    """Kinds of masks."""
+    """What the pixels of a mask file show."""
 
     palette = "palette"
     gray = "gray"
@@ -25,7 +36,7 @@ class MaskKind(StrEnum):
 
 
 class AreasKind(StrEnum):
-    """Kinds of tables."""
+    """File format of the table of class areas."""
 
     jsonl = "jsonl"
     parquet = "parquet"
@@ -33,13 +44,13 @@ class AreasKind(StrEnum):
 
 
 class EngineName(StrEnum):
-    """Who does the work."""
+    """Where the work is done."""
 
     local = "local"
     ray = "ray"
 
 
-OUTPUTS, VIEWS, SPEED = "What is written", "How the network looks", "Where and how fast"
+OUTPUTS, VIEWS, SPEED = "Outputs", "Views of each photo", "Device and speed"
 
 
 def predict(
@@ -54,38 +65,27 @@ def predict(
     ] = None,
     *,
     out: Annotated[str, typer.Option(help="Folder for the outputs, or a URL.", show_default=False)],
-    list_file: Annotated[
-        str | None, typer.Option("--list", metavar="FILE", help="A text file, one photo a line.")
-    ] = None,
     mask: Annotated[
         MaskKind,
         typer.Option(
-            help="PNG with the class ids as pixels; palette shows the colours.",
+            metavar="KIND",
+            help="PNG whose pixels are class ids: palette (in colour), gray, or none.",
             rich_help_panel=OUTPUTS,
         ),
     ] = MaskKind.palette,
     overlay: Annotated[
         bool,
         typer.Option(
-            "--overlay", help="Photos with the classes laid over.", rich_help_panel=OUTPUTS
-        ),
-    ] = False,
-    probabilities: Annotated[
-        bool,
-        typer.Option(
-            "--probabilities",
-            help="npz with float16 [K, h, w] at the network's size; needs an artifact with logits.",
+            "--overlay",
+            help="Also write photos with the classes laid over.",
             rich_help_panel=OUTPUTS,
         ),
-    ] = False,
-    rle: Annotated[
-        bool,
-        typer.Option("--rle", help="JSON with COCO's run lengths.", rich_help_panel=OUTPUTS),
     ] = False,
     areas: Annotated[
         AreasKind,
         typer.Option(
-            help="One table with each photo's class areas, written at the end.",
+            metavar="FORMAT",
+            help="Table of class areas in each photo: jsonl, parquet or none.",
             rich_help_panel=OUTPUTS,
         ),
     ] = AreasKind.none,
@@ -93,91 +93,58 @@ def predict(
         str | None,
         typer.Option(
             metavar="HxW",
-            help="Look at large photos at their own size, tile by tile.",
-            rich_help_panel=VIEWS,
-        ),
-    ] = None,
-    overlap: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            min=0,
-            help="Of neighbouring tiles; a quarter of their shorter side by default.",
+            help="Run large photos at full size, tile by tile.",
             rich_help_panel=VIEWS,
         ),
     ] = None,
     scales: Annotated[
         str,
         typer.Option(
-            help="Average over these relative sizes, e.g. 0.75,1,1.25.", rich_help_panel=VIEWS
+            metavar="F,F,...",
+            help="Average over these relative sizes, e.g. 0.75,1,1.25.",
+            rich_help_panel=VIEWS,
         ),
     ] = "1",
     flip: Annotated[
         bool,
-        typer.Option("--flip", help="Average over mirrored photos, too.", rich_help_panel=VIEWS),
+        typer.Option("--flip", help="Also average over mirrored photos.", rich_help_panel=VIEWS),
     ] = False,
-    max_megapixels: Annotated[
-        float, typer.Option(help="Skip larger photos.", rich_help_panel=VIEWS)
-    ] = 200.0,
     device: Device = "cpu",
     runtime: RuntimeName = "auto",
     precision: Arithmetic = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads of each session; one session of one thread for each core by default.",
-            min=1,
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            help="Photos of one size in a run, at most; 1 on CPUs, measured on GPUs by default.",
-            min=1,
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
     engine: Annotated[
         EngineName,
-        typer.Option(help="This machine, or a Ray cluster.", rich_help_panel=SPEED),
+        typer.Option(
+            metavar="WHERE", help="local, or ray for a Ray cluster.", rich_help_panel=SPEED
+        ),
     ] = EngineName.local,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="A cluster that is there, or auto; a local one is started by default.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
-    actors: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes of the cluster that hold the network; as many as fit by default.",
-            min=1,
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
+    settings: SettingTexts = None,
     classes: Classes = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Do everything again, also what is done.")
+        bool, typer.Option("--force", help="Start over, including finished photos.")
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write a mask of each photo's own size; pixel values are class ids.
 
-    The mask of a/b.jpg is OUT/a/b.png; photos that differ only in their suffix keep it
-    (b.jpg.png). OUT/classes.json and OUT/legend.png say what the ids mean, OUT/manifest.jsonl what
-    became of each photo. Run the same command again to resume, however the run ended.
-    Unreadable photos are reported and skipped; the exit code is then 1.
+    The mask of a/b.jpg is OUT/a/b.png; photos that differ only in their suffix keep it (b.jpg.png).
+    OUT/classes.json and OUT/legend.png explain the ids, OUT/manifest.jsonl lists what became of
+    each photo. The same command goes on where a run ended, however it ended. Unreadable photos are
+    reported and skipped, and make the exit code 1.
+
+    Settings for --set KEY=VALUE. More outputs: probabilities=true (npz), rle=true (COCO run
+    lengths). Reading: list=FILE (one photo a line), max_megapixels (200). Tiles: overlap in pixels
+    (a quarter of their shorter side). Speed: threads, batch. Ray: ray_address (HOST:PORT or auto),
+    actors.
 
     Example: srdeploy predict deploy/night photos --out masks --overlay
 
-    Large photos: srdeploy predict deploy/night maps --out masks --tile 1024x1024
+    Example: srdeploy predict deploy/night maps --out masks --tile 1024x1024
     """
     from srdeploy import console
     from srdeploy.artifacts.artifact import spec_from_classes
+    from srdeploy.cli.settings import PredictionSettings, load_settings
     from srdeploy.errors import UserError
     from srdeploy.serve.folders.predict import predict_photos
     from srdeploy.serve.folders.settings import PredictSettings
@@ -185,32 +152,33 @@ def predict(
     from srdeploy.validation import parse_size, validated
 
     console.set_quiet(quiet or as_json)
-    settings = validated(
+    rare = load_settings(PredictionSettings, settings or ())
+    outputs = validated(
         PredictSettings,
         {
             "mask": mask.value,
             "overlay": overlay,
-            "probabilities": probabilities,
-            "rle": rle,
+            "probabilities": rare.probabilities,
+            "rle": rare.rle,
             "areas": areas.value,
             "tile": parse_size(tile, "--tile") if tile is not None else None,
-            "overlap": overlap,
+            "overlap": rare.overlap,
             "scales": tuple(part.strip() for part in scales.split(",")),
             "flip": flip,
-            "max_megapixels": max_megapixels,
+            "max_megapixels": rare.max_megapixels,
         },
         "predict",
     )
-    if not photos and list_file is None:
-        raise UserError("no photos: give folders, files, globs, - for stdin, or --list FILE")
+    if not photos and rare.list is None:
+        raise UserError("no photos: give folders, files, globs, - for stdin, or --set list=FILE")
     spec = spec_from_classes(classes) if classes is not None else None
     summary = predict_photos(
         ModelSource("predict", artifact, device, runtime, spec, precision),
         photos or [],
         out,
-        settings,
-        executor=_executor(engine, threads, batch, ray_address, actors),
-        list_file=list_file,
+        outputs,
+        executor=_executor(engine, rare),
+        list_file=rare.list,
         force=force,
     )
     if as_json:
@@ -223,23 +191,17 @@ def predict(
         raise typer.Exit(1)
 
 
-def _executor(
-    name: EngineName,
-    threads: int | None,
-    batch: int | None,
-    ray_address: str | None,
-    actors: int | None,
-) -> "Executor":
+def _executor(name: EngineName, rare: "PredictionSettings") -> "Executor":
     from srdeploy.errors import UserError
     from srdeploy.serve.folders.predict import LocalExecutor
 
     if name is EngineName.ray:
         from srdeploy.serve.folders.ray_executor import RayExecutor
 
-        return RayExecutor(threads, batch, ray_address, actors)
-    if ray_address is not None or actors is not None:
-        raise UserError("--ray-address and --actors are the cluster's: add --engine ray")
-    return LocalExecutor(threads, batch)
+        return RayExecutor(rare.threads, rare.batch, rare.ray_address, rare.actors)
+    if rare.ray_address is not None or rare.actors is not None:
+        raise UserError("ray_address and actors are settings of the cluster: add --engine ray")
+    return LocalExecutor(rare.threads, rare.batch)
 
 
 def _tell(summary: "Summary") -> None:
@@ -253,12 +215,14 @@ def _tell(summary: "Summary") -> None:
     )
     if summary.images:
         console.say(
-            f"  network {100 * summary.network_busy:.0f} % busy, {summary.sessions} sessions; "
-            f"decode {summary.decode_s:.1f} s, network {summary.run_s:.1f} s, "
-            f"encode {summary.encode_s:.1f} s"
+            f"  network {100 * summary.network_busy:.0f} % busy in {summary.sessions} sessions: "
+            f"decode {summary.decode_s:.1f} s, network {summary.run_s:.1f} s, encode "
+            f"{summary.encode_s:.1f} s, all at the same time"
         )
     if summary.left:
-        console.failed(f"stopped with {summary.left:,} photos left: the same command resumes here")
+        console.failed(
+            f"stopped with {summary.left:,} photos left: the same command goes on from here"
+        )
     if summary.skipped_count:
         console.failed(
             f"{summary.skipped_count:,} photos skipped: the reasons are in "
@@ -268,4 +232,4 @@ def _tell(summary: "Summary") -> None:
 
 def register(app: typer.Typer) -> None:
     """Adds the verb to the command line."""
-    app.command("predict")(predict)
+    add_verb(app, "predict", predict, USE)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from srdeploy.cli.options import (
+    NETWORK,
     Batch,
     Crop,
     Json,
@@ -18,23 +19,28 @@ from srdeploy.cli.options import (
     TrainingDevice,
     Workers,
 )
+from srdeploy.cli.verbs import TRAIN, add_verb
 
 
 def pseudo(
-    out: Annotated[Path, typer.Option(help="Folder to write: a data set, in the same layout.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder to write: a data set, in the same layout."),
+    ],
     data: Annotated[
         Path | None,
-        typer.Argument(help="Data set's folder, with labels.csv; known once OUT was begun."),
+        typer.Argument(help="Folder of the data set, with labels.csv; optional once OUT exists."),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="One step alone: classify, maps or masks.")
+        str | None, typer.Option(metavar="STEP", help="Only one step: classify, maps or masks.")
     ] = None,
     labels_from_masks: Annotated[
         bool | None,
         typer.Option(
             "--labels-from-masks/--labels-from-file",
-            help="Take tags from what each mask shows, to measure what the lack of masks costs.",
+            help="Take tags from the masks, to measure what the lack of masks costs.",
             show_default=False,
+            rich_help_panel="Source of the tags",
         ),
     ] = None,
     teacher: Annotated[
@@ -44,15 +50,19 @@ def pseudo(
         ),
     ] = None,
     train_split: Annotated[
-        str | None, typer.Option(help="Split that gets masks; join several with '+'.")
+        str | None,
+        typer.Option(metavar="NAME", help="Split that gets masks; join several with '+'."),
     ] = None,
     val_split: Annotated[
-        str | None, typer.Option(help="Split to validate on; keeps its masks where it has some.")
+        str | None,
+        typer.Option(metavar="NAME", help="Split to validate on; keeps any masks that it has."),
     ] = None,
     network: Annotated[
         str | None,
         typer.Option(
-            help="Network whose encoder is the classifier (default: deeplabv2-mobilenetv2)."
+            metavar="NAME",
+            help="Network whose encoder is the classifier (default: deeplabv2-mobilenetv2).",
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     option: NetworkOptions = None,
@@ -72,7 +82,7 @@ def pseudo(
     workers: Workers = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Keys of train, and a section 'pseudo'."),
+        typer.Option(metavar="FILE", help="YAML: keys of train, and a section 'pseudo'."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -83,23 +93,23 @@ def pseudo(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Train the classifier anew where settings differ.")
+        bool, typer.Option("--force", help="Retrain the classifier if its settings differ.")
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Make masks of image tags: a data set that `srdeploy train` trains on.
 
-    Three steps. classify: a multi-label classifier is trained on the tags. maps: its class
-    activation maps, over scales and mirrored photos. masks: the maps are refined along the photos'
-    edges, and each pixel gets a class, the background, or is ignored where that is not clear. A
-    mask never shows a class that the photo's tags lack. OUT/confidence says how sure each pixel
-    is (train --set confidence=true).
+    Three steps. classify: train a multi-label classifier on the tags. maps: compute its class
+    activation maps, over scales and mirrored photos. masks: refine the maps along the photos' edges
+    and give each pixel a class, the background, or the ignore index where that is unclear. A mask
+    never shows a class that the photo's tags lack. OUT/confidence holds how sure each pixel is (for
+    train --set confidence=true).
 
-    The same command goes on where it was stopped, and remembers its settings: with other ones it
-    repeats the steps that these change. Look at OUT/pseudo/contact-sheet.png and worst.html.
+    The same command continues where it stopped and remembers its settings; changed settings repeat
+    the steps that they affect. Look at OUT/pseudo/contact-sheet.png and worst.html.
 
-    Tags stand in DATA/labels.csv: "image,classes" and lines like "train/cow_1.jpg,cow;person".
+    DATA/labels.csv holds the tags: "image,classes" and lines like "train/cow_1.jpg,cow;person".
 
     Example: srdeploy pseudo photos --pretrained imagenet --out photos-pseudo
 
@@ -152,4 +162,4 @@ def pseudo(
 
 def register(app: typer.Typer) -> None:
     """Adds `pseudo` to the command line."""
-    app.command("pseudo")(pseudo)
+    add_verb(app, "pseudo", pseudo, TRAIN)

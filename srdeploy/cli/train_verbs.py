@@ -1,4 +1,4 @@
-"""`srdeploy train` and `srdeploy recipes`."""
+"""`srdeploy train`, with masks or with image tags, and `srdeploy recipes`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +7,10 @@ import typer
 
 from srdeploy import console
 from srdeploy.cli.options import (
+    CONFIGURATION,
+    NETWORK,
+    RUN,
+    SUPERVISION,
     Batch,
     Crop,
     Json,
@@ -19,6 +23,7 @@ from srdeploy.cli.options import (
     TrainingDevice,
     Workers,
 )
+from srdeploy.cli.verbs import TRAIN, add_verb
 from srdeploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,21 +31,33 @@ if TYPE_CHECKING:
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder to write, e.g. runs/NAME.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="RUN", help="Run folder to write, e.g. runs/NAME.", rich_help_panel=RUN
+        ),
+    ],
     data: Annotated[
-        Path | None, typer.Argument(help="Data set's folder; may be left away with --resume.")
+        Path | None,
+        typer.Argument(help="Folder of the data set; optional with --resume.", show_default=False),
     ] = None,
     network: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="Plain network: a built-in one's name (default: deeplabv2-mobilenetv2), or your "
-            "own as PACKAGE.MODULE:FUNCTION."
+            "own as PACKAGE.MODULE:FUNCTION.",
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     option: NetworkOptions = None,
     regulation: Annotated[
         bool | None,
-        typer.Option("--sr/--no-sr", help="Self-regulation, or the baseline (default: --sr)."),
+        typer.Option(
+            "--sr/--no-sr",
+            help="Self-regulation, or the baseline (default: --sr).",
+            rich_help_panel=NETWORK,
+        ),
     ] = None,
     steps: Steps = None,
     batch: Batch = None,
@@ -52,49 +69,70 @@ def train(
     workers: Workers = None,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="NETWORK/DATA", help="Recipe to start from: see srdeploy recipes."),
+        typer.Option(
+            metavar="NETWORK/DATA",
+            help="Recipe to start from: see srdeploy recipes.",
+            rich_help_panel=CONFIGURATION,
+        ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="Configuration to start from.")
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML to start from.", rich_help_panel=CONFIGURATION),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key, with dots; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any key, with dots; may be repeated.",
+            rich_help_panel=CONFIGURATION,
+        ),
     ] = None,
     supervision: Annotated[
         str,
         typer.Option(
             metavar="masks|image",
-            help="image: from the tags in labels.csv, by way of pseudo masks in OUT-pseudo.",
+            help="image: train on the tags in labels.csv, through pseudo masks in OUT-pseudo.",
+            rich_help_panel=SUPERVISION,
         ),
     ] = "masks",
     labels_from_masks: Annotated[
         bool,
         typer.Option(
             "--labels-from-masks",
-            help="With --supervision image: tags from what each mask shows, to measure what the "
-            "lack of masks costs.",
+            help="With --supervision image: take tags from the masks, to measure what the lack of "
+            "masks costs.",
+            rich_help_panel=SUPERVISION,
         ),
     ] = False,
     rounds: Annotated[
         int,
         typer.Option(
-            help="With --supervision image: trainings; from the second on the network trained last "
-            "makes the masks (self-training).",
+            metavar="N",
+            help="With --supervision image: trainings; from the second on, the last trained "
+            "network makes the masks (self-training).",
             min=1,
+            rich_help_panel=SUPERVISION,
         ),
     ] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in OUT, with its configuration.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in OUT, with its configuration.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run in OUT.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the run in OUT.", rich_help_panel=RUN)
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train a network with self-regulation, or the baseline (--no-sr), into a run folder.
 
-    Keys count in this order: defaults, --recipe, --config, the flags here, --set. The folder's
-    config.yaml lists all keys and can be given as --config. Ctrl-C stops after the step and saves;
+    Later sources win: defaults, --recipe, --config, the flags here, --set. The config.yaml in the
+    run folder lists every key and can be given as --config. Ctrl-C stops after the step and saves;
     --resume goes on from there.
 
     Example: srdeploy train data --network deeplabv2-resnet18 --pretrained imagenet --out runs/sr
@@ -111,7 +149,6 @@ def train(
 
     Example: torchrun --nproc-per-node 4 -m srdeploy train data --batch 16 --out runs/four
     """
-    from srdeploy import console
     from srdeploy.train.distributed import joined, leave
     from srdeploy.train.loop import train as run_training
     from srdeploy.validation import parse_options
@@ -158,84 +195,6 @@ def train(
         raise typer.Exit(1)
 
 
-def _configure(
-    out: Path,
-    resume: bool,
-    recipe: str | None,
-    file: Path | None,
-    flags: dict[str, Any],
-    settings: list[str],
-) -> "TrainConfig":
-    from srdeploy.errors import UserError
-    from srdeploy.train.config import load_config
-    from srdeploy.train.run_folder import saved_config
-
-    if resume and recipe is not None:
-        raise UserError(
-            f"--resume goes on with the configuration that {out} began with: leave --recipe away"
-        )
-    base = saved_config(out).model_dump(mode="json") if resume else None
-    if base is None and file is None and "data" not in flags and not settings:
-        raise UserError("no data set given: srdeploy train DATA --out RUN")
-    return load_config(base, file, flags, settings, recipe)
-
-
-def _refuse_without_tags(supervision: str, labels_from_masks: bool, rounds: int) -> None:
-    """Raises UserError for flags that mean nothing where masks are trained on."""
-    from srdeploy.validation import closest
-
-    if supervision != "masks":
-        raise UserError(f"--supervision {supervision}: {closest(supervision, ['masks', 'image'])}")
-    if labels_from_masks or rounds != 1:
-        flag = "--labels-from-masks" if labels_from_masks else "--rounds"
-        raise UserError(f"{flag} belongs to --supervision image: give that too, or leave it away")
-
-
-def _train_on_tags(
-    out: Path,
-    recipe: str | None,
-    file: Path | None,
-    flags: dict[str, Any],
-    settings: list[str],
-    labels_from_masks: bool,
-    rounds: int,
-    resume: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Runs it, prints its result, and exits with 1 where it was stopped."""
-    from srdeploy.train.config import load_config
-    from srdeploy.train.distributed import found_world
-    from srdeploy.train.weak.from_tags import WeakSettings, split_settings, train_from_tags
-    from srdeploy.train.weak.pseudo_run import PseudoConfig
-    from srdeploy.validation import validated
-
-    if found_world().size > 1:
-        raise UserError(
-            "--supervision image runs in one process: make the masks with srdeploy pseudo first, "
-            "then start torchrun on them"
-        )
-    if resume and force:
-        raise UserError(
-            "--resume and --force exclude each other: go on with the run, or replace it"
-        )
-    content, others, classifier, pseudo = split_settings(file, settings)
-    if "data" not in flags and "data" not in content:
-        raise UserError("no data set given: srdeploy train DATA --supervision image --out RUN")
-    config = load_config(None, file, flags, others, recipe, content)
-    weak = WeakSettings(
-        classifier=classifier,
-        pseudo=validated(PseudoConfig, pseudo, "the settings of pseudo"),
-        labels_from_masks=labels_from_masks,
-        rounds=rounds,
-    )
-    result = train_from_tags(config, weak, out, resume, force)
-    if as_json and result is not None:
-        console.print_json(result.summary())
-    if result is None or not result.finished:
-        raise typer.Exit(1)
-
-
 def recipes(
     name: Annotated[
         str | None,
@@ -246,14 +205,13 @@ def recipes(
 ) -> None:
     """List the recipes for `srdeploy train --recipe`, or print one.
 
-    A recipe is any network below with any data set. What is printed of one can be saved, changed,
+    A recipe combines any network below with any data set. A printed recipe can be saved, changed
     and given to train as --config.
 
     Example: srdeploy recipes
 
     Example: srdeploy recipes segnet/camvid > mine.yaml
     """
-    from srdeploy import console
     from srdeploy.train.config import DATA, NETWORKS, open_recipe, recipe_parts
 
     console.set_quiet(quiet or as_json)
@@ -278,5 +236,80 @@ def recipes(
 
 def register(app: typer.Typer) -> None:
     """Adds `train` and `recipes` to the command line."""
-    app.command("train")(train)
-    app.command("recipes")(recipes)
+    add_verb(app, "train", train, TRAIN)
+    add_verb(app, "recipes", recipes, TRAIN)
+
+
+def _refuse_without_tags(supervision: str, labels_from_masks: bool, rounds: int) -> None:
+    """Raises UserError for flags that mean nothing when masks are trained on."""
+    from srdeploy.validation import closest
+
+    if supervision != "masks":
+        raise UserError(f"--supervision {supervision}: {closest(supervision, ['masks', 'image'])}")
+    if labels_from_masks or rounds != 1:
+        flag = "--labels-from-masks" if labels_from_masks else "--rounds"
+        raise UserError(f"{flag} belongs to --supervision image: give that too, or leave it out")
+
+
+def _train_on_tags(
+    out: Path,
+    recipe: str | None,
+    file: Path | None,
+    flags: dict[str, Any],
+    settings: list[str],
+    labels_from_masks: bool,
+    rounds: int,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Trains from image tags, prints the result, and exits with 1 if it was stopped."""
+    from srdeploy.train.config import load_config
+    from srdeploy.train.distributed import found_world
+    from srdeploy.train.weak.from_tags import WeakSettings, split_settings, train_from_tags
+    from srdeploy.train.weak.pseudo_run import PseudoConfig
+    from srdeploy.validation import validated
+
+    if found_world().size > 1:
+        raise UserError(
+            "--supervision image runs in one process: make the masks with srdeploy pseudo first, "
+            "then start torchrun on them"
+        )
+    if resume and force:
+        raise UserError("--resume and --force exclude each other: continue the run, or replace it")
+    content, others, classifier, pseudo = split_settings(file, settings)
+    if "data" not in flags and "data" not in content:
+        raise UserError("no data set given: srdeploy train DATA --supervision image --out RUN")
+    config = load_config(None, file, flags, others, recipe, content)
+    weak = WeakSettings(
+        classifier=classifier,
+        pseudo=validated(PseudoConfig, pseudo, "the settings of pseudo"),
+        labels_from_masks=labels_from_masks,
+        rounds=rounds,
+    )
+    result = train_from_tags(config, weak, out, resume, force)
+    if as_json and result is not None:
+        console.print_json(result.summary())
+    if result is None or not result.finished:
+        raise typer.Exit(1)
+
+
+def _configure(
+    out: Path,
+    resume: bool,
+    recipe: str | None,
+    file: Path | None,
+    flags: dict[str, Any],
+    settings: list[str],
+) -> "TrainConfig":
+    from srdeploy.train.config import load_config
+    from srdeploy.train.run_folder import saved_config
+
+    if resume and recipe is not None:
+        raise UserError(
+            f"--resume continues with the configuration that {out} began with: leave --recipe out"
+        )
+    base = saved_config(out).model_dump(mode="json") if resume else None
+    if base is None and file is None and "data" not in flags and not settings:
+        raise UserError("no data set given: srdeploy train DATA --out RUN")
+    return load_config(base, file, flags, settings, recipe)

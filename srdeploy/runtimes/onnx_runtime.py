@@ -52,7 +52,7 @@ def require_offered(ort: Any, provider: Provider, device: str) -> None:
     if NAMES[provider] not in offered:
         raise UserError(
             f"device {device} was asked for, but the installed onnxruntime offers only "
-            f"{', '.join(offered)}: pip install 'srdeploy[gpu]' in an environment without the "
+            f"{', '.join(offered)}: pip install onnxruntime-gpu in an environment without the "
             "CPU package, or use --device cpu"
         )
 

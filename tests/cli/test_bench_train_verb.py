@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from srdeploy import console
 from srdeploy.cli.bench_train_verb import step_table
-from srdeploy.cli.main import SubcommandGroup
 from srdeploy.cli.main import app as whole_app
+from srdeploy.cli.verbs import SubcommandGroup
 from srdeploy.metrics import Interval
 from srdeploy.train.step_cost import VARIANTS, Memory, StepCost, VariantCost
 

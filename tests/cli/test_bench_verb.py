@@ -143,7 +143,7 @@ def test_the_margin_is_given_in_percent(srdeploy: Verb, graph: Path) -> None:
         (("{graph}", "--size", "8x8"), "at least"),
         (("{graph}", "--batch", "1,x"), "--batch 'x': a number of images"),
         (("{graph}", "--batch", "1,,2"), "an entry between the commas is empty"),
-        (("{graph}", "--batch", "2,2"), "an entry stands there twice"),
+        (("{graph}", "--batch", "2,2"), "an entry is given twice"),
         (("{graph}", "--runtime", "onnxruntim"), "did you mean 'onnxruntime'?"),
         (("{graph}", "--runtime", "tensorrt"), "tensorrt"),
         (("{graph}", "--device", "cuda"), "cuda"),

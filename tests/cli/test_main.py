@@ -1,4 +1,4 @@
-"""The frame of the command line: exit codes, errors of one line, help with examples."""
+"""The frame of the command line: exit codes and errors of one line."""
 
 import errno
 import subprocess
@@ -6,32 +6,16 @@ import sys
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from srdeploy import __version__
 from srdeploy.cli import main as command
 from srdeploy.errors import MissingPackageError, UserError
-
-VERBS = [
-    ["train"], ["export"], ["certify"], ["strip"], ["evaluate"], ["predict"], ["bench"],
-    ["bench", "train"], ["inspect"], ["demo"], ["models"], ["data", "synth"], ["data", "check"],
-    ["doctor"],
-]  # fmt: skip
 
 
 def srdeploy(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "srdeploy", *arguments], capture_output=True, text=True, timeout=120
     )
-
-
-@pytest.mark.wheel
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_every_verb_teaches_by_example(verb: list[str]) -> None:
-    result = CliRunner().invoke(command.app, [*verb, "--help"], env={"COLUMNS": "200"})
-    assert result.exit_code == 0
-    assert "Example" in result.output
-    assert f"srdeploy {' '.join(verb)}" in result.output
 
 
 @pytest.mark.wheel
@@ -57,7 +41,7 @@ def test_an_unknown_verb_is_refused_with_exit_code_2() -> None:
         ),
         (
             MissingPackageError("onnxruntime", "cpu", "running an ONNX file"),
-            "pip install 'srdeploy[cpu]'",
+            "pip install onnxruntime",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device", "out.png"),

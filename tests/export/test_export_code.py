@@ -109,7 +109,7 @@ def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def exported(place: Path) -> tuple[dict[str, Any], Path]:
     """The summary and deploy folder of a network that only takes multiples of 32."""
     arguments = [NAME, "--weights", "trained.pth", "--classes", "spec.json", "--size", "48x80"]
-    arguments += ["--option", "picky=32", "--multiple", "32", "--json"]
+    arguments += ["--option", "picky=32", "--set", "multiple=32", "--json"]
     result = subprocess.run(
         [sys.executable, "-m", "srdeploy", "export", *arguments],
         cwd=place,
@@ -139,7 +139,7 @@ def test_a_users_network_is_exported_and_certified(
     assert manifest["spec"]["input"]["multiple"] == 32
     assert manifest["command"] == (
         f"srdeploy export {NAME} --weights trained.pth --classes spec.json --option picky=32 "
-        "--size 48x80 --multiple 32 --out deploy/trained --input uint8 --output labels"
+        "--size 48x80 --set multiple=32 --out deploy/trained --input uint8 --output labels"
     )
     metadata = {
         entry.key: entry.value for entry in read_model(folder / "model.onnx").metadata_props
@@ -258,7 +258,10 @@ CLASSES = ("--classes", "classes.json")
         ((NAME, *WEIGHTS), "needs --classes FILE"),
         (("unet", *CLASSES), "network 'unet' needs --weights FILE: fresh ones are random"),
         (("unett", *CLASSES), "no such run folder, and no network: unett: did you mean 'unet'?"),
-        ((NAME, *WEIGHTS, *CLASSES, "--fixed-size"), "--fixed-size needs the size: --size HEIGHTx"),
+        (
+            (NAME, *WEIGHTS, *CLASSES, "--set", "fixed_size=true"),
+            "fixed_size needs the size: --size HEIGHTx",
+        ),
         ((NAME, *WEIGHTS, *CLASSES, "--size", "big"), "--size 'big': height x width"),
         ((NAME, *WEIGHTS, *CLASSES, "--option", "width"), "--option width: needs KEY=VALUE"),
         ((NAME, *WEIGHTS, *CLASSES, "--option", "wide=3"), "has no option 'wide': did you mean"),
@@ -270,7 +273,7 @@ CLASSES = ("--classes", "classes.json")
         ((NAME, *WEIGHTS, *CLASSES, "--option", "picky=32"), "fails on an image of 65x97 (Value"),
         (
             ("exported_pkg.models:OneSize", "--weights", "one_size.safetensors", *CLASSES),
-            "export: --size HxW --fixed-size)",
+            "export: --size HxW --set fixed_size=true)",
         ),
         (("exported_pkg.models:absent", *WEIGHTS, *CLASSES), "has no 'absent'"),
         ((NAME, *WEIGHTS, *CLASSES, "--images", "nowhere"), "no such folder of photos: nowhere"),
@@ -305,6 +308,10 @@ def test_a_run_takes_none_of_a_networks_options(
     make_run: Callable[[Path], Path],
 ) -> None:
     run = make_run(tmp_path / "run")
-    for flags in (WEIGHTS, CLASSES, ("--multiple", "32"), ("--option", "width=3")):
+    settings = ("--set", "multiple=32")
+    for flags in (WEIGHTS, CLASSES, settings, ("--option", "width=3")):
         assert call(monkeypatch, "export", run, *flags, "--out", tmp_path / "out") == 2
-        assert f"which says by itself what {flags[0]} would" in capsys.readouterr().err
+        assert (
+            f"which says by itself what {'multiple' if flags is settings else flags[0]} would"
+            in capsys.readouterr().err
+        )

@@ -54,7 +54,9 @@ def half(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("half") / "deploy"
     with pytest.MonkeyPatch.context() as patch:
         words = ["export", run, "--out", out, "--precision", "fp16", "--triton", out.parent / "t"]
-        code = call(patch, *words, "--trt", "--builder", "rtx", "--sm", "8.9", "--max-batch", 3)
+        code = call(
+            patch, *words, "--trt", "--builder", "rtx", "--sm", "8.9", "--set", "max_batch=3"
+        )
     assert code == 0
     return out
 
@@ -73,7 +75,7 @@ def test_a_16_bit_graph_is_certified_and_runs(run: Path, half: Path, photos: lis
 def test_the_manifest_names_precision_files_and_the_command_that_makes_them(half: Path) -> None:
     manifest = json.loads((half / "manifest.json").read_text())
     assert manifest["precision"] == "fp16"
-    for option in ("--precision fp16", "--trt", "--builder rtx", "--sm 8.9", "--max-batch 3"):
+    for option in ("--precision fp16", "--trt", "--builder rtx", "--sm 8.9", "--set max_batch=3"):
         assert option in manifest["command"]
     names = {path.name for path in half.iterdir()} - {"manifest.json"}
     assert names == set(manifest["files"])
@@ -103,7 +105,8 @@ def test_int8_is_calibrated_on_the_photos_that_are_given(
     run: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "deploy"
-    words = ["--precision", "int8", "--quantise-ends", "--calibration", calibration]
+    words = ["--precision", "int8", "--set", "quantise_ends=true"]
+    words += ["--set", f"calibration={calibration}"]
     assert call(monkeypatch, "export", run, "--out", out, *words) in (0, 1)
     lines = certificate_of(out)
     assert lines["types"]["passed"] is True
@@ -126,14 +129,14 @@ def test_tf32_is_an_engines_matter_and_its_graph_stays_float32(
     ("words", "reason"),
     [
         ("--precision tf32", "add --trt"),
-        ("--target cpu", "--precision int8"),
-        ("--precision int8 --target cpu --trt --builder rtx --sm 8.9", "--target tensorrt"),
-        ("--precision int8", "--calibration"),
+        ("--set target=cpu", "--precision int8"),
+        ("--precision int8 --set target=cpu --trt --builder rtx --sm 8.9", "target=tensorrt"),
+        ("--precision int8", "--set calibration="),
         ("--precision fp16 --keep nothing/such", "--keep nothing/such"),
         ("--sm 8.9", "add --trt"),
-        ("--refittable", "add --trt"),
+        ("--set refittable=true", "add --trt"),
         ("--trt --builder rtx --sm 9.0", "8.9"),
-        ("--trt --profile 1x32", "1x32"),
+        ("--trt --set profile=1x32", "1x32"),
         ("--trt --sm 8.9", "--builder rtx"),
     ],
 )

@@ -134,10 +134,10 @@ def test_a_graph_that_is_wrong_at_some_sizes_alone_says_which_and_what_to_do(
     line = parity_line(OtherAtTheSmallest(randomised(tiny(), 1)), spec, tiny_file, photos)
     assert line.passed is False
     assert "right at 48x64, 64x80, wrong at 32x32" in line.detail
-    assert "--fixed-size --size HxW" in line.detail
+    assert "--size HxW --set fixed_size=true" in line.detail
     line = parity_line(randomised(tiny(), 2), spec, tiny_file, photos)
     assert line.passed is False
-    assert "--fixed-size" not in line.detail  # wrong at every size: another matter
+    assert "fixed_size" not in line.detail  # wrong at every size: another matter
 
 
 def test_a_graph_that_fails_at_a_size_names_size_node_and_remedy_but_no_temporary_file(
@@ -159,7 +159,7 @@ def test_a_graph_that_fails_at_a_size_names_size_node_and_remedy_but_no_temporar
     onnx.save(model, str(broken))
     with pytest.raises(UserError, match="on images of 32x32.*Add node 'network/pool'") as caught:
         parity_line(randomised(tiny(), 1), spec, broken, photos)
-    assert "--fixed-size --size HxW" in str(caught.value)
+    assert "--size HxW --set fixed_size=true" in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
 
 

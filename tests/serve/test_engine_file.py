@@ -187,5 +187,5 @@ def test_the_machine_is_asked_for_package_gpu_and_driver(monkeypatch: pytest.Mon
 
 def test_an_absent_package_comes_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'srdeploy\[tensorrt\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install tensorrt "):
         machine("tensorrt")

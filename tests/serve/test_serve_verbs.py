@@ -83,7 +83,10 @@ def test_predict_exits_with_1_where_a_photo_was_skipped(
             "'scales.1' is",
         ),
         (("predict", "{graph}", "{data}", "--out", "{tmp}/out", "--tile", "64"), "--tile '64'"),
-        (("predict", "{graph}", "{data}", "--out", "{tmp}/out", "--actors", "2"), "--engine ray"),
+        (
+            ("predict", "{graph}", "{data}", "--out", "{tmp}/out", "--set", "actors=2"),
+            "--engine ray",
+        ),
         (("predict", "{graph}", "{tmp}/none", "--out", "{tmp}/out"), "no such file or folder"),
         (("predict", "{graph}", "{tmp}/empty", "--out", "{tmp}/out"), "no photos in"),
     ],

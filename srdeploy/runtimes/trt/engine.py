@@ -235,7 +235,7 @@ def _refusal(profiles: Sequence[Profile], shape: tuple[int, int, int]) -> str:
     n, height, width = shape
     return (
         f"images are [{n}, {height}, {width}, 3], and the engine was built for {ranges}: resize "
-        "them, or build it with a --profile that covers them"
+        "them, or build it with a profile that covers them"
     )
 
 

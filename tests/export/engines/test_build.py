@@ -181,7 +181,7 @@ def test_a_profile_that_the_graph_does_not_take_is_refused(
         ({"builder": "rtx", "sm": ("8.9", "8.9")}, "stands twice among 8.9, 8.9"),
         ({"builder": "rtx", "sm": ("7.5",), "precision": "bf16"}, "do not compute in bf16"),
         ({"builder": "rtx", "sm": ("8.9", "7.5"), "precision": "tf32"}, "do not compute in tf32"),
-        ({"builder": "rtx", "timing_cache": "a"}, "--timing-cache goes with TensorRT proper"),
+        ({"builder": "rtx", "timing_cache": "a"}, "timing_cache goes only with TensorRT proper"),
         ({"sm": ("8.9",)}, "--sm goes with --builder rtx alone"),
         ({"workspace_gib": 0}, "'workspace_gib' is '0': input should be greater than 0"),
         ({"precison": "fp16"}, "did you mean 'precision'?"),
@@ -223,14 +223,14 @@ def test_a_missing_package_comes_with_its_pip_line(
 ) -> None:
     monkeypatch.setattr(build, "list_gpus", lambda: (H100,))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'srdeploy\[tensorrt\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install tensorrt "):
         build_engine(typed_graph(), tmp_path / "model.engine", BuildOptions())
 
 
 def test_a_refittable_engine_for_rtx_needs_a_gpu(
     rtx: Any, typed_graph: MakeTyped, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="leave out --refittable"):
+    with pytest.raises(UserError, match="leave out refittable"):
         build_engine(typed_graph(), tmp_path / "a.engine", rtx_options(refittable=True))
 
 
@@ -241,7 +241,7 @@ def test_a_refittable_engine_for_rtx_needs_a_gpu(
             "Error Code 10: Internal Error (Could not find any implementation for node {stem}.)",
             "is probably a matter of memory",
         ),
-        ("Error Code 2: OutOfMemory (Requested size was 9663676416 bytes.)", "raise --workspace"),
+        ("Error Code 2: OutOfMemory (Requested size was 9663676416 bytes.)", "raise workspace"),
         ("CUDA initialization failure with error: 35", "no usable NVIDIA GPU or driver"),
         (
             "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient for "

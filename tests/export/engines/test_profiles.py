@@ -85,9 +85,9 @@ def test_any_text_is_a_profile_or_one_clear_line(text: str) -> None:
     except UserError as error:
         told = str(error)
     else:
-        told = f"--profile '{text}': {profile.text()}"
+        told = f"profile '{text}': {profile.text()}"
         assert parse_profile(profile.text()) == profile
-    assert told.startswith(f"--profile '{text}': ")
+    assert told.startswith(f"profile '{text}': ")
     assert "\n" not in told
 
 

@@ -19,7 +19,7 @@ def test_a_shape_without_a_profile_is_refused_with_the_ranges(
     with bench.runtime(make_engine(profiles=(PROFILE, tall))) as runtime:
         with pytest.raises(
             ImageShapeError,
-            match=r"N 1 to 4, H 32 to 64, W 32 to 64; N 2, H 80, W 32 to 64.*--profile that covers",
+            match=r"N 1 to 4, H 32 to 64, W 32 to 64; N 2, H 80, W 32 to 64.*profile that covers",
         ) as caught:
             runtime.run(photos(*shape))
         assert str([*shape, 3]) in str(caught.value)

@@ -126,7 +126,7 @@ def test_parquet_without_its_package_is_refused_before_the_work(
     monkeypatch.setattr(rendering, "find_spec", lambda _: None)
     check_areas("none")
     check_areas("jsonl")
-    with pytest.raises(MissingPackageError, match=r"pip install 'srdeploy\[parquet\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install pyarrow"):
         check_areas("parquet")
 
 

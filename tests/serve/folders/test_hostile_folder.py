@@ -46,7 +46,7 @@ class Place:
     def run(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """The verb, for which modes of files hold, in the folder cwd; temporary files go to tmp."""
         command = [*_bound_by_modes(), sys.executable, "-m", "srdeploy", "predict"]
-        command += [str(self.graph), "--out", str(self.out), "--max-megapixels", "1", "--json"]
+        command += [str(self.graph), "--out", str(self.out), "--set", "max_megapixels=1", "--json"]
         # Since 1.29 ONNX Runtime notes things in the temporary folder and at home, unless told.
         more = {"TMPDIR": str(self.root / "tmp"), "ORT_DISABLE_TELEMETRY": "1"}
         return subprocess.run(
@@ -235,7 +235,7 @@ HOSTILE_LINES = (
 
 
 @pytest.mark.parametrize(
-    ("separator", "way"), [(b"\n", "stdin"), (b"\r\n", "--list"), (b"\0", "stdin")]
+    ("separator", "way"), [(b"\n", "stdin"), (b"\r\n", "list"), (b"\0", "stdin")]
 )
 def test_hostile_lines_of_a_list_are_told_of_and_the_others_done(
     place: Place, separator: bytes, way: str
@@ -254,7 +254,7 @@ def test_hostile_lines_of_a_list_are_told_of_and_the_others_done(
         result = place.run("-", stdin=content)
     else:
         (place.root / "list.txt").write_bytes(content)
-        result = place.run("--list", str(place.root / "list.txt"))
+        result = place.run("--set", f"list={place.root / 'list.txt'}")
     summary = checked_messages(result)
     assert summary["images"] == len(SOUND_LINES)
     assert summary["skipped_count"] == len(HOSTILE_LINES)

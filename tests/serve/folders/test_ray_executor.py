@@ -205,7 +205,7 @@ def test_without_ray_the_line_that_installs_it_is_given(
     monkeypatch.setitem(sys.modules, "ray", None)
     source = ModelSource("colour", make_graph())
     records = RayExecutor().records(source, iter(()), 0, str(tmp_path / "out"), PredictSettings())
-    with pytest.raises(MissingPackageError, match=r"pip install 'srdeploy\[ray\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'ray\[data\]"):
         next(records)
 
 

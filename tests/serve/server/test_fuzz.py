@@ -28,7 +28,16 @@ def server(
     live = LiveServer(
         tmp_path_factory.mktemp("live"),
         f"unet={exported['uint8-labels']}",
-        *("--sessions", 2, "--threads", 1, "--max-batch", 2, "--max-megapixels", 1),
+        *(
+            "--set",
+            "sessions=2",
+            "--set",
+            "threads=1",
+            "--set",
+            "max_batch=2",
+            "--set",
+            "max_megapixels=1",
+        ),
     )
     yield live
     live.kill()

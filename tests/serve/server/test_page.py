@@ -501,7 +501,7 @@ def test_the_real_server_answers_the_page(
     browser: Any, make_graph: Callable[..., Path], tmp_path: Path
 ) -> None:
     graphs = [make_graph(name) for name in ("night.onnx", "day.onnx")]
-    server = LiveServer(tmp_path / "live", *graphs, "--sessions", 1, "--max-batch", 1)
+    server = LiveServer(tmp_path / "live", *graphs, "--set", "sessions=1", "--set", "max_batch=1")
     page = browser.new_context(viewport={"width": 1000, "height": 800}).new_page()
     faults: list[str] = []
     page.on("console", lambda message: faults.append(message.text))

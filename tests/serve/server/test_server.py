@@ -18,7 +18,7 @@ from srdeploy.spec import Spec
 from tests.serve.server.live import LiveServer
 
 MakeGraph = Callable[..., Path]
-FAST = ("--sessions", 2, "--threads", 1, "--max-batch", 2, "--drain", 0.1)
+FAST = ("--set", "sessions=2", "--set", "threads=1", "--set", "max_batch=2", "--set", "drain=0.1")
 COLOURS = np.array([[40, 160, 60], [200, 60, 40], [40, 70, 200]], np.uint8)
 
 
@@ -47,7 +47,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, tiny_spec: Spec) -> Path:
 
 @pytest.fixture(scope="module")
 def server(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    limits = ("--max-body-mib", 1, "--max-megapixels", 0.05, "--max-images", 3)
+    limits = ("--set", "max_body_mib=1", "--set", "max_megapixels=0.05", "--set", "max_images=3")
     live = LiveServer(
         tmp_path_factory.mktemp("live"),
         graphs / "night.onnx",

@@ -25,7 +25,7 @@ from tests.serve.server.live import LiveServer
 
 MakeGraph = Callable[..., Path]
 KEY = "0123456789abcdef"
-ONE = ("--sessions", 1, "--threads", 1, "--max-batch", 1)
+ONE = ("--set", "sessions=1", "--set", "threads=1", "--set", "max_batch=1")
 
 
 def photo(side: int) -> bytes:
@@ -91,7 +91,7 @@ class Crowd:
 def test_it_is_live_from_the_start_and_ready_once_warmed_up(
     start: Callable[..., LiveServer], make_graph: MakeGraph
 ) -> None:
-    server = start(make_graph(work=2), "--sessions", 2, "--max-batch", 4, wait=False)
+    server = start(make_graph(work=2), "--set", "sessions=2", "--set", "max_batch=4", wait=False)
     seen: list[int] = []
     while not seen or seen[-1] != 200:
         assert server.get("/v2/health/live").status_code == 200
@@ -117,7 +117,9 @@ def test_overload_is_refused_at_once_and_leaves_no_trace(
 ) -> None:
     policy = InputPolicy(smallest=(32, 32), usual=(64, 64), largest=(1024, 1024))
     spec = tiny_spec.model_copy(update={"input": policy})
-    server = start(make_graph(work=10, spec=spec), *ONE, "--max-waiting", 2, "--drain", 0)
+    server = start(
+        make_graph(work=10, spec=spec), *ONE, "--set", "max_waiting=2", "--set", "drain=0"
+    )
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(server.post, "/v1/segment", content=photo(1024)) for _ in range(8)]
         answers = [one.result() for one in asked]
@@ -154,7 +156,7 @@ def test_sigterm_drains_in_flight_requests(
 ) -> None:
     policy = InputPolicy(smallest=(32, 32), usual=(64, 64), largest=(512, 512))
     spec = tiny_spec.model_copy(update={"input": policy})
-    server = start(make_graph(work=4, spec=spec), *ONE, "--drain", 3)
+    server = start(make_graph(work=4, spec=spec), *ONE, "--set", "drain=3")
     crowd = Crowd(server, 6, 512, polite=True)
     while len(crowd.answers) < 6:
         time.sleep(0.02)
@@ -248,7 +250,7 @@ def test_workers_share_the_port_and_their_metrics(
 def test_workers_leave_when_their_parent_is_killed(
     start: Callable[..., LiveServer], make_graph: MakeGraph
 ) -> None:
-    server = start(make_graph(), "--workers", 2, *ONE, "--drain", 0, wait=False)
+    server = start(make_graph(), "--workers", 2, *ONE, "--set", "drain=0", wait=False)
     server.wait_for("ready", 2)
     workers = server.workers()
     assert len(workers) == 2
