@@ -77,7 +77,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="TYPE,...",
-            help="One or several of fp32, fp16, bf16: the arithmetic of runtimes that have a choice; "
+            help="One or several of fp32, fp16, bf16: the arithmetic of runtimes with a choice; "
             "for others, float32 graphs are converted (default: as stored).",
             rich_help_panel=MATRIX,
         ),
