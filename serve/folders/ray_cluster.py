@@ -22,6 +22,9 @@ from srdeploy.serve.folders.stores import OutputError, open_store
 from srdeploy.serve.folders.worker import Worker, folder_plan
 from srdeploy.serve.scheduling.planner import ModelSource, SessionPlan
 
+if TYPE_CHECKING:
+    import pyarrow
+
 OBJECT_STORE_BYTES = 100 << 20
 """Only names and records of photos go through it, not photos or masks."""
 
@@ -156,9 +159,6 @@ def _first_line(error: Exception) -> str:
 
 
 # The process that holds the network and works on batches of photos.
-
-if TYPE_CHECKING:
-    import pyarrow
 
 
 @dataclass(frozen=True)

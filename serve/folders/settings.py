@@ -34,7 +34,7 @@ class PredictSettings(Settings):
     flip: bool = False
     """Also average over the mirrored image, at each scale."""
     max_megapixels: float = Field(default=200.0, gt=0, allow_inf_nan=False)
-    """Larger photos are skipped: decoding takes 3 bytes per pixel, several times."""
+    """Larger photos are skipped: decoding takes 3 bytes per pixel, in several copies."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -164,7 +164,7 @@ def presence_note(view: PhotoView) -> str:
 
 def _heat_legend() -> Legend:
     """The colours of the maps as a gradient."""
-    ends = ", ".join(css((r, g, b)) for r, g, b in _heat_table()[::32].tolist())
+    ends = ", ".join(css((r, g, b)) for r, g, b in _heat_table()[::51].tolist())
     return Legend([("colours of the maps: least to most", f"linear-gradient(to right, {ends})")])
 
 
