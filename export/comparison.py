@@ -1,4 +1,5 @@
-"""What parity and verification share: images at the promised sizes, exposed logits, label counts.
+"""What parity and verification share: images at the promised sizes, exposed logits, label counts,
+and how far each precision may lie from float32.
 
 N batch, K classes, H height, W width.
 """
@@ -130,9 +131,6 @@ def compares_features(model: ModelProto) -> bool:
         if node.op_type == "MaxPool" and len(node.output) > 1:
             return True
     return [node.op_type for node in inferred.node].count("ArgMax") > 1
-
-
-# How far a graph of each precision may stray from the certified float32 one, and why.
 
 
 class PrecisionLimits(Settings):

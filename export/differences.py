@@ -1,4 +1,4 @@
-"""What one way of running a converted graph differs in from the reference, batch by batch."""
+"""How far a converted graph, or an engine, lies from the reference, and how both are run."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""The pictures that torch and an exported file are compared on."""
+"""What is exported: a run, or a network by name with weights, and the photos to compare it on."""
 
 import json
 from collections.abc import Mapping

@@ -1,9 +1,5 @@
-"""Graph simplification that looks at structure only, never at the values of weights.
-
-The exporter's own optimiser also drops biases that happen to be zero, merges weights that happen
-to be equal and removes multiplications by weights that happen to be one: two networks of one
-architecture then give two graphs. Here only constants that the code wrote (shapes, pads, axes)
-steer a rewrite, so the graph follows from the architecture.
+"""A torch module as an ONNX file: one opset, dynamic sizes, canonical names, the spec in the
+metadata.
 """
 
 import ast
@@ -31,211 +27,6 @@ from srdeploy.graph.index import Names, bodies_of, captured_by
 from srdeploy.graph.operators import MODULE_LAYERS
 from srdeploy.graph.signature import INPUT_KEY, OUTPUT_KEY, VERSION_KEY
 from srdeploy.spec import ONNX_KEY, Spec
-
-_RULES = (
-    rules.cast_cast_rule,
-    rules.cast_constant_of_shape_rule,
-    rules.cast_constant_of_shape_without_value_rule,
-    rules.collapse_slice_rule,
-    rules.collapse_slice2_rule,
-    rules.dropout_inference_rule,
-    rules.flatten_to_reshape_rule,
-    rules.fuse_batchnorm_into_conv_rule,
-    rules.fuse_batchnorm_into_conv_transpose_rule,
-    rules.fuse_batchnorm_into_gemm_rule,
-    rules.fuse_pad_into_conv_rule,
-    rules.materialize_reshape_shape_rule,
-    rules.no_op_cast_rule,
-    rules.no_op_expand_rule,
-    rules.no_op_transpose_rule,
-    rules.reshape_reshape_rule,
-    rules.slice_split_rule,
-    rules.squeeze_reshape_1d_rule,
-    rules.successive_relu_rule,
-    rules.transpose_transpose_rule,
-    rules.unsqueeze_unsqueeze_rule,
-)
-_ROUNDS = 3
-"""Folding makes room for rewrites and the other way round; real networks settle after two."""
-
-
-def simplify(model: ir.Model) -> None:
-    """Folds constants and BatchNorm, merges repeated shape arithmetic, drops what no output needs.
-    In place.
-    """
-    passes.InlinePass()(model)
-    for _ in range(_ROUNDS):
-        optimizer.fold_constants(model, onnx_shape_inference=True)
-        rewriter.rewrite(model, _RULES)
-    passes.IdentityEliminationPass()(model)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.LiftSubgraphInitializersToMainGraphPass()(model)
-    _merge_integer_constants(model.graph)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
-    passes.OutputFixPass()(model)
-    passes.NameFixPass()(model)
-
-
-def _merge_integer_constants(graph: ir.Graph) -> None:
-    """One initialiser per integer value: axes and sizes come from code, so merging them is
-    structural.
-    """
-    first: dict[tuple[object, ...], ir.Value] = {}
-    for value in list(graph.initializers.values()):
-        constant = value.const_value
-        if constant is None or not constant.dtype.is_integer() or value.is_graph_output():
-            continue
-        key = (constant.dtype, tuple(constant.shape.numpy()), constant.tobytes())
-        kept = first.setdefault(key, value)
-        if kept is not value:
-            ir.convenience.replace_all_uses_with(value, kept)
-            graph.initializers.pop(value.name or "")
-
-
-# One way to write a graph down: stable names and order, and nothing about the machine that
-# exported it.
-
-PRODUCER = "srdeploy"
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-def canonicalise(model: ModelProto, parameters: Collection[str]) -> None:
-    """Renames nodes after their modules, constants after their nodes; strips traces and metadata.
-    In place.
-
-    `parameters` are the module's parameter and buffer names: initialisers with these names keep
-    them. Graph inputs and outputs keep their names too. A node is called e.g.
-    "network/backbone/layer1/0/conv1/Conv", its result "network/backbone/layer1/0/conv1/Conv_out".
-    The exporter's metadata must still be there.
-    """
-    model.producer_name, model.producer_version = PRODUCER, ""
-    model.ClearField("metadata_props")
-    opsets = sorted(model.opset_import, key=lambda opset: opset.domain)
-    del model.opset_import[:]
-    model.opset_import.extend(opsets)
-    names = Names(value.name for value in (*model.graph.input, *model.graph.output))
-    model.graph.name = PRODUCER
-    _rename(model.graph, names, frozenset(parameters), {}, "")
-    _strip(model.graph)
-    for function in model.functions:
-        function.ClearField("metadata_props")
-        for node in function.node:
-            node.ClearField("metadata_props")
-
-
-def _rename(
-    graph: GraphProto,
-    names: Names,
-    parameters: Collection[str],
-    outer: dict[str, str],
-    path: str,
-) -> None:
-    """Gives every node and value of `graph` its name; `outer` maps the names of enclosing
-    graphs.
-    """
-    values = dict(outer)
-    for value in (*graph.input, *graph.output):
-        values[value.name] = value.name if not path else names.fresh(f"{path}/{value.name}")
-    constants = {tensor.name for tensor in graph.initializer} - set(values)
-    for tensor in graph.initializer:
-        if tensor.name in parameters and tensor.name not in values:
-            values[tensor.name] = names.fresh(tensor.name)
-            constants.discard(tensor.name)
-    used: list[str] = []
-    for node in graph.node:
-        node.name = names.fresh(_wish(node, parameters, path))
-        for index, name in enumerate(node.input):
-            if name in constants and name not in values:
-                values[name] = names.fresh(_constant_wish(node, index, parameters))
-            if name:
-                node.input[index] = values[name]
-                used.append(values[name])
-        # Values of enclosing graphs that only a body reads need their name before the body is
-        # visited.
-        for name in captured_by(node):
-            if name in constants and name not in values:
-                values[name] = names.fresh(f"{node.name}_const")
-            used.append(values.get(name, name))
-        for index, name in enumerate(node.output):
-            if name and name not in values:
-                values[name] = names.fresh(f"{node.name}_out" + (str(index) if index else ""))
-            node.output[index] = values[name] if name else ""
-        for body in bodies_of(node):
-            _rename(body, names, parameters, values, node.name)
-        attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
-        del node.attribute[:]
-        node.attribute.extend(attributes)
-    for value in (*graph.input, *graph.output):
-        value.name = values[value.name]
-    for tensor in graph.initializer:
-        tensor.name = values.get(tensor.name, tensor.name)
-    position = {name: index for index, name in reversed(list(enumerate(used)))}
-    tensors = sorted(graph.initializer, key=lambda t: (position.get(t.name, len(used)), t.name))
-    del graph.initializer[:]
-    graph.initializer.extend(tensors)
-
-
-def _constant_wish(node: NodeProto, index: int, parameters: Collection[str]) -> str:
-    """Name of a constant that the module does not name: after the node that reads it first."""
-    weight = node.input[1] if node.op_type in MODULE_LAYERS and index == 2 else ""
-    if weight in parameters:
-        # Folding BatchNorm into a convolution without a bias made this one: it is that
-        # convolution's bias.
-        return weight.rpartition(".")[0] + ".bias"
-    return f"{node.name}_in{index}"
-
-
-def _wish(node: NodeProto, parameters: Collection[str], path: str) -> str:
-    """module/path/Operator. A weighted operator belongs to the module that owns its weight."""
-    scope = _scope(node)
-    if node.op_type in MODULE_LAYERS and len(node.input) > 1 and node.input[1] in parameters:
-        scope = node.input[1].rpartition(".")[0]
-    parts = [path] if path else []
-    return "/".join([*parts, *(part for part in scope.split(".") if part), node.op_type])
-
-
-def _scope(node: NodeProto) -> str:
-    """Dotted path of the deepest module that the exporter recorded for the node; "" for the
-    root.
-    """
-    for entry in node.metadata_props:
-        if entry.key == _SCOPES:
-            scopes: list[str] = ast.literal_eval(entry.value)
-            modules = [scope for scope in scopes[:-1] if not scope.startswith("_empty_nn_module")]
-            return modules[-1] if modules else ""
-    return ""
-
-
-def _strip(graph: GraphProto) -> None:
-    """Removes doc strings, metadata and the shapes of intermediate values, which restate what can
-    be inferred.
-    """
-    graph.ClearField("value_info")
-    graph.ClearField("metadata_props")
-    graph.doc_string = ""
-    for value in (*graph.input, *graph.output):
-        _strip_value(value)
-    for tensor in graph.initializer:
-        tensor.ClearField("metadata_props")
-        tensor.ClearField("doc_string")
-    for node in graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-        for attribute in node.attribute:
-            attribute.ClearField("doc_string")
-        for body in bodies_of(node):
-            _strip(body)
-
-
-def _strip_value(value: ValueInfoProto) -> None:
-    value.ClearField("metadata_props")
-    value.ClearField("doc_string")
-
-
-# A torch module as an ONNX file: one opset, dynamic sizes, canonical names, the spec in the
-# metadata.
 
 OPSET = 20
 NETWORK_KEY = "srdeploy.network"
@@ -407,3 +198,209 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+# The canonical form: stable names and order, and nothing about the machine that exported it.
+
+PRODUCER = "srdeploy"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def canonicalise(model: ModelProto, parameters: Collection[str]) -> None:
+    """Renames nodes after their modules, constants after their nodes; strips traces and metadata.
+    In place.
+
+    `parameters` are the module's parameter and buffer names: initialisers with these names keep
+    them. Graph inputs and outputs keep their names too. A node is called e.g.
+    "network/backbone/layer1/0/conv1/Conv", its result "network/backbone/layer1/0/conv1/Conv_out".
+    The exporter's metadata must still be there.
+    """
+    model.producer_name, model.producer_version = PRODUCER, ""
+    model.ClearField("metadata_props")
+    opsets = sorted(model.opset_import, key=lambda opset: opset.domain)
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    names = Names(value.name for value in (*model.graph.input, *model.graph.output))
+    model.graph.name = PRODUCER
+    _rename(model.graph, names, frozenset(parameters), {}, "")
+    _strip(model.graph)
+    for function in model.functions:
+        function.ClearField("metadata_props")
+        for node in function.node:
+            node.ClearField("metadata_props")
+
+
+def _rename(
+    graph: GraphProto,
+    names: Names,
+    parameters: Collection[str],
+    outer: dict[str, str],
+    path: str,
+) -> None:
+    """Gives every node and value of `graph` its name; `outer` maps the names of enclosing
+    graphs.
+    """
+    values = dict(outer)
+    for value in (*graph.input, *graph.output):
+        values[value.name] = value.name if not path else names.fresh(f"{path}/{value.name}")
+    constants = {tensor.name for tensor in graph.initializer} - set(values)
+    for tensor in graph.initializer:
+        if tensor.name in parameters and tensor.name not in values:
+            values[tensor.name] = names.fresh(tensor.name)
+            constants.discard(tensor.name)
+    used: list[str] = []
+    for node in graph.node:
+        node.name = names.fresh(_wish(node, parameters, path))
+        for index, name in enumerate(node.input):
+            if name in constants and name not in values:
+                values[name] = names.fresh(_constant_wish(node, index, parameters))
+            if name:
+                node.input[index] = values[name]
+                used.append(values[name])
+        # Values of enclosing graphs that only a body reads need their name before the body is
+        # visited.
+        for name in captured_by(node):
+            if name in constants and name not in values:
+                values[name] = names.fresh(f"{node.name}_const")
+            used.append(values.get(name, name))
+        for index, name in enumerate(node.output):
+            if name and name not in values:
+                values[name] = names.fresh(f"{node.name}_out" + (str(index) if index else ""))
+            node.output[index] = values[name] if name else ""
+        for body in bodies_of(node):
+            _rename(body, names, parameters, values, node.name)
+        attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
+        del node.attribute[:]
+        node.attribute.extend(attributes)
+    for value in (*graph.input, *graph.output):
+        value.name = values[value.name]
+    for tensor in graph.initializer:
+        tensor.name = values.get(tensor.name, tensor.name)
+    position = {name: index for index, name in reversed(list(enumerate(used)))}
+    tensors = sorted(graph.initializer, key=lambda t: (position.get(t.name, len(used)), t.name))
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+
+
+def _constant_wish(node: NodeProto, index: int, parameters: Collection[str]) -> str:
+    """Name of a constant that the module does not name: after the node that reads it first."""
+    weight = node.input[1] if node.op_type in MODULE_LAYERS and index == 2 else ""
+    if weight in parameters:
+        # Folding BatchNorm into a convolution without a bias made this one: it is that
+        # convolution's bias.
+        return weight.rpartition(".")[0] + ".bias"
+    return f"{node.name}_in{index}"
+
+
+def _wish(node: NodeProto, parameters: Collection[str], path: str) -> str:
+    """module/path/Operator. A weighted operator belongs to the module that owns its weight."""
+    scope = _scope(node)
+    if node.op_type in MODULE_LAYERS and len(node.input) > 1 and node.input[1] in parameters:
+        scope = node.input[1].rpartition(".")[0]
+    parts = [path] if path else []
+    return "/".join([*parts, *(part for part in scope.split(".") if part), node.op_type])
+
+
+def _scope(node: NodeProto) -> str:
+    """Dotted path of the deepest module that the exporter recorded for the node; "" for the
+    root.
+    """
+    for entry in node.metadata_props:
+        if entry.key == _SCOPES:
+            scopes: list[str] = ast.literal_eval(entry.value)
+            modules = [scope for scope in scopes[:-1] if not scope.startswith("_empty_nn_module")]
+            return modules[-1] if modules else ""
+    return ""
+
+
+def _strip(graph: GraphProto) -> None:
+    """Removes doc strings, metadata and the shapes of intermediate values, which restate what can
+    be inferred.
+    """
+    graph.ClearField("value_info")
+    graph.ClearField("metadata_props")
+    graph.doc_string = ""
+    for value in (*graph.input, *graph.output):
+        _strip_value(value)
+    for tensor in graph.initializer:
+        tensor.ClearField("metadata_props")
+        tensor.ClearField("doc_string")
+    for node in graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+        for attribute in node.attribute:
+            attribute.ClearField("doc_string")
+        for body in bodies_of(node):
+            _strip(body)
+
+
+def _strip_value(value: ValueInfoProto) -> None:
+    value.ClearField("metadata_props")
+    value.ClearField("doc_string")
+
+
+# Simplification looks at structure only, never at the values of weights. The exporter's own
+# optimiser also drops biases that happen to be zero, merges weights that happen to be equal and
+# removes multiplications by weights that happen to be one: two networks of one architecture then
+# give two graphs. Here only constants that the code wrote (shapes, pads, axes) steer a rewrite.
+
+_RULES = (
+    rules.cast_cast_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.dropout_inference_rule,
+    rules.flatten_to_reshape_rule,
+    rules.fuse_batchnorm_into_conv_rule,
+    rules.fuse_batchnorm_into_conv_transpose_rule,
+    rules.fuse_batchnorm_into_gemm_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.reshape_reshape_rule,
+    rules.slice_split_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.successive_relu_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+)
+_ROUNDS = 3
+"""Folding makes room for rewrites and the other way round; real networks settle after two."""
+
+
+def simplify(model: ir.Model) -> None:
+    """Folds constants and BatchNorm, merges repeated shape arithmetic, drops what no output needs.
+    In place.
+    """
+    passes.InlinePass()(model)
+    for _ in range(_ROUNDS):
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model, _RULES)
+    passes.IdentityEliminationPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    _merge_integer_constants(model.graph)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.OutputFixPass()(model)
+    passes.NameFixPass()(model)
+
+
+def _merge_integer_constants(graph: ir.Graph) -> None:
+    """One initialiser per integer value: axes and sizes come from code, so merging them is
+    structural.
+    """
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        constant = value.const_value
+        if constant is None or not constant.dtype.is_integer() or value.is_graph_output():
+            continue
+        key = (constant.dtype, tuple(constant.shape.numpy()), constant.tobytes())
+        kept = first.setdefault(key, value)
+        if kept is not value:
+            ir.convenience.replace_all_uses_with(value, kept)
+            graph.initializers.pop(value.name or "")

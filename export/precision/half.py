@@ -1,4 +1,6 @@
-"""A model as one flat graph, to be changed."""
+"""A float32 graph as a strongly typed fp16 or bf16 one, and what that one computes, emulated in
+float32.
+"""
 
 from collections.abc import Collection
 
@@ -20,121 +22,6 @@ from srdeploy.graph.operators import NETWORK, SELECTING, is_constant
 from srdeploy.graph.signature import opset_of
 from srdeploy.graph.subgraph import real_inputs
 from srdeploy.precision import PRECISION_KEY, HalfPrecision
-
-
-def inlined(model: ModelProto) -> ModelProto:
-    """A copy of `model` without functions of its own: what they do stands in the graph."""
-    if model.functions:
-        return onnx.inliner.inline_local_functions(model)
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
-# What a 16-bit graph computes, in float32: every 16-bit tensor rounded, arithmetic as it is.
-
-_HALVES = frozenset(HALF_TYPES.values())
-
-
-def emulate(model: ModelProto) -> ModelProto:
-    """A copy of `model` in float32 in which every tensor that `model` stores in 16 bits is rounded.
-
-    Inputs and outputs keep names and types, nodes and values keep their names. Tensors of other
-    types, float32 among them, are untouched, so a graph of mixed precision works. Raises UserError
-    where a body of If, Loop or Scan computes in 16 bits.
-    """
-    float_model = inlined(model)
-    types = element_types(float_model)
-    graph = float_model.graph
-    for node in graph.node:
-        _refuse_half_bodies(node, types)
-    names = Names(names_in(graph))
-    starts: list[NodeProto] = []
-    ends: list[NodeProto] = []
-    renamed: dict[str, str] = {}
-    for value in (*graph.input, *graph.output):
-        if types[value.name] in _HALVES and value.name not in renamed:
-            renamed[value.name] = names.fresh(f"{value.name}/fp32")
-    for value in graph.input:
-        if value.name in renamed:
-            label = names.fresh(f"{value.name}/Cast")
-            starts.append(_cast(value.name, renamed[value.name], FLOAT, label))
-    for value in graph.output:
-        if value.name in renamed:
-            label = names.fresh(f"{value.name}/Cast")
-            ends.append(_cast(renamed[value.name], value.name, types[value.name], label))
-    for tensor in graph.initializer:
-        if int(tensor.data_type) in _HALVES:
-            tensor.CopyFrom(in_32_bits(tensor))
-            tensor.name = renamed.get(tensor.name, tensor.name)
-    middle = [one for node in graph.node for one in _rounded(node, types, renamed, names)]
-    del graph.node[:]
-    graph.node.extend([*starts, *middle, *ends])
-    for value in graph.value_info:
-        if value.name not in renamed and types.get(value.name) in _HALVES:
-            value.type.tensor_type.elem_type = FLOAT
-    onnx.checker.check_model(float_model, full_check=True)
-    return float_model
-
-
-def _rounded(
-    node: NodeProto, types: dict[str, int], renamed: dict[str, str], names: Names
-) -> list[NodeProto]:
-    """The node in float32, and after it the casts that round its 16-bit results."""
-    selects = node.op_type in SELECTING or is_constant(node.op_type, node.domain)
-    _retype_attributes(node)
-    label = label_of(node)
-    casts: list[NodeProto] = []
-    for position, name in enumerate(node.input):
-        node.input[position] = renamed.get(name, name)
-    for position, name in enumerate(node.output):
-        result = renamed.get(name, name)
-        node.output[position] = result
-        if not name or types[name] not in _HALVES or selects:
-            continue
-        exact, rounded = (names.fresh(f"{name}/{suffix}") for suffix in ("exact", "rounded"))
-        node.output[position] = exact
-        casts.append(_cast(exact, rounded, types[name], names.fresh(f"{label}/Round")))
-        casts.append(_cast(rounded, result, FLOAT, names.fresh(f"{label}/Cast")))
-    return [node, *casts]
-
-
-def _cast(source: str, result: str, element_type: int, name: str) -> NodeProto:
-    return onnx.helper.make_node("Cast", [source], [result], name=name, to=element_type)
-
-
-def _retype_attributes(node: NodeProto) -> None:
-    """16-bit tensors in attributes, and attributes that name a 16-bit type, become float32."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.TENSOR and int(attribute.t.data_type) in _HALVES:
-            attribute.t.CopyFrom(in_32_bits(attribute.t))
-        elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _HALVES:
-            attribute.i = FLOAT
-
-
-def _refuse_half_bodies(node: NodeProto, types: dict[str, int]) -> None:
-    read = any(types.get(name) in _HALVES for name in captured_by(node))
-    if read or any(_computes_in_16_bits(body) for body in bodies_of(node)):
-        raise UserError(
-            f"node '{label_of(node)}' ({node.op_type}) computes in 16 bits in its body, which "
-            "can't be emulated in float32: run the graph on a device that has the type"
-        )
-
-
-def _computes_in_16_bits(body: GraphProto) -> bool:
-    tensors: list[TensorProto] = list(body.initializer)
-    for node in body.node:
-        tensors += [a.t for a in node.attribute if a.type == AttributeProto.TENSOR]
-        if any(a.name in ("to", "dtype") and a.i in _HALVES for a in node.attribute):
-            return True
-        if any(_computes_in_16_bits(inner) for inner in bodies_of(node)):
-            return True
-    values = (*body.input, *body.output)
-    kinds = [v.type.tensor_type.elem_type for v in values] + [t.data_type for t in tensors]
-    return any(int(kind) in _HALVES for kind in kinds)
-
-
-# A float32 graph as a strongly typed fp16 or bf16 one.
 
 BFLOAT16_OPSET = 22
 """The first operator set in which convolutions and pools take bfloat16."""
@@ -260,3 +147,115 @@ def _refuse_weights_in_bodies(
                 f"which can't be converted to {precision}: name it with --keep to leave it in "
                 "float32, or export the network without it"
             )
+
+
+# What a 16-bit graph computes, in float32: every 16-bit tensor rounded, arithmetic as it is.
+
+_HALVES = frozenset(HALF_TYPES.values())
+
+
+def emulate(model: ModelProto) -> ModelProto:
+    """A copy of `model` in float32 in which every tensor that `model` stores in 16 bits is rounded.
+
+    Inputs and outputs keep names and types, nodes and values keep their names. Tensors of other
+    types, float32 among them, are untouched, so a graph of mixed precision works. Raises UserError
+    where a body of If, Loop or Scan computes in 16 bits.
+    """
+    float_model = inlined(model)
+    types = element_types(float_model)
+    graph = float_model.graph
+    for node in graph.node:
+        _refuse_half_bodies(node, types)
+    names = Names(names_in(graph))
+    starts: list[NodeProto] = []
+    ends: list[NodeProto] = []
+    renamed: dict[str, str] = {}
+    for value in (*graph.input, *graph.output):
+        if types[value.name] in _HALVES and value.name not in renamed:
+            renamed[value.name] = names.fresh(f"{value.name}/fp32")
+    for value in graph.input:
+        if value.name in renamed:
+            label = names.fresh(f"{value.name}/Cast")
+            starts.append(_cast(value.name, renamed[value.name], FLOAT, label))
+    for value in graph.output:
+        if value.name in renamed:
+            label = names.fresh(f"{value.name}/Cast")
+            ends.append(_cast(renamed[value.name], value.name, types[value.name], label))
+    for tensor in graph.initializer:
+        if int(tensor.data_type) in _HALVES:
+            tensor.CopyFrom(in_32_bits(tensor))
+            tensor.name = renamed.get(tensor.name, tensor.name)
+    middle = [one for node in graph.node for one in _rounded(node, types, renamed, names)]
+    del graph.node[:]
+    graph.node.extend([*starts, *middle, *ends])
+    for value in graph.value_info:
+        if value.name not in renamed and types.get(value.name) in _HALVES:
+            value.type.tensor_type.elem_type = FLOAT
+    onnx.checker.check_model(float_model, full_check=True)
+    return float_model
+
+
+def _rounded(
+    node: NodeProto, types: dict[str, int], renamed: dict[str, str], names: Names
+) -> list[NodeProto]:
+    """The node in float32, and after it the casts that round its 16-bit results."""
+    selects = node.op_type in SELECTING or is_constant(node.op_type, node.domain)
+    _retype_attributes(node)
+    label = label_of(node)
+    casts: list[NodeProto] = []
+    for position, name in enumerate(node.input):
+        node.input[position] = renamed.get(name, name)
+    for position, name in enumerate(node.output):
+        result = renamed.get(name, name)
+        node.output[position] = result
+        if not name or types[name] not in _HALVES or selects:
+            continue
+        exact, rounded = (names.fresh(f"{name}/{suffix}") for suffix in ("exact", "rounded"))
+        node.output[position] = exact
+        casts.append(_cast(exact, rounded, types[name], names.fresh(f"{label}/Round")))
+        casts.append(_cast(rounded, result, FLOAT, names.fresh(f"{label}/Cast")))
+    return [node, *casts]
+
+
+def _cast(source: str, result: str, element_type: int, name: str) -> NodeProto:
+    return onnx.helper.make_node("Cast", [source], [result], name=name, to=element_type)
+
+
+def _retype_attributes(node: NodeProto) -> None:
+    """16-bit tensors in attributes, and attributes that name a 16-bit type, become float32."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR and int(attribute.t.data_type) in _HALVES:
+            attribute.t.CopyFrom(in_32_bits(attribute.t))
+        elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _HALVES:
+            attribute.i = FLOAT
+
+
+def _refuse_half_bodies(node: NodeProto, types: dict[str, int]) -> None:
+    read = any(types.get(name) in _HALVES for name in captured_by(node))
+    if read or any(_computes_in_16_bits(body) for body in bodies_of(node)):
+        raise UserError(
+            f"node '{label_of(node)}' ({node.op_type}) computes in 16 bits in its body, which "
+            "can't be emulated in float32: run the graph on a device that has the type"
+        )
+
+
+def _computes_in_16_bits(body: GraphProto) -> bool:
+    tensors: list[TensorProto] = list(body.initializer)
+    for node in body.node:
+        tensors += [a.t for a in node.attribute if a.type == AttributeProto.TENSOR]
+        if any(a.name in ("to", "dtype") and a.i in _HALVES for a in node.attribute):
+            return True
+        if any(_computes_in_16_bits(inner) for inner in bodies_of(node)):
+            return True
+    values = (*body.input, *body.output)
+    kinds = [v.type.tensor_type.elem_type for v in values] + [t.data_type for t in tensors]
+    return any(int(kind) in _HALVES for kind in kinds)
+
+
+def inlined(model: ModelProto) -> ModelProto:
+    """A copy of `model` without functions of its own: what they do stands in the graph."""
+    if model.functions:
+        return onnx.inliner.inline_local_functions(model)
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -1,4 +1,4 @@
-"""The pictures that int8 is calibrated on."""
+"""int8 as explicit QuantizeLinear and DequantizeLinear pairs, calibrated on photos."""
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -23,63 +23,92 @@ from srdeploy.precision import PRECISION_KEY, TARGET_KEY, Target
 from srdeploy.runtimes.onnx_runtime import first_line, import_onnxruntime, ort_errors
 from srdeploy.spec import Spec
 
-RECOMMENDED = 64
-LEAST = 8
-"""With fewer, ranges are a matter of chance; they are taken where no more were asked for."""
-
-_SPLIT = "train"
+LEAST_OPSET = 13
+"""The first operator set in which DequantizeLinear takes a scale per channel."""
 
 
-def calibration_pictures(folder: Path, spec: Spec, count: int) -> list[Pixels]:
-    """`count` photos of `folder`, spread evenly over it by name, fitted as `spec` says.
+def to_int8(
+    model: ModelProto,
+    pictures: Sequence[Pixels],
+    target: Target,
+    keep: Collection[str] = (),
+    ends: bool = False,
+) -> ModelProto:
+    """A copy of `model` that is rounded to int8 where it pays; inputs and outputs keep their types.
 
-    folder: photos, also in sub-folders, or a data set, of which the split train is taken. Returns
-    uint8 [H, W, 3] each, of different sizes where the photos differ; always the same ones. All are
-    taken where there are fewer than `count`, with a warning. Raises UserError where there are none
-    or too few, for one that can't be read or is too small, and for a data set without train.
+    model: float32, with its tensors loaded. pictures: uint8 [H, W, 3], as the network will see
+    them. keep: names of nodes, or shell patterns of names, that stay float32. ends: whether the
+    first and the last weighted operators become int8 too. Nodes and values keep their names. The
+    same pictures give the same bytes. Raises UserError where nothing is there to be quantised, for
+    a graph that is not float32, a pattern that matches nothing, and pictures that can't be used.
     """
-    files = _files(folder)
-    if not files:
-        kinds = ", ".join(sorted(PHOTO_SUFFIXES))
+    _check_pictures(pictures)
+    _check_graph(model)
+    kept = kept_nodes(model.graph, keep)
+    placement = place(model, target, kept, ends)
+    if not placement.weighted:
         raise UserError(
-            f"{folder} has no photos to calibrate int8 on: {kinds} are looked for, also in "
-            f"sub-folders; {RECOMMENDED} photos like those that the network will see are "
-            "recommended"
+            "int8 would quantise nothing: the graph's weighted operators are all among the first "
+            "and last ones, kept in float32, or of kinds that have no int8 form; quantise the "
+            "first and last too (--set quantise_ends=true), keep fewer, or deploy it in fp16"
         )
-    found = len(files)
-    if found < min(count, LEAST):
-        raise UserError(
-            f"{folder} has {found} photos, too few to calibrate int8 on: {RECOMMENDED} are "
-            f"recommended, {LEAST} at least"
-        )
-    if found < count:
-        console.warn(f"{folder} has {found} photos to calibrate int8 on, not {count}: all are used")
-    chosen = [files[index * found // min(count, found)] for index in range(min(count, found))]
-    return [fit(read_photo(file), spec) for file in chosen]
+    ranges = measure_ranges(model, _measured(placement), pictures)
+    converted = ModelProto()
+    converted.CopyFrom(model)
+    write_rounding(converted, placement, ranges, target)
+    metadata = {entry.key: entry.value for entry in converted.metadata_props}
+    metadata |= {PRECISION_KEY: "int8", TARGET_KEY: target}
+    onnx.helper.set_model_props(converted, dict(sorted(metadata.items())))
+    onnx.checker.check_model(converted, full_check=True)
+    return converted
 
 
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"no such folder of photos: {folder}")
-    if (folder / "images" / _SPLIT).is_dir():
-        return photos_below(folder / "images" / _SPLIT)
-    for layout in LAYOUTS.values():
-        home = layout.home(folder)
-        splits = layout.splits(home) if home is not None else ()
-        if home is None or not splits:
-            continue
-        if _SPLIT not in splits:
+def _measured(placement: Placement) -> list[str]:
+    """The values whose ranges decide, in a fixed order."""
+    return sorted({placement.scale_of(name) for name in placement.reads})
+
+
+def _check_pictures(pictures: Sequence[Pixels]) -> None:
+    if not pictures:
+        raise UserError("int8 needs pictures to measure ranges on, and none were given")
+    for index, picture in enumerate(pictures):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise UserError(
-                f"{folder} is a data set without the split {_SPLIT} (it has {', '.join(splits)}): "
-                "give the folder of the photos that int8 shall be calibrated on"
+                f"calibration picture {index} is {picture.dtype} {list(picture.shape)}: "
+                "uint8 [H, W, 3] is needed"
             )
-        pairs = layout.pairs(home, _SPLIT)
-        items = sorted((*pairs.items, *pairs.bare), key=lambda item: item.name)
-        return [item.image for item in items]
-    return photos_below(folder)
 
 
-# Which range of each value int8 shall tell apart, measured on pictures.
+def _check_graph(model: ModelProto) -> None:
+    graph = model.graph
+    for node in graph.node:
+        if node.op_type in (*QUANTISING, "QLinearConv", "ConvInteger"):
+            raise UserError(
+                f"the graph is quantised already (node '{node.name}', {node.op_type}): "
+                "give the fp32 export"
+            )
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    weighted = [node for node in graph.node if is_weighted(node, stored)]
+    if not weighted:
+        raise UserError(
+            f"the graph has no {', '.join(LAYERS[:-1])} or {LAYERS[-1]} with stored weights: "
+            "there is nothing to quantise"
+        )
+    for node in weighted:
+        kind = stored[node.input[1]].data_type
+        if kind != TensorProto.FLOAT:
+            name = TensorProto.DataType.Name(kind).lower()
+            raise UserError(
+                f"the weights of node '{node.name}' are {name}: int8 starts from the fp32 export"
+            )
+    if opset_of(model) < LEAST_OPSET:
+        raise UserError(
+            f"the graph is of operator set {opset_of(model)}, and int8 needs {LEAST_OPSET} or "
+            "newer: export it again with a newer one"
+        )
+
+
+# Which range of each value int8 must tell apart, measured on photos.
 
 Floats = npt.NDArray[np.float32]
 
@@ -201,88 +230,59 @@ def _values(
     yield from zip(names, results, strict=True)
 
 
-# int8 as explicit QuantizeLinear and DequantizeLinear pairs, calibrated on pictures.
+# The photos that int8 is calibrated on.
 
-LEAST_OPSET = 13
-"""The first operator set in which DequantizeLinear takes a scale per channel."""
+RECOMMENDED = 64
+LEAST = 8
+"""With fewer, ranges are a matter of chance; they are taken where no more were asked for."""
+
+_SPLIT = "train"
 
 
-def to_int8(
-    model: ModelProto,
-    pictures: Sequence[Pixels],
-    target: Target,
-    keep: Collection[str] = (),
-    ends: bool = False,
-) -> ModelProto:
-    """A copy of `model` that is rounded to int8 where it pays; inputs and outputs keep their types.
+def calibration_pictures(folder: Path, spec: Spec, count: int) -> list[Pixels]:
+    """`count` photos of `folder`, spread evenly over it by name, fitted as `spec` says.
 
-    model: float32, with its tensors loaded. pictures: uint8 [H, W, 3], as the network will see
-    them. keep: names of nodes, or shell patterns of names, that stay float32. ends: whether the
-    first and the last weighted operators become int8 too. Nodes and values keep their names. The
-    same pictures give the same bytes. Raises UserError where nothing is there to be quantised, for
-    a graph that is not float32, a pattern that matches nothing, and pictures that can't be used.
+    folder: photos, also in sub-folders, or a data set, of which the split train is taken. Returns
+    uint8 [H, W, 3] each, of different sizes where the photos differ; always the same ones. All are
+    taken where there are fewer than `count`, with a warning. Raises UserError where there are none
+    or too few, for one that can't be read or is too small, and for a data set without train.
     """
-    _check_pictures(pictures)
-    _check_graph(model)
-    kept = kept_nodes(model.graph, keep)
-    placement = place(model, target, kept, ends)
-    if not placement.weighted:
+    files = _files(folder)
+    if not files:
+        kinds = ", ".join(sorted(PHOTO_SUFFIXES))
         raise UserError(
-            "int8 would quantise nothing: the graph's weighted operators are all among the first "
-            "and last ones, kept in float32, or of kinds that have no int8 form; quantise the "
-            "first and last too (--set quantise_ends=true), keep fewer, or deploy it in fp16"
+            f"{folder} has no photos to calibrate int8 on: {kinds} are looked for, also in "
+            f"sub-folders; {RECOMMENDED} photos like those that the network will see are "
+            "recommended"
         )
-    ranges = measure_ranges(model, _measured(placement), pictures)
-    converted = ModelProto()
-    converted.CopyFrom(model)
-    write_rounding(converted, placement, ranges, target)
-    metadata = {entry.key: entry.value for entry in converted.metadata_props}
-    metadata |= {PRECISION_KEY: "int8", TARGET_KEY: target}
-    onnx.helper.set_model_props(converted, dict(sorted(metadata.items())))
-    onnx.checker.check_model(converted, full_check=True)
-    return converted
-
-
-def _measured(placement: Placement) -> list[str]:
-    """The values whose ranges decide, in a fixed order."""
-    return sorted({placement.scale_of(name) for name in placement.reads})
-
-
-def _check_pictures(pictures: Sequence[Pixels]) -> None:
-    if not pictures:
-        raise UserError("int8 needs pictures to measure ranges on, and none were given")
-    for index, picture in enumerate(pictures):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise UserError(
-                f"calibration picture {index} is {picture.dtype} {list(picture.shape)}: "
-                "uint8 [H, W, 3] is needed"
-            )
-
-
-def _check_graph(model: ModelProto) -> None:
-    graph = model.graph
-    for node in graph.node:
-        if node.op_type in (*QUANTISING, "QLinearConv", "ConvInteger"):
-            raise UserError(
-                f"the graph is quantised already (node '{node.name}', {node.op_type}): "
-                "give the fp32 export"
-            )
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    weighted = [node for node in graph.node if is_weighted(node, stored)]
-    if not weighted:
+    found = len(files)
+    if found < min(count, LEAST):
         raise UserError(
-            f"the graph has no {', '.join(LAYERS[:-1])} or {LAYERS[-1]} with stored weights: "
-            "there is nothing to quantise"
+            f"{folder} has {found} photos, too few to calibrate int8 on: {RECOMMENDED} are "
+            f"recommended, {LEAST} at least"
         )
-    for node in weighted:
-        kind = stored[node.input[1]].data_type
-        if kind != TensorProto.FLOAT:
-            name = TensorProto.DataType.Name(kind).lower()
+    if found < count:
+        console.warn(f"{folder} has {found} photos to calibrate int8 on, not {count}: all are used")
+    chosen = [files[index * found // min(count, found)] for index in range(min(count, found))]
+    return [fit(read_photo(file), spec) for file in chosen]
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"no such folder of photos: {folder}")
+    if (folder / "images" / _SPLIT).is_dir():
+        return photos_below(folder / "images" / _SPLIT)
+    for layout in LAYOUTS.values():
+        home = layout.home(folder)
+        splits = layout.splits(home) if home is not None else ()
+        if home is None or not splits:
+            continue
+        if _SPLIT not in splits:
             raise UserError(
-                f"the weights of node '{node.name}' are {name}: int8 starts from the fp32 export"
+                f"{folder} is a data set without the split {_SPLIT} (it has {', '.join(splits)}): "
+                "give the folder of the photos that int8 shall be calibrated on"
             )
-    if opset_of(model) < LEAST_OPSET:
-        raise UserError(
-            f"the graph is of operator set {opset_of(model)}, and int8 needs {LEAST_OPSET} or "
-            "newer: export it again with a newer one"
-        )
+        pairs = layout.pairs(home, _SPLIT)
+        items = sorted((*pairs.items, *pairs.bare), key=lambda item: item.name)
+        return [item.image for item in items]
+    return photos_below(folder)
