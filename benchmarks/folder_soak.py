@@ -195,7 +195,7 @@ def start(
     """The verb. One thread a session, so that sums are added up alike however many photos are
     left; what it says goes into files in `work`."""
     command = [sys.executable, "-m", "srdeploy", "predict", str(artifact), str(photos)]
-    command += ["--out", str(out), "--threads", "1", "--json", *words]
+    command += ["--out", str(out), "--set", "threads=1", "--json", *words]
     with (work / "stdout").open("wb") as said, (work / "stderr").open("wb") as warned:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=warned)
 

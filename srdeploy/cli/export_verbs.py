@@ -9,6 +9,7 @@ import typer
 
 from srdeploy.cli.certify_verbs import report_lines
 from srdeploy.cli.options import (
+    NETWORK,
     BuilderName,
     BuilderOption,
     EngineConfigOption,
@@ -60,15 +61,26 @@ def export(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The network's weights: .safetensors, .pth or .ckpt."),
+        typer.Option(
+            metavar="FILE",
+            help="The network's weights: .safetensors, .pth or .ckpt.",
+            rich_help_panel=NETWORK,
+        ),
     ] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The network's classes.json, or a run's spec.json."),
+        typer.Option(
+            metavar="FILE",
+            help="The network's classes.json, or a run's spec.json.",
+            rich_help_panel=NETWORK,
+        ),
     ] = None,
     option: NetworkOptions = None,
     size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="The size that most images have.")
+        str | None,
+        typer.Option(
+            metavar="HxW", help="The size that most images have.", rich_help_panel=NETWORK
+        ),
     ] = None,
     input: Annotated[
         Input,

@@ -24,6 +24,24 @@ def test_the_version_is_printed() -> None:
     assert (result.returncode, result.stdout) == (0, f"srdeploy {__version__}\n")
 
 
+HEAVY = {"numpy", "onnx", "onnxruntime", "pydantic", "torch", "yaml"}
+
+
+@pytest.mark.wheel
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv[1:] = ['--help']\n"
+        "from srdeploy.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: print(*sys.modules, file=sys.stderr)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert "srdeploy.cli.main" in result.stderr
+    assert not HEAVY & set(result.stderr.split())
+
+
 @pytest.mark.wheel
 def test_an_unknown_verb_is_refused_with_exit_code_2() -> None:
     result = srdeploy("trian")

@@ -110,6 +110,19 @@ def test_a_fault_in_a_setting_is_named_with_its_key(text: str, message: str) -> 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "words", [("export", "no-run", "--engine-config"), ("serve", "no-run", "--server-config")]
+)
+def test_a_faulty_file_is_refused_before_anything_is_opened(
+    srdeploy: Verb, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("max_bach: 4\n")
+    code, out, err = srdeploy(*words, file)
+    assert (code, out) == (2, "")
+    assert err == f"error: {file}: unknown key 'max_bach': did you mean 'max_batch'?\n"
+
+
 def test_a_missing_file_is_one_line(srdeploy: Verb, tmp_path: Path) -> None:
     file = tmp_path / "none.yaml"
     code, out, err = srdeploy("serve", "night", "--server-config", file)

@@ -194,7 +194,7 @@ def test_train_takes_a_recipe_and_resume_refuses_one(
     words = ["train", "--recipe", "unet/camvid", "--out", out, "--resume"]
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, UserError)
-    assert "leave --recipe away" in str(result.exception)
+    assert "leave --recipe out" in str(result.exception)
 
 
 def test_the_documented_table_is_what_the_recipes_say() -> None:

@@ -1,6 +1,5 @@
 """A server's lifecycle: start, overload, deadlines, reload, workers, and shutdown."""
 
-import inspect
 import io
 import signal
 import socket
