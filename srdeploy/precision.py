@@ -9,8 +9,8 @@ Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 """Of the arithmetic inside; what goes in and comes out keeps its type. tf32 is an engine's: the
 graph's types are those of fp32."""
 Target = Literal["tensorrt", "cpu"]
-"""For whom int8 is written: symmetric without quantised biases (TensorRT), or u8s8 (onnxruntime and
-OpenVINO on CPUs)."""
+"""For whom int8 is written: symmetric without quantised biases (TensorRT), or u8s8 (runtimes on
+CPUs)."""
 HalfPrecision = Literal["fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

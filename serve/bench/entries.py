@@ -16,13 +16,11 @@ from srdeploy.files import read_json, sha256_of
 from srdeploy.imaging import Pixels, fit
 from srdeploy.runs import WEIGHTS, is_run
 from srdeploy.runtimes.base import Runtime
+from srdeploy.runtimes.registry import has_precisions
 from srdeploy.spec import Spec
 
 if TYPE_CHECKING:
     from srdeploy.data import DataSet
-
-NO_GRAPH = ("torch", "tensorrt")
-"""Runtimes that do not run a graph's file."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Setting:
 
     @property
     def arithmetic(self) -> str | None:
-        """What open_runtime is told: OpenVINO alone has a choice, elsewhere the file decides."""
-        return self.precision if self.runtime == "openvino" else None
+        """What open_runtime is told: None where the file decides."""
+        return self.precision if has_precisions(self.runtime) else None
 
 
 @dataclass(frozen=True)

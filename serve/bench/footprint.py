@@ -17,7 +17,7 @@ import numpy as np
 from srdeploy.artifacts.artifact import Builder, open_artifact
 from srdeploy.errors import UserError
 from srdeploy.runtimes.base import parse_device
-from srdeploy.runtimes.registry import choose_runtime, open_runtime
+from srdeploy.runtimes.registry import choose_runtime, find_backend, open_runtime
 from srdeploy.serve.bench.results import Footprint
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
@@ -150,24 +150,9 @@ def _measure(request: Request) -> Footprint:
 
 def _import_library(runtime: str, builder: Builder | None) -> None:
     """What other people wrote."""
-    if runtime == "torch":
-        # It brings torch along, which may be imported there alone.
-        from srdeploy.runtimes import torch_runtime  # noqa: F401
-    elif runtime == "openvino":
-        from srdeploy.runtimes.openvino_runtime import import_openvino
-
-        import_openvino()
-    elif runtime == "tensorrt":
-        from srdeploy.runtimes.trt.cuda import import_cuda_runtime
-        from srdeploy.runtimes.trt.engine import import_tensorrt
-
-        assert builder is not None
-        import_tensorrt(builder)
-        import_cuda_runtime(builder)
-    else:
-        from srdeploy.runtimes.onnx_runtime import import_onnxruntime
-
-        import_onnxruntime()
+    backend = find_backend(runtime)
+    assert backend is not None
+    backend.load().import_library(builder)
 
 
 def _import_own(runtime: str) -> None:

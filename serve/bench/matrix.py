@@ -17,9 +17,9 @@ from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.files import sha256_of
 from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import Runtime
-from srdeploy.runtimes.registry import open_runtime
+from srdeploy.runtimes.registry import open_runtime, runs_graphs, runtime_packages
 from srdeploy.serve.bench.accuracy import DifferingPhoto, measure_accuracy
-from srdeploy.serve.bench.entries import NO_GRAPH, Entry, Setting, bench_images
+from srdeploy.serve.bench.entries import Entry, Setting, bench_images
 from srdeploy.serve.bench.footprint import measure_footprint
 from srdeploy.serve.bench.machine import MachineWatch
 from srdeploy.serve.bench.macs import artifact_macs
@@ -89,7 +89,7 @@ class Bench:
         report = BenchReport(
             made=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,
-            environment=describe_environment([*PACKAGES, "openvino", "tensorrt", "scipy"]),
+            environment=describe_environment([*PACKAGES, *runtime_packages(), "scipy"]),
             threads=self.threads,
             cells=tuple(cells),
             accuracy=accuracy,
@@ -121,7 +121,7 @@ class Bench:
         images: Pixels | None = None
         rows: list[_Tried] = []
         for entry in entries:
-            if not entry.judged and rows[0].backend in NO_GRAPH:
+            if not entry.judged and not runs_graphs(rows[0].backend):
                 continue  # in another library, its time would say nothing
             runtime = self.open(entry, setting)
             if self.dataset is not None and entry.judged:

@@ -14,6 +14,7 @@ import numpy as np
 
 from srdeploy import __version__
 from srdeploy.imaging import Pixels
+from srdeploy.runtimes.registry import find_backend
 from srdeploy.serve.server.admission import BadRequest, Limits, NotFound
 from srdeploy.serve.server.kserve_tensors import (
     DATATYPE,
@@ -32,15 +33,6 @@ from srdeploy.spec import ONNX_KEY
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
 """Of Triton's, those that this server has."""
-
-_PLATFORMS = {
-    "torch": "pytorch_safetensors",
-    "onnxruntime": "onnxruntime_onnx",
-    "onnxruntime-tensorrt": "onnxruntime_onnx",
-    "openvino": "openvino_onnx",
-    "tensorrt": "tensorrt_plan",
-}
-"""PROJECT_FORMAT, as the protocol has it, by backend."""
 
 _INT64_MAX = 2**63 - 1
 
@@ -78,10 +70,11 @@ def server_metadata() -> dict[str, Any]:
 def model_metadata(card: ModelCard) -> dict[str, Any]:
     """The answer to GET /v2/models/NAME; -1 stands for axes of any size."""
     shape = [-1 if size is None else size for size in card.input_shape]
+    backend = find_backend(card.backend)
     return {
         "name": card.name,
         "versions": [card.version],
-        "platform": _PLATFORMS.get(card.backend, card.backend),
+        "platform": card.backend if backend is None else backend.platform,
         "inputs": [{"name": INPUT, "datatype": DATATYPE, "shape": shape}],
         "outputs": [{"name": OUTPUT, "datatype": DATATYPE, "shape": shape[:3]}],
         "parameters": {

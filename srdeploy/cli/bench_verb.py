@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from srdeploy.cli.options import Classes, Device, Json, Quiet, Split, Threads
+from srdeploy.runtimes.registry import precision_labels, runtime_names
 
 if TYPE_CHECKING:
     from srdeploy.serve.bench.accuracy import DifferingPhoto
@@ -40,16 +41,13 @@ def bench(
     ] = 120.0,
     runtime: Annotated[
         str,
-        typer.Option(
-            help="One or several, with commas: auto, torch, onnxruntime, onnxruntime-tensorrt, "
-            "openvino, tensorrt."
-        ),
+        typer.Option(help=f"One or several, with commas: {', '.join(runtime_names())}."),
     ] = "auto",
     precision: Annotated[
         str | None,
         typer.Option(
-            help="One or several of fp32, fp16, bf16: OpenVINO's arithmetic; float32 graphs are "
-            "converted for other runtimes. By default as stored."
+            help=f"One or several of fp32, fp16, bf16: the arithmetic of {precision_labels()}; "
+            "float32 graphs are converted for other runtimes. By default as stored."
         ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Images per run, one or several: 1,8.")] = "1",
@@ -109,7 +107,7 @@ def bench(
 
     Example: srdeploy bench deploy/baseline deploy/regulated --data data/camvid --out bench
 
-    Example: srdeploy bench deploy/a deploy/b --runtime torch,onnxruntime,openvino --batch 1,8
+    Example: srdeploy bench deploy/a deploy/b --runtime torch,onnxruntime --batch 1,8
 
     What self-regulation costs in training: srdeploy bench train --help
     """

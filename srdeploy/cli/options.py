@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from srdeploy.runtimes.registry import precision_help, runtime_help
+
 Artifact = Annotated[
     Path,
     typer.Argument(
@@ -27,16 +29,14 @@ RuntimeName = Annotated[
     str,
     typer.Option(
         "--runtime",
-        help="auto, torch, onnxruntime, onnxruntime-tensorrt, openvino or tensorrt; auto goes by "
-        "the artifact: torch for a run, onnxruntime for a graph, tensorrt for an engine.",
+        help=f"{runtime_help()}.",
     ),
 ]
 Arithmetic = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="Arithmetic of OpenVINO: fp32 (default), bf16 or fp16; other runtimes compute what "
-        "the artifact's types say.",
+        help=f"{precision_help()}; other runtimes compute what the artifact's types say.",
     ),
 ]
 Threads = Annotated[
@@ -103,7 +103,7 @@ TargetOption = Annotated[
     TargetName | None,
     typer.Option(
         "--target",
-        help="int8 for tensorrt (symmetric) or cpu (u8s8, fast in onnxruntime and OpenVINO); "
+        help="int8 for tensorrt (symmetric) or cpu (u8s8, fast in the CPU's runtimes); "
         "by default tensorrt with --trt, else cpu.",
         show_default=False,
         rich_help_panel=TYPES,

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy.typing as npt
 
-from srdeploy.artifacts.artifact import Artifact
+from srdeploy.artifacts.artifact import Artifact, Builder
 from srdeploy.errors import MissingPackageError, UserError
 from srdeploy.imaging import Pixels
-from srdeploy.runtimes.base import ImageShapeError, parse_device
+from srdeploy.runtimes.base import ImageShapeError, RuntimeOptions, parse_device
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
+from srdeploy.runtimes.registry import BACKENDS, join_words
 from srdeploy.spec import Spec
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -215,26 +216,22 @@ class OnnxRuntime(GraphRuntime):
     """An ONNX graph in onnxruntime.
 
     onnxruntime computes the whole graph whichever outputs are asked for: what is left in the graph
-    costs its time. tensorrt: through its TensorRT provider, which builds its engine at the first
-    run of each image size.
+    costs its time.
     """
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        spec: Spec,
-        device: str,
-        threads: int | None,
-        tensorrt: bool = False,
-    ) -> None:
-        super().__init__(artifact, spec, device)
-        self.backend = "onnxruntime-tensorrt" if tensorrt else "onnxruntime"
-        self._provider: Provider = "cpu"
-        if parse_device(device)[0] == "cuda":
-            self._provider = "tensorrt" if tensorrt else "cuda"
-        self._threads = threads
+    backend = "onnxruntime"
+
+    def __init__(self, artifact: Artifact, spec: Spec, options: RuntimeOptions) -> None:
+        super().__init__(artifact, spec, options.device)
+        self._provider: Provider = parse_device(options.device)[0]
+        self._threads = options.threads
         self._session: Any = None
         self._timing = local()
+
+    @classmethod
+    def import_library(cls, builder: Builder | None = None) -> Any:
+        """onnxruntime. Raises MissingPackageError."""
+        return import_onnxruntime()
 
     def timed_run(self, images: Pixels) -> tuple[Pixels, dict[str, float] | None]:
         """run, and {"compute_ms"}: the device's time without copies; None on the CPU, whose time is
@@ -293,9 +290,12 @@ class OnnxRuntime(GraphRuntime):
                 )
         except ort_errors() as error:
             if self._provider == "cpu" and "bfloat16" in self.signature.precision:
+                others = join_words(
+                    (one.name for one in BACKENDS if "bf16" in one.precisions), "or"
+                )
                 raise UserError(
                     f"{file}: onnxruntime has no bfloat16 layers for CPUs ({first_line(error)}): "
-                    "use --runtime openvino, or export with --precision fp16"
+                    f"use --runtime {others}, or export with --precision fp16"
                 ) from error
             raise UserError(f"{file}: onnxruntime can't load it ({first_line(error)})") from error
         except RuntimeError as error:
@@ -327,6 +327,17 @@ class OnnxRuntime(GraphRuntime):
                 f"({first_line(error)})"
             ) from error
         return cast(Sequence[npt.NDArray[Any]], result)
+
+
+class OnnxTensorRTRuntime(OnnxRuntime):
+    """onnxruntime's TensorRT provider, which builds its engine at the first run of each image
+    size."""
+
+    backend = "onnxruntime-tensorrt"
+
+    def __init__(self, artifact: Artifact, spec: Spec, options: RuntimeOptions) -> None:
+        super().__init__(artifact, spec, options)
+        self._provider = "tensorrt"
 
 
 def import_onnxruntime() -> Any:

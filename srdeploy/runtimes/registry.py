@@ -1,107 +1,306 @@
-"""Which runtime opens which artifact: the one place that knows all backends."""
+"""The runtimes: one table, one row for each backend, and `open_runtime`, which reads it.
 
+A new backend is a subclass of Runtime in a file of its own, and a row here. The command line's help
+reads this table, so importing it costs nothing: whatever a function needs, it imports itself.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from srdeploy.artifacts.artifact import Artifact, open_artifact
-from srdeploy.errors import UserError
-from srdeploy.graph.signature import check_class_count, spec_for_graph
-from srdeploy.runtimes.base import Runtime, parse_device
-from srdeploy.spec import Spec
-from srdeploy.validation import closest
+from srdeploy.errors import MissingPackageError, UserError
 
-RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "openvino", "tensorrt")
-"""auto: torch for a run, onnxruntime for a graph, tensorrt for an engine."""
+if TYPE_CHECKING:
+    from srdeploy.artifacts.artifact import Artifact
+    from srdeploy.runtimes.base import Runtime
+    from srdeploy.spec import Spec
+
+DeviceKind = Literal["cpu", "cuda"]
+ArtifactKind = Literal["run", "deploy", "onnx", "engine"]
+"""As Artifact.kind."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the project knows of one runtime without importing it."""
+
+    name: str
+    """As --runtime takes it."""
+    label: str
+    """Its name in sentences, e.g. "TensorRT"."""
+    loader: str
+    """Where its Runtime is, as "module:Class"."""
+    library: str
+    """The Python module that computes."""
+    packages: tuple[str, ...]
+    """What pip installs for it. `srdeploy doctor` and reports tell their versions."""
+    extra: str
+    """srdeploy's extra that installs them."""
+    devices: tuple[DeviceKind, ...]
+    artifacts: tuple[ArtifactKind, ...]
+    """What it opens. `auto` takes the first row of the table that opens an artifact."""
+    platform: str
+    """PROJECT_FORMAT, as the KServe protocol has it."""
+    precisions: tuple[str, ...] = ()
+    """What --precision may choose, the default first; empty where the artifact decides."""
+    threads: bool = True
+    """Whether --threads means something."""
+
+    @property
+    def runs_graphs(self) -> bool:
+        """Whether it opens an ONNX file."""
+        return "onnx" in self.artifacts
+
+    def load(self) -> type[Any]:
+        """Its Runtime, imported now; its constructor takes (artifact, spec, RuntimeOptions)."""
+        module, _, name = self.loader.partition(":")
+        return cast(type[Any], getattr(import_module(module), name))
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="torch",
+        label="torch",
+        loader="srdeploy.runtimes.torch_runtime:TorchRuntime",
+        library="torch",
+        packages=("torch",),
+        extra="cpu",
+        devices=("cpu", "cuda"),
+        artifacts=("run",),
+        platform="pytorch_safetensors",
+    ),
+    Backend(
+        name="onnxruntime",
+        label="onnxruntime",
+        loader="srdeploy.runtimes.onnx_runtime:OnnxRuntime",
+        library="onnxruntime",
+        packages=("onnxruntime", "onnxruntime-gpu"),
+        extra="cpu",
+        devices=("cpu", "cuda"),
+        artifacts=("deploy", "onnx"),
+        platform="onnxruntime_onnx",
+    ),
+    Backend(
+        name="onnxruntime-tensorrt",
+        label="onnxruntime's TensorRT provider",
+        loader="srdeploy.runtimes.onnx_runtime:OnnxTensorRTRuntime",
+        library="onnxruntime",
+        packages=("onnxruntime-gpu",),
+        extra="gpu",
+        devices=("cuda",),
+        artifacts=("deploy", "onnx"),
+        platform="onnxruntime_onnx",
+    ),
+    Backend(
+        name="openvino",
+        label="OpenVINO",
+        loader="srdeploy.runtimes.openvino_runtime:OpenVINORuntime",
+        library="openvino",
+        packages=("openvino",),
+        extra="openvino",
+        devices=("cpu",),
+        artifacts=("deploy", "onnx"),
+        platform="openvino_onnx",
+        precisions=("fp32", "bf16", "fp16"),
+    ),
+    Backend(
+        name="tensorrt",
+        label="TensorRT",
+        loader="srdeploy.runtimes.trt.runtime:TensorRTRuntime",
+        library="tensorrt",
+        packages=("tensorrt", "tensorrt-rtx", "cuda-python", "nvidia-ml-py"),
+        extra="tensorrt",
+        devices=("cuda",),
+        artifacts=("deploy", "engine"),
+        platform="tensorrt_plan",
+        threads=False,
+    ),
+)
 
 
 def open_runtime(
     path: Path | str,
     device: str = "cpu",
     runtime: str = "auto",
-    spec: Spec | None = None,
+    spec: "Spec | None" = None,
     threads: int | None = None,
     precision: str | None = None,
-) -> Runtime:
+) -> "Runtime":
     """The runtime for a run folder, a deploy folder, an .onnx or an .engine file.
 
-    It is not open yet. device: cpu, cuda or cuda:N. runtime: one of RUNTIMES. spec: for ONNX files
-    that carry none. threads: CPU threads [all cores]. precision: of OpenVINO's arithmetic, fp32
-    [default], bf16 or fp16; elsewhere the artifact's types decide. Raises UserError where artifact,
-    runtime, device or their combination can't be used; nothing falls back to something else.
+    It is not open yet. device: cpu, cuda or cuda:N. runtime: one of runtime_names(). spec: for ONNX
+    files that carry none. threads: CPU threads [all cores]. precision: of the arithmetic, where the
+    backend has a choice; elsewhere the artifact's types decide. Raises UserError where artifact,
+    runtime, device or their combination can't be used; there are no silent fallbacks.
     """
+    from srdeploy.artifacts.artifact import open_artifact
+    from srdeploy.runtimes.base import RuntimeOptions
+
     artifact = open_artifact(Path(path))
-    name = choose_runtime(artifact, runtime)
-    _require_device(name, device, threads)
-    if precision is not None and name != "openvino":
-        raise UserError(
-            f"--precision {precision}: {name} computes what the types in {path} say; OpenVINO "
-            "alone has a choice (--runtime openvino), elsewhere export with --precision"
-        )
-    if name == "tensorrt":
-        from srdeploy.runtimes.trt.compatibility import engine_for
-
-        artifact = engine_for(artifact, parse_device(device)[1])
-        from srdeploy.runtimes.trt.runtime import TensorRTRuntime
-
-        return TensorRTRuntime(artifact, _resolve_spec(artifact, spec), device)
-    own = _resolve_spec(artifact, spec)
-    if name == "torch":
-        from srdeploy.runtimes.torch_runtime import TorchRuntime
-
-        return TorchRuntime(artifact, own, device, threads)
-    if name == "openvino":
-        from srdeploy.runtimes.openvino_runtime import OpenVINORuntime
-
-        return OpenVINORuntime(artifact, own, device, threads, precision)
-    from srdeploy.runtimes.onnx_runtime import OnnxRuntime
-
-    return OnnxRuntime(artifact, own, device, threads, tensorrt=name == "onnxruntime-tensorrt")
+    backend = find_backend(choose_runtime(artifact, runtime))
+    assert backend is not None
+    options = RuntimeOptions(device=device, threads=threads, precision=precision)
+    _require_device(backend, artifact, device)
+    _require_options(backend, artifact, options.threads, options.precision)
+    loaded = backend.load()
+    artifact = loaded.pick_file(artifact, device)
+    opened: Runtime = loaded(artifact, _resolve_spec(artifact, spec), options)
+    return opened
 
 
-def choose_runtime(artifact: Artifact, runtime: str) -> str:
+def choose_runtime(artifact: "Artifact", runtime: str) -> str:
     """The runtime, auto resolved. Raises UserError where it can't run such an artifact."""
-    if runtime not in RUNTIMES:
-        raise UserError(f"unknown runtime '{runtime}': {closest(runtime, RUNTIMES)}")
-    path, kind = artifact.path, artifact.kind
+    from srdeploy.validation import closest
+
+    kind = artifact.kind
+    usual = next(one for one in BACKENDS if kind in one.artifacts)
     if runtime == "auto":
-        return {"run": "torch", "engine": "tensorrt"}.get(kind, "onnxruntime")
-    if kind == "run" and runtime != "torch":
-        engine = " --trt" if runtime == "tensorrt" else ""
-        raise UserError(
-            f"{path} is a run folder, which torch runs: for {runtime}, export it first "
-            f"(srdeploy export {path}{engine})"
-        )
-    if kind == "engine" and runtime != "tensorrt":
-        raise UserError(
-            f"{path} is a TensorRT engine, which tensorrt runs: for {runtime}, give the "
-            f"{'run folder' if runtime == 'torch' else 'graph that it was built from'}"
-        )
-    if kind in ("deploy", "onnx") and runtime == "torch":
-        raise UserError(
-            f"{path} holds an ONNX graph, which onnxruntime runs: for torch, give the run folder"
-        )
-    if kind == "onnx" and runtime == "tensorrt":
-        raise UserError(
-            f"{path} is a graph and not an engine: build one (srdeploy export RUN --trt), or use "
-            "--runtime onnxruntime-tensorrt"
-        )
+        return usual.name
+    asked = find_backend(runtime)
+    if asked is None:
+        raise UserError(f"unknown runtime '{runtime}': {closest(runtime, runtime_names())}")
+    if kind not in asked.artifacts:
+        raise UserError(f"{artifact.path} {_other_artifact(artifact, usual, asked)}")
     return runtime
 
 
-def _require_device(runtime: str, device: str, threads: int | None) -> None:
-    """Raises UserError where `runtime` does not run on `device`."""
-    kind, _ = parse_device(device)
-    if kind == "cpu" and runtime in ("tensorrt", "onnxruntime-tensorrt"):
-        raise UserError(f"{runtime} runs on an NVIDIA GPU: use --device cuda")
-    if kind == "cuda" and runtime == "openvino":
-        raise UserError(
-            f"openvino runs on the CPU here, not on {device}: use --device cpu, or --runtime "
-            "onnxruntime or tensorrt for the GPU"
+def find_backend(name: str) -> Backend | None:
+    """The row of that name; None for "auto" and for names that are in no row."""
+    return next((one for one in BACKENDS if one.name == name), None)
+
+
+def import_package(name: str) -> Any:
+    """The library of that backend, imported now. Raises MissingPackageError with the pip line."""
+    backend = find_backend(name)
+    assert backend is not None
+    try:
+        return import_module(backend.library)
+    except ImportError as error:
+        raise MissingPackageError(backend.library, backend.extra, f"the runtime {name}") from error
+
+
+def runtime_names() -> tuple[str, ...]:
+    """What --runtime takes: auto, then the backends."""
+    return ("auto", *(one.name for one in BACKENDS))
+
+
+def runtime_packages() -> tuple[str, ...]:
+    """The packages of all backends, each once."""
+    return tuple(dict.fromkeys(package for one in BACKENDS for package in one.packages))
+
+
+def has_precisions(runtime: str) -> bool:
+    """Whether --precision chooses this runtime's arithmetic."""
+    backend = find_backend(runtime)
+    return backend is not None and bool(backend.precisions)
+
+
+def runs_graphs(runtime: str) -> bool:
+    """Whether this runtime opens an ONNX file; False for "auto", which is no backend."""
+    backend = find_backend(runtime)
+    return backend is not None and backend.runs_graphs
+
+
+def runtime_help() -> str:
+    """What --runtime takes and what auto means, for help texts."""
+    return (
+        f"{join_words(runtime_names(), 'or')}; auto goes by the artifact: "
+        f"{_usual('run')} for a run, {_usual('onnx')} for a graph, {_usual('engine')} for an engine"
+    )
+
+
+def precision_help() -> str:
+    """What --precision chooses, for help texts, e.g. "Arithmetic of A: fp32 (default) or bf16"."""
+    return "; ".join(
+        f"Arithmetic of {one.label}: "
+        + join_words((f"{one.precisions[0]} (default)", *one.precisions[1:]), "or")
+        for one in BACKENDS
+        if one.precisions
+    )
+
+
+def precision_labels() -> str:
+    """The backends with a choice of arithmetic, for sentences."""
+    return join_words((one.label for one in BACKENDS if one.precisions), "and")
+
+
+def join_words(words: Iterable[str], last: str) -> str:
+    """E.g. "a, b or c"."""
+    *first, end = words
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def _usual(kind: ArtifactKind) -> str:
+    return next(one.name for one in BACKENDS if kind in one.artifacts)
+
+
+def _other_artifact(artifact: "Artifact", usual: Backend, asked: Backend) -> str:
+    """What the artifact is, which runtime opens it, and what to give to the one that was asked
+    for."""
+    if artifact.kind == "run":
+        engine = " --trt" if "engine" in asked.artifacts else ""
+        return (
+            f"is a run folder, which {usual.name} runs: for {asked.name}, export it first "
+            f"(srdeploy export {artifact.path}{engine})"
         )
-    if threads is not None and runtime == "tensorrt":
-        raise UserError("--threads sets threads of the CPU, and a TensorRT engine uses none")
+    if artifact.kind == "engine":
+        form = "graph that it was built from" if asked.runs_graphs else "run folder"
+        return f"is a TensorRT engine, which {usual.name} runs: for {asked.name}, give the {form}"
+    if "engine" in asked.artifacts:
+        return (
+            "is a graph and not an engine: build one (srdeploy export RUN --trt), or use --runtime "
+            "onnxruntime-tensorrt"
+        )
+    return f"holds an ONNX graph, which {usual.name} runs: for {asked.name}, give the run folder"
 
 
-def _resolve_spec(artifact: Artifact, given: Spec | None) -> Spec:
+def _require_device(backend: Backend, artifact: "Artifact", device: str) -> None:
+    """Raises UserError where the backend does not run on `device`."""
+    from srdeploy.runtimes.base import parse_device
+
+    kind, _ = parse_device(device)
+    if kind in backend.devices:
+        return
+    if kind == "cpu":
+        raise UserError(f"{backend.name} runs on an NVIDIA GPU: use --device cuda")
+    others = [
+        one.name for one in BACKENDS if kind in one.devices and artifact.kind in one.artifacts
+    ]
+    instead = f", or --runtime {join_words(others, 'or')} for the GPU" if others else ""
+    raise UserError(
+        f"{backend.name} runs on the CPU here, not on {device}: use --device cpu{instead}"
+    )
+
+
+def _require_options(
+    backend: Backend, artifact: "Artifact", threads: int | None, precision: str | None
+) -> None:
+    """Raises UserError for options that mean nothing to the backend."""
+    from srdeploy.validation import closest
+
+    if precision is not None and not backend.precisions:
+        choosers = [one for one in BACKENDS if one.precisions]
+        have = "has" if len(choosers) == 1 else "have"
+        names = join_words((one.name for one in choosers), "or")
+        raise UserError(
+            f"--precision {precision}: {backend.name} computes what the types in {artifact.path} "
+            f"say; only {precision_labels()} {have} a choice (--runtime {names}), elsewhere "
+            "export with --precision"
+        )
+    if precision is not None and precision not in backend.precisions:
+        raise UserError(
+            f"{backend.label} computes in {join_words(backend.precisions, 'or')}, not in "
+            f"'{precision}' ({closest(precision, backend.precisions)}): quantised layers need no "
+            "--precision"
+        )
+    if threads is not None and not backend.threads:
+        raise UserError(f"--threads sets threads of the CPU, and {backend.label} uses none")
+
+
+def _resolve_spec(artifact: "Artifact", given: "Spec | None") -> "Spec":
+    """The artifact's own spec, or the one given for an artifact that has none."""
     own = artifact.spec
     if given is None:
         if own is None:
@@ -116,6 +315,8 @@ def _resolve_spec(artifact: Artifact, given: Spec | None) -> Spec:
             "leave --classes away"
         )
     if artifact.signature is not None:
+        from srdeploy.graph.signature import check_class_count, spec_for_graph
+
         check_class_count(artifact.signature.classes, given, artifact.path)
         if own is None:
             return spec_for_graph(given, artifact.signature)

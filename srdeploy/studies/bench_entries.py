@@ -11,8 +11,8 @@ from srdeploy import console
 from srdeploy.artifacts.artifact import Artifact, open_artifact
 from srdeploy.errors import UserError
 from srdeploy.runtimes.base import parse_device
-from srdeploy.runtimes.registry import choose_runtime
-from srdeploy.serve.bench.entries import NO_GRAPH, Entry, Setting, find_checkpoints, short_names
+from srdeploy.runtimes.registry import choose_runtime, has_precisions, runs_graphs
+from srdeploy.serve.bench.entries import Entry, Setting, find_checkpoints, short_names
 from srdeploy.spec import Spec
 
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -69,7 +69,7 @@ def entries_for(
                 )
             )
         regulated = _regulated([run or one.path for run, one in zip(runs, opened, strict=True)])
-        graphs = any(_resolved(opened[0], one.runtime, runs[0]) not in NO_GRAPH for one in settings)
+        graphs = any(runs_graphs(_resolved(opened[0], one.runtime, runs[0])) for one in settings)
         if exits_left_in and regulated is not None and graphs:
             entries.append(_with_exits(regulated, settings, workshop))
         yield entries
@@ -92,7 +92,7 @@ def _form(
                 f"(srdeploy export RUN --precision {precision} --trt) and give its folder"
             )
         return _builds(artifact, workshop) if workshop.builds > 1 else None
-    if precision is None or runtime == "openvino":
+    if precision is None or has_precisions(runtime):
         return None
     return _converted(artifact, precision, workshop)
 
@@ -192,7 +192,8 @@ def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> E
     artifact = open_artifact(path)
     forms: dict[tuple[str, str | None], tuple[Path, ...]] = {}
     for one in settings:
-        if one.runtime not in NO_GRAPH and one.runtime != "openvino" and one.precision is not None:
+        runtime = choose_runtime(artifact, one.runtime) if one.runtime == "auto" else one.runtime
+        if one.precision is not None and runs_graphs(runtime) and not has_precisions(runtime):
             found = _converted(artifact, one.precision, workshop)
             if found is not None:
                 forms[one.runtime, one.precision] = found

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from srdeploy.errors import UserError
-from srdeploy.runtimes.trt.cuda import LEGACY_STREAM, Cuda, array_bytes
+from srdeploy.runtimes.trt.cuda_api import LEGACY_STREAM, Cuda, array_bytes
 
 
 @dataclass(frozen=True)

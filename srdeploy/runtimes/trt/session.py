@@ -12,7 +12,7 @@ import numpy.typing as npt
 from srdeploy.errors import UserError
 from srdeploy.runtimes.base import ImageShapeError
 from srdeploy.runtimes.trt.arrays import DeviceArray, DeviceView, Stream
-from srdeploy.runtimes.trt.cuda import Cuda, DeviceBuffer, PinnedBuffer, array_bytes
+from srdeploy.runtimes.trt.cuda_api import Cuda, DeviceBuffer, PinnedBuffer, array_bytes
 from srdeploy.runtimes.trt.engine import Chunk, Engine, plan_chunks, require_profile
 
 CAPTURED = 4

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srdeploy.errors import UserError
-from srdeploy.runtimes.trt.cuda import (
+from srdeploy.runtimes.trt.cuda_api import (
     Cuda,
     CudaMemoryError,
     DeviceBuffer,
     DeviceClock,
     PinnedBuffer,
 )
-from tests.serve.engines.fake_cuda import FakeCuda, cudaError_t
+from tests.runtimes.trt.fake_cuda import FakeCuda, cudaError_t
 
 
 @pytest.mark.parametrize("kind", [DeviceBuffer, PinnedBuffer])

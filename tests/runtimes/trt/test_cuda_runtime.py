@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from srdeploy.errors import UserError
-from srdeploy.runtimes.trt.cuda import Cuda, import_cuda_runtime
-from tests.serve.engines.fake_cuda import FakeCuda, cudaError_t
+from srdeploy.runtimes.trt.cuda_api import Cuda, import_cuda_runtime
+from tests.runtimes.trt.fake_cuda import FakeCuda, cudaError_t
 
-SOURCES = sorted(Path(__file__).parents[3].glob("serve/cuda_*.py"))
+SOURCES = sorted(Path(__file__).parents[3].glob("srdeploy/runtimes/trt/*.py"))
 
 
 def bindings() -> Any:
