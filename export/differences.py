@@ -19,7 +19,7 @@ from srdeploy.imaging import Pixels, restore
 from srdeploy.metrics import Counts, Score
 from srdeploy.precision import Precision
 from srdeploy.runtimes.base import Runtime
-from srdeploy.runtimes.registry import choosing_precision, open_runtime
+from srdeploy.runtimes.registry import has_precisions, open_runtime
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
 
@@ -396,8 +396,7 @@ def open_candidates(
     if not (emulated and precision == "bf16"):
         exposed = folder / "candidate.onnx"
         onnx.save(expose_logits(model, artifact.file), str(exposed))
-        chosen = runtime in choosing_precision() and precision in HALVES
-        inner = precision if chosen else None
+        inner = precision if has_precisions(runtime) and precision in HALVES else None
         whole, inside = (
             stack.enter_context(open_runtime(file, device, runtime, spec, precision=inner))
             for file in (artifact.path, exposed)

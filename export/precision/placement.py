@@ -7,7 +7,7 @@ exact; and only what lies before the last ones, so that the full-size resize and
 - tensorrt: the inputs of weighted operators, and of each residual addition the operand that is not
   the convolution to be fused with it. Everything else stays float32: TensorRT fuses what follows a
   convolution into it, and carries int8 through pooling and the like by itself.
-- cpu: runtimes of CPUs compute in int8 where all operands and the result are rounded, so
+- cpu: runtimes on CPUs compute in int8 where all operands and the result are rounded, so
   results of weighted operators and of additions, concatenations, pooling and interior resizes are
   rounded as well, after the activation that follows. What only moves or selects values keeps the
   scale of what it reads. Where the last weighted operators read a residual sum, the sum and the

@@ -16,7 +16,7 @@ from srdeploy.files import read_json, sha256_of
 from srdeploy.imaging import Pixels, fit
 from srdeploy.runs import WEIGHTS, is_run
 from srdeploy.runtimes.base import Runtime
-from srdeploy.runtimes.registry import choosing_precision
+from srdeploy.runtimes.registry import has_precisions
 from srdeploy.spec import Spec
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Setting:
 
     @property
     def arithmetic(self) -> str | None:
-        """What open_runtime is told: only some backends have a choice."""
-        return self.precision if self.runtime in choosing_precision() else None
+        """What open_runtime is told: None where the file decides."""
+        return self.precision if has_precisions(self.runtime) else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from srdeploy.artifacts.artifact import Builder, open_artifact, read_sidecar
 from srdeploy.errors import UserError
 from srdeploy.runtimes.base import parse_device
-from srdeploy.runtimes.registry import choose_runtime, import_library, open_runtime, pick_artifact
+from srdeploy.runtimes.registry import choose_runtime, find_backend, open_runtime
 from srdeploy.serve.bench.results import Footprint
 from srdeploy.spec import Spec
 from srdeploy.validation import Settings
@@ -60,7 +60,9 @@ def measure_footprint(
     artifact = open_artifact(path)
     name = choose_runtime(artifact, runtime)
     builder: Builder | None = None
-    picked = pick_artifact(artifact, name, device)
+    backend = find_backend(name)
+    assert backend is not None
+    picked = backend.load().pick_file(artifact, device)
     if picked.kind == "engine":
         builder = read_sidecar(picked.file).builder
     request = FootprintRequest(
@@ -112,7 +114,7 @@ def main() -> None:
 
 def _measure(request: FootprintRequest) -> Footprint:
     start = time.perf_counter()
-    import_library(request.runtime, request.builder)
+    _import_library(request.runtime, request.builder)
     import_s = time.perf_counter() - start
     _import_own(request.runtime)
     noise = np.random.default_rng(0)
@@ -144,6 +146,13 @@ def _measure(request: FootprintRequest) -> Footprint:
         peak_mib=peak / MIB,
         device_mib=device_mib,
     )
+
+
+def _import_library(runtime: str, builder: Builder | None) -> None:
+    """What other people wrote."""
+    backend = find_backend(runtime)
+    assert backend is not None
+    backend.load().import_library(builder)
 
 
 def _import_own(runtime: str) -> None:

@@ -17,7 +17,7 @@ from srdeploy.environment import PACKAGES, describe_environment
 from srdeploy.files import sha256_of
 from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import Runtime
-from srdeploy.runtimes.registry import BACKENDS, open_runtime, runtime_packages
+from srdeploy.runtimes.registry import open_runtime, runs_graphs, runtime_packages
 from srdeploy.serve.bench.accuracy import DifferingPhoto, measure_accuracy
 from srdeploy.serve.bench.entries import BenchEntry, Setting, bench_images
 from srdeploy.serve.bench.footprint import measure_footprint
@@ -123,7 +123,7 @@ class Benchmark:
         images: Pixels | None = None
         rows: list[_TrialRow] = []
         for entry in entries:
-            if not entry.judged and not BACKENDS[rows[0].backend].converts:
+            if not entry.judged and not runs_graphs(rows[0].backend):
                 continue  # its time in another library would mean nothing
             runtime = self.open(entry, setting)
             if self.dataset is not None and entry.judged:

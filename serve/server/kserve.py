@@ -16,7 +16,7 @@ import numpy as np
 
 from srdeploy import __version__
 from srdeploy.imaging import Pixels
-from srdeploy.runtimes.registry import BACKENDS
+from srdeploy.runtimes.registry import find_backend
 from srdeploy.serve.server.admission import BadRequest, NotFound, TooLarge
 from srdeploy.serve.server.config import ServerLimits
 from srdeploy.serve.server.registry import ModelMetadata
@@ -58,10 +58,11 @@ def server_metadata() -> dict[str, Any]:
 def model_metadata(model: ModelMetadata) -> dict[str, Any]:
     """The answer to GET /v2/models/NAME; -1 stands for axes of any size."""
     shape = [-1 if size is None else size for size in model.input_shape]
+    backend = find_backend(model.backend)
     return {
         "name": model.name,
         "versions": [model.version],
-        "platform": BACKENDS[model.backend].kserve_platform,
+        "platform": model.backend if backend is None else backend.platform,
         "inputs": [{"name": INPUT, "datatype": DATATYPE, "shape": shape}],
         "outputs": [{"name": OUTPUT, "datatype": DATATYPE, "shape": shape[:3]}],
         "parameters": {

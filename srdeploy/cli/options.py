@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from srdeploy.runtimes.registry import AUTO, choosing_precision, runtime_names
+from srdeploy.runtimes.registry import precision_help, runtime_help
 
 NETWORK = "Network"
 
@@ -33,8 +33,7 @@ RuntimeName = Annotated[
     typer.Option(
         "--runtime",
         metavar="NAME",
-        help=f"{', '.join(runtime_names())}. auto takes {AUTO['run']} for a run, {AUTO['onnx']} "
-        f"for a graph, {AUTO['engine']} for an engine.",
+        help=f"{runtime_help()}.",
     ),
 ]
 Arithmetic = Annotated[
@@ -42,8 +41,7 @@ Arithmetic = Annotated[
     typer.Option(
         "--precision",
         metavar="TYPE",
-        help=f"Arithmetic of {' and '.join(choosing_precision())}: fp32 (default), bf16 or fp16; "
-        "other runtimes follow the artifact's types.",
+        help=f"{precision_help()}; other runtimes follow the artifact's types.",
     ),
 ]
 Threads = Annotated[

@@ -7,13 +7,14 @@ What a runtime is (spec, device, precision, input shape) is known at once; it mu
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from srdeploy.artifacts.artifact import Artifact
+from srdeploy.artifacts.artifact import Artifact, Builder
 from srdeploy.errors import UserError
 from srdeploy.graph.signature import Shape
 from srdeploy.imaging import Pixels
@@ -26,11 +27,26 @@ class ImageShapeError(UserError):
     """Images that this runtime can't take, for shape or size; the message has the actual shape."""
 
 
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a backend runs an artifact. open_runtime has checked it against the backend's row."""
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads; None: all cores."""
+    precision: str | None = None
+    """Of the arithmetic, for backends that have a choice; None: the backend's default."""
+
+
 class Runtime(ABC):
-    """One network, ready to run on one device. A context manager: open it before use."""
+    """One network, ready to run on one device. A context manager: open it before use.
+
+    A backend's constructor takes (artifact, spec, RuntimeOptions).
+    """
 
     backend: str
-    """Which library runs it: one of RUNTIMES but auto."""
+    """Which library runs it: a name in the registry."""
     precision: str
     """Of the arithmetic, as it really is once the runtime is open; until then, of what is stored.
     Several are joined with +, and stored types that differ are added: "float32 (stored as
@@ -43,6 +59,22 @@ class Runtime(ABC):
         self.device = device
         self.input_shape = input_shape
         self._is_open = False
+
+    @classmethod
+    def pick_file(cls, artifact: Artifact, device: str) -> Artifact:
+        """What is opened of `artifact` on `device`: of a folder, perhaps another of its files.
+
+        Raises UserError where there is none.
+        """
+        return artifact
+
+    @classmethod
+    def import_library(cls, builder: Builder | None = None) -> Any:
+        """Imports the library that computes, and returns it. builder: which TensorRT.
+
+        Raises MissingPackageError. The default: the backend's module has imported it.
+        """
+        return None
 
     def __enter__(self) -> Self:
         self._open()
@@ -76,7 +108,7 @@ class Runtime(ABC):
     def logits(self, images: Pixels) -> Logits:
         """images uint8 [N, H, W, 3] RGB -> logits float32 [N, K, H, W].
 
-        Raises UserError where the graph gives labels alone, or can't take the images.
+        Raises UserError where the graph gives only labels, or can't take the images.
         """
         self._check(images)
         return self._logits(images)
@@ -116,7 +148,7 @@ class Runtime(ABC):
         for name, actual, wanted in zip("NHW", shape[:3], self.input_shape[:3], strict=True):
             if wanted is not None and actual != wanted:
                 raise ImageShapeError(
-                    f"{self.path} takes images of {_shape_text(self.input_shape)} alone, "
+                    f"{self.path} takes only images of {_shape_text(self.input_shape)}, "
                     f"not {list(shape)} ({name} is {actual})"
                 )
         least = self.spec.input.smallest

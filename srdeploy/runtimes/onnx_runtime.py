@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy.typing as npt
 
-from srdeploy.artifacts.artifact import Artifact
+from srdeploy.artifacts.artifact import Artifact, Builder
 from srdeploy.errors import MissingPackageError, UserError
 from srdeploy.graph.operators import LAYERS
 from srdeploy.imaging import Pixels
-from srdeploy.runtimes.base import ImageShapeError, parse_device
+from srdeploy.runtimes.base import ImageShapeError, RuntimeOptions, parse_device
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
-from srdeploy.runtimes.registry import choosing_precision
+from srdeploy.runtimes.registry import BACKENDS, join_words
 from srdeploy.spec import Spec
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -217,22 +217,18 @@ class OnnxRuntime(GraphRuntime):
     """
 
     backend = "onnxruntime"
-    gpu_provider: Provider = "cuda"
-    """Which provider runs it on a GPU."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        spec: Spec,
-        device: str,
-        threads: int | None = None,
-    ) -> None:
-        super().__init__(artifact, spec, device)
-        on_gpu = parse_device(device)[0] == "cuda"
-        self._provider: Provider = self.gpu_provider if on_gpu else "cpu"
-        self._threads = threads
+    def __init__(self, artifact: Artifact, spec: Spec, options: RuntimeOptions) -> None:
+        super().__init__(artifact, spec, options.device)
+        self._provider: Provider = parse_device(options.device)[0]
+        self._threads = options.threads
         self._session: Any = None
         self._timing = local()
+
+    @classmethod
+    def import_library(cls, builder: Builder | None = None) -> Any:
+        """onnxruntime. Raises MissingPackageError."""
+        return import_onnxruntime()
 
     def timed_run(self, images: Pixels) -> tuple[Pixels, dict[str, float] | None]:
         """run, and {"compute_ms"}: the device's time without copies; None on the CPU, whose time is
@@ -291,9 +287,12 @@ class OnnxRuntime(GraphRuntime):
                 )
         except ort_errors() as error:
             if self._provider == "cpu" and "bfloat16" in self.signature.precision:
+                others = join_words(
+                    (one.name for one in BACKENDS if "bf16" in one.precisions), "or"
+                )
                 raise UserError(
                     f"{file}: onnxruntime has no bfloat16 layers for CPUs ({first_line(error)}): "
-                    f"use --runtime {choosing_precision()[0]}, or export with --precision fp16"
+                    f"use --runtime {others}, or export with --precision fp16"
                 ) from error
             raise UserError(f"{file}: onnxruntime can't load it ({first_line(error)})") from error
         except RuntimeError as error:
@@ -328,16 +327,14 @@ class OnnxRuntime(GraphRuntime):
 
 
 class OnnxTensorRTRuntime(OnnxRuntime):
-    """The same through onnxruntime's TensorRT provider, which builds its engine at the first run of
-    each image size."""
+    """onnxruntime's TensorRT provider, which builds its engine at the first run of each image
+    size."""
 
     backend = "onnxruntime-tensorrt"
-    gpu_provider: Provider = "tensorrt"
 
-
-def import_library(builder: str | None = None) -> None:
-    """Imports onnxruntime. Raises MissingPackageError."""
-    import_onnxruntime()
+    def __init__(self, artifact: Artifact, spec: Spec, options: RuntimeOptions) -> None:
+        super().__init__(artifact, spec, options)
+        self._provider = "tensorrt"
 
 
 def import_onnxruntime() -> Any:

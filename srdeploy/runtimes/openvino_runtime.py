@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from srdeploy.artifacts.artifact import Artifact
-from srdeploy.errors import MissingPackageError, UserError
+from srdeploy.artifacts.artifact import Artifact, Builder
+from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
-from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.base import ImageShapeError, RuntimeOptions
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
+from srdeploy.runtimes.registry import import_package
 from srdeploy.spec import Spec
-from srdeploy.validation import closest
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
@@ -32,29 +32,22 @@ class OpenVINORuntime(GraphRuntime):
 
     backend = "openvino"
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        spec: Spec,
-        device: str,
-        threads: int | None = None,
-        precision: str | None = None,
-    ) -> None:
-        super().__init__(artifact, spec, device)
-        self._wanted = precision or "fp32"
+    def __init__(self, artifact: Artifact, spec: Spec, options: RuntimeOptions) -> None:
+        super().__init__(artifact, spec, options.device)
+        self._wanted = options.precision or "fp32"
         # CPUs with bfloat16 compute layers stored so in it, whatever the hint: unless float32 was
         # asked for in so many words, that is what the artifact says.
-        self._stored_will_do = precision is None
-        if self._wanted not in _HINTS:
-            raise UserError(
-                f"OpenVINO computes in fp32, bf16 or fp16, not in '{self._wanted}' "
-                f"({closest(self._wanted, _HINTS)}): quantised layers need no --precision"
-            )
-        self._threads = threads
+        self._stored_will_do = options.precision is None
+        self._threads = options.threads
         self._request: Any = None
 
+    @classmethod
+    def import_library(cls, builder: Builder | None = None) -> Any:
+        """OpenVINO. Raises MissingPackageError."""
+        return import_package(cls.backend)
+
     def _open(self) -> None:
-        openvino = import_openvino()
+        openvino = self.import_library()
         core = openvino.Core()
         self._require_offered(core)
         settings: dict[str, Any] = {
@@ -133,20 +126,6 @@ def _layer_types(compiled: Any) -> set[str]:
             kind = told["runtimePrecision"].astype(str)
             found.add(_NAMES.get(kind, kind))
     return found
-
-
-def import_library(builder: str | None = None) -> None:
-    """Imports OpenVINO. Raises MissingPackageError."""
-    import_openvino()
-
-
-def import_openvino() -> Any:
-    """The package; it is optional. Raises MissingPackageError with the pip line."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingPackageError("openvino", "openvino", "the runtime openvino") from error
-    return openvino
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,155 +1,123 @@
-"""Which runtime opens which artifact: one table with a row for each backend.
+"""The runtimes: one table, one row for each backend, and `open_runtime`, which reads it.
 
-A new backend is one file, with a `Runtime` in it, and one row here. This module loads nothing
-heavy: the command line's help reads the table.
+A new backend is a subclass of Runtime in a file of its own, and a row here. The command line's help
+reads this table, so importing it costs nothing: whatever a function needs, it imports itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from srdeploy.errors import UserError
+from srdeploy.errors import MissingPackageError, UserError
 
 if TYPE_CHECKING:
     from srdeploy.artifacts.artifact import Artifact
     from srdeploy.runtimes.base import Runtime
     from srdeploy.spec import Spec
 
+DeviceKind = Literal["cpu", "cuda"]
+ArtifactKind = Literal["run", "deploy", "onnx", "engine"]
+"""As Artifact.kind."""
+
 
 @dataclass(frozen=True)
 class Backend:
-    """What the rest of the project needs to know of one runtime."""
+    """What the project knows of one runtime without importing it."""
 
+    name: str
+    """As --runtime takes it."""
+    label: str
+    """Its name in sentences, e.g. "TensorRT"."""
     loader: str
-    """MODULE:CLASS of the Runtime, imported when it is first opened. It is called with (artifact,
-    spec, device), and with `threads` and `precision` where the row says that it takes them."""
-    runs: Mapping[str, str]
-    """Kinds of artifact (run, deploy, onnx, engine) -> none ("") where it runs them, or why not."""
-    devices: Mapping[str, str]
-    """cpu and cuda -> none ("") where it runs there, or why not."""
-    kserve_platform: str
-    """PROJECT_FORMAT, as KServe's protocol has it."""
-    packages: tuple[str, ...]
-    """Distributions that it needs, for reports about the machine."""
+    """Where its Runtime is, as "module:Class"."""
     library: str
-    """MODULE:FUNCTION that imports what other people wrote, so that its time can be measured. It is
-    called with the builder of the engine, None for what is no engine."""
-    pick: str | None = None
-    """MODULE:FUNCTION (artifact, device index) -> the artifact that runs on that device, where a
-    folder may hold several."""
+    """The Python module that computes."""
+    packages: tuple[str, ...]
+    """What pip installs for it. `srdeploy doctor` and reports tell their versions."""
+    extra: str
+    """srdeploy's extra that installs them."""
+    devices: tuple[DeviceKind, ...]
+    artifacts: tuple[ArtifactKind, ...]
+    """What it opens. `auto` takes the first row of the table that opens an artifact."""
+    platform: str
+    """PROJECT_FORMAT, as the KServe protocol has it."""
     precisions: tuple[str, ...] = ()
-    """What --precision may choose. Empty: it computes what the types in the file say."""
-    takes_threads: bool = True
-    """Whether CPU threads can be set."""
-    converts: bool = True
-    """Whether it runs ONNX graphs, so that benchmarks can convert one for it."""
+    """What --precision may choose, the default first; empty where the artifact decides."""
+    threads: bool = True
+    """Whether --threads means something."""
 
     @property
-    def runs_on(self) -> tuple[str, ...]:
-        """The kinds of device that it runs on."""
-        return tuple(device for device, refusal in self.devices.items() if not refusal)
+    def runs_graphs(self) -> bool:
+        """Whether it opens an ONNX file."""
+        return "onnx" in self.artifacts
 
-    def probe_name(self, name: str, device: str) -> str:
-        """The probe of `srdeploy doctor` that runs it on a device: each in its own process."""
-        return name if device == self.runs_on[0] else f"{name}-{device}"
+    def load(self) -> type[Any]:
+        """Its Runtime, imported now; its constructor takes (artifact, spec, RuntimeOptions)."""
+        module, _, name = self.loader.partition(":")
+        return cast(type[Any], getattr(import_module(module), name))
 
 
-_GRAPHS = {"deploy": "", "onnx": ""}
-_NO_RUN = (
-    "{path} is a run folder, which torch runs: for {runtime}, export it first "
-    "(srdeploy export {path}{flag})"
-)
-_NO_ENGINE = (
-    "{path} is a TensorRT engine, which tensorrt runs: for {runtime}, give the graph that it was "
-    "built from"
-)
-_NO_GRAPH = "{path} holds an ONNX graph, which onnxruntime runs: for torch, give the run folder"
-_ONLY_GPU = "{runtime} runs on an NVIDIA GPU: use --device cuda"
-
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="torch",
+        label="torch",
         loader="srdeploy.runtimes.torch_runtime:TorchRuntime",
-        runs={
-            "run": "",
-            "engine": _NO_ENGINE.replace("graph that it was built from", "run folder"),
-            "deploy": _NO_GRAPH,
-            "onnx": _NO_GRAPH,
-        },
-        devices={"cpu": "", "cuda": ""},
-        kserve_platform="pytorch_safetensors",
+        library="torch",
         packages=("torch",),
-        library="srdeploy.runtimes.torch_runtime:import_library",
-        converts=False,
+        extra="cpu",
+        devices=("cpu", "cuda"),
+        artifacts=("run",),
+        platform="pytorch_safetensors",
     ),
-    "onnxruntime": Backend(
+    Backend(
+        name="onnxruntime",
+        label="onnxruntime",
         loader="srdeploy.runtimes.onnx_runtime:OnnxRuntime",
-        runs={**_GRAPHS, "run": _NO_RUN, "engine": _NO_ENGINE},
-        devices={"cpu": "", "cuda": ""},
-        kserve_platform="onnxruntime_onnx",
+        library="onnxruntime",
         packages=("onnxruntime", "onnxruntime-gpu"),
-        library="srdeploy.runtimes.onnx_runtime:import_library",
+        extra="cpu",
+        devices=("cpu", "cuda"),
+        artifacts=("deploy", "onnx"),
+        platform="onnxruntime_onnx",
     ),
-    "onnxruntime-tensorrt": Backend(
+    Backend(
+        name="onnxruntime-tensorrt",
+        label="onnxruntime's TensorRT provider",
         loader="srdeploy.runtimes.onnx_runtime:OnnxTensorRTRuntime",
-        runs={**_GRAPHS, "run": _NO_RUN, "engine": _NO_ENGINE},
-        devices={"cpu": _ONLY_GPU, "cuda": ""},
-        kserve_platform="onnxruntime_onnx",
+        library="onnxruntime",
         packages=("onnxruntime-gpu",),
-        library="srdeploy.runtimes.onnx_runtime:import_library",
+        extra="gpu",
+        devices=("cuda",),
+        artifacts=("deploy", "onnx"),
+        platform="onnxruntime_onnx",
     ),
-    "openvino": Backend(
+    Backend(
+        name="openvino",
+        label="OpenVINO",
         loader="srdeploy.runtimes.openvino_runtime:OpenVINORuntime",
-        runs={**_GRAPHS, "run": _NO_RUN, "engine": _NO_ENGINE},
-        devices={
-            "cpu": "",
-            "cuda": "openvino runs on the CPU here, not on {device}: use --device cpu, or "
-            "--runtime onnxruntime or tensorrt for the GPU",
-        },
-        kserve_platform="openvino_onnx",
+        library="openvino",
         packages=("openvino",),
-        library="srdeploy.runtimes.openvino_runtime:import_library",
+        extra="openvino",
+        devices=("cpu",),
+        artifacts=("deploy", "onnx"),
+        platform="openvino_onnx",
         precisions=("fp32", "bf16", "fp16"),
     ),
-    "tensorrt": Backend(
+    Backend(
+        name="tensorrt",
+        label="TensorRT",
         loader="srdeploy.runtimes.trt.runtime:TensorRTRuntime",
-        runs={
-            "deploy": "",
-            "engine": "",
-            "run": _NO_RUN.replace("{flag}", " --trt"),
-            "onnx": "{path} is a graph and not an engine: build one (srdeploy export RUN --trt), "
-            "or use --runtime onnxruntime-tensorrt",
-        },
-        devices={"cpu": _ONLY_GPU, "cuda": ""},
-        kserve_platform="tensorrt_plan",
-        packages=("tensorrt", "tensorrt-rtx", "cuda-python"),
-        library="srdeploy.runtimes.trt.runtime:import_library",
-        pick="srdeploy.runtimes.trt.compatibility:engine_for",
-        takes_threads=False,
-        converts=False,
+        library="tensorrt",
+        packages=("tensorrt", "tensorrt-rtx", "cuda-python", "nvidia-ml-py"),
+        extra="tensorrt",
+        devices=("cuda",),
+        artifacts=("deploy", "engine"),
+        platform="tensorrt_plan",
+        threads=False,
     ),
-}
-"""All backends by name, in the order in which help and messages list them."""
-
-AUTO = {"run": "torch", "engine": "tensorrt", "deploy": "onnxruntime", "onnx": "onnxruntime"}
-"""What `auto` stands for, by the artifact's kind."""
-
-
-def runtime_names() -> tuple[str, ...]:
-    """What --runtime takes: auto and all backends."""
-    return ("auto", *BACKENDS)
-
-
-def choosing_precision() -> tuple[str, ...]:
-    """Names of the backends for which --precision chooses the arithmetic."""
-    return tuple(name for name, backend in BACKENDS.items() if backend.precisions)
-
-
-def runtime_packages() -> tuple[str, ...]:
-    """All distributions that backends need, each once."""
-    names = (name for backend in BACKENDS.values() for name in backend.packages)
-    return tuple(dict.fromkeys(names))
+)
 
 
 def open_runtime(
@@ -162,87 +130,177 @@ def open_runtime(
 ) -> "Runtime":
     """The runtime for a run folder, a deploy folder, an .onnx or an .engine file.
 
-    It is not open yet. device: cpu, cuda or cuda:N. runtime: auto or one of BACKENDS. spec: for
-    ONNX files that carry none. threads: CPU threads [all cores]. precision: the arithmetic, for
-    backends that have a choice; for others the artifact's types decide. Raises UserError where
-    artifact, runtime, device or their combination can't be used: there are no silent fallbacks.
+    It is not open yet. device: cpu, cuda or cuda:N. runtime: one of runtime_names(). spec: for ONNX
+    files that carry none. threads: CPU threads [all cores]. precision: of the arithmetic, where the
+    backend has a choice; elsewhere the artifact's types decide. Raises UserError where artifact,
+    runtime, device or their combination can't be used; there are no silent fallbacks.
     """
     from srdeploy.artifacts.artifact import open_artifact
+    from srdeploy.runtimes.base import RuntimeOptions
 
     artifact = open_artifact(Path(path))
-    name = choose_runtime(artifact, runtime)
-    backend = BACKENDS[name]
-    _require_device(name, device)
-    artifact = pick_artifact(artifact, name, device)
-    options: dict[str, int | str] = {}
-    if threads is not None:
-        if not backend.takes_threads:
-            raise UserError(f"--threads sets threads of the CPU, and {name} uses none")
-        options["threads"] = threads
-    if precision is not None:
-        if not backend.precisions:
-            choices = ", ".join(f"--runtime {one}" for one in choosing_precision())
-            raise UserError(
-                f"--precision {precision}: {name} computes what the types in {path} say; only "
-                f"{choices} has a choice, elsewhere export with --precision"
-            )
-        options["precision"] = precision
-    own = _resolve_spec(artifact, spec)
-    opened: Runtime = _load(backend.loader)(artifact, own, device, **options)
+    backend = find_backend(choose_runtime(artifact, runtime))
+    assert backend is not None
+    options = RuntimeOptions(device=device, threads=threads, precision=precision)
+    _require_device(backend, artifact, device)
+    _require_options(backend, artifact, options.threads, options.precision)
+    loaded = backend.load()
+    artifact = loaded.pick_file(artifact, device)
+    opened: Runtime = loaded(artifact, _resolve_spec(artifact, spec), options)
     return opened
-
-
-def pick_artifact(artifact: "Artifact", runtime: str, device: str) -> "Artifact":
-    """The artifact that `runtime` really opens: of a folder's engines, the one for this GPU.
-
-    runtime: a name, not auto. Raises UserError where none fits the device.
-    """
-    from srdeploy.runtimes.base import parse_device
-
-    pick = BACKENDS[runtime].pick
-    if pick is None:
-        return artifact
-    picked: Artifact = _load(pick)(artifact, parse_device(device)[1])
-    return picked
-
-
-def import_library(runtime: str, builder: str | None) -> None:
-    """Imports the library behind `runtime`. builder: of an engine. Raises MissingPackageError."""
-    _load(BACKENDS[runtime].library)(builder)
-
-
-def _load(place: str) -> Any:
-    """What MODULE:NAME names."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
 
 
 def choose_runtime(artifact: "Artifact", runtime: str) -> str:
     """The runtime, auto resolved. Raises UserError where it can't run such an artifact."""
-    if runtime == "auto":
-        return AUTO[artifact.kind]
-    if runtime not in BACKENDS:
-        from srdeploy.validation import closest
+    from srdeploy.validation import closest
 
+    kind = artifact.kind
+    usual = next(one for one in BACKENDS if kind in one.artifacts)
+    if runtime == "auto":
+        return usual.name
+    asked = find_backend(runtime)
+    if asked is None:
         raise UserError(f"unknown runtime '{runtime}': {closest(runtime, runtime_names())}")
-    refusal = BACKENDS[runtime].runs[artifact.kind]
-    if refusal:
-        raise UserError(refusal.format(path=artifact.path, runtime=runtime, flag=""))
+    if kind not in asked.artifacts:
+        raise UserError(f"{artifact.path} {_other_artifact(artifact, usual, asked)}")
     return runtime
 
 
-def _require_device(runtime: str, device: str) -> None:
-    """Raises UserError where `runtime` does not run on `device`."""
+def find_backend(name: str) -> Backend | None:
+    """The row of that name; None for "auto" and for names that are in no row."""
+    return next((one for one in BACKENDS if one.name == name), None)
+
+
+def import_package(name: str) -> Any:
+    """The library of that backend, imported now. Raises MissingPackageError with the pip line."""
+    backend = find_backend(name)
+    assert backend is not None
+    try:
+        return import_module(backend.library)
+    except ImportError as error:
+        raise MissingPackageError(backend.library, backend.extra, f"the runtime {name}") from error
+
+
+def runtime_names() -> tuple[str, ...]:
+    """What --runtime takes: auto, then the backends."""
+    return ("auto", *(one.name for one in BACKENDS))
+
+
+def runtime_packages() -> tuple[str, ...]:
+    """The packages of all backends, each once."""
+    return tuple(dict.fromkeys(package for one in BACKENDS for package in one.packages))
+
+
+def has_precisions(runtime: str) -> bool:
+    """Whether --precision chooses this runtime's arithmetic."""
+    backend = find_backend(runtime)
+    return backend is not None and bool(backend.precisions)
+
+
+def runs_graphs(runtime: str) -> bool:
+    """Whether this runtime opens an ONNX file; False for "auto", which is no backend."""
+    backend = find_backend(runtime)
+    return backend is not None and backend.runs_graphs
+
+
+def runtime_help() -> str:
+    """What --runtime takes and what auto means, for help texts."""
+    return (
+        f"{join_words(runtime_names(), 'or')}; auto goes by the artifact: "
+        f"{_usual('run')} for a run, {_usual('onnx')} for a graph, {_usual('engine')} for an engine"
+    )
+
+
+def precision_help() -> str:
+    """What --precision chooses, for help texts, e.g. "Arithmetic of A: fp32 (default) or bf16"."""
+    return "; ".join(
+        f"Arithmetic of {one.label}: "
+        + join_words((f"{one.precisions[0]} (default)", *one.precisions[1:]), "or")
+        for one in BACKENDS
+        if one.precisions
+    )
+
+
+def precision_labels() -> str:
+    """The backends with a choice of arithmetic, for sentences."""
+    return join_words((one.label for one in BACKENDS if one.precisions), "and")
+
+
+def join_words(words: Iterable[str], last: str) -> str:
+    """E.g. "a, b or c"."""
+    *first, end = words
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def _usual(kind: ArtifactKind) -> str:
+    return next(one.name for one in BACKENDS if kind in one.artifacts)
+
+
+def _other_artifact(artifact: "Artifact", usual: Backend, asked: Backend) -> str:
+    """What the artifact is, which runtime opens it, and what to give to the one that was asked
+    for."""
+    if artifact.kind == "run":
+        engine = " --trt" if "engine" in asked.artifacts else ""
+        return (
+            f"is a run folder, which {usual.name} runs: for {asked.name}, export it first "
+            f"(srdeploy export {artifact.path}{engine})"
+        )
+    if artifact.kind == "engine":
+        form = "graph that it was built from" if asked.runs_graphs else "run folder"
+        return f"is a TensorRT engine, which {usual.name} runs: for {asked.name}, give the {form}"
+    if "engine" in asked.artifacts:
+        return (
+            "is a graph and not an engine: build one (srdeploy export RUN --trt), or use --runtime "
+            "onnxruntime-tensorrt"
+        )
+    return f"holds an ONNX graph, which {usual.name} runs: for {asked.name}, give the run folder"
+
+
+def _require_device(backend: Backend, artifact: "Artifact", device: str) -> None:
+    """Raises UserError where the backend does not run on `device`."""
     from srdeploy.runtimes.base import parse_device
 
-    refusal = BACKENDS[runtime].devices[parse_device(device)[0]]
-    if refusal:
-        raise UserError(refusal.format(runtime=runtime, device=device))
+    kind, _ = parse_device(device)
+    if kind in backend.devices:
+        return
+    if kind == "cpu":
+        raise UserError(f"{backend.name} runs on an NVIDIA GPU: use --device cuda")
+    others = [
+        one.name for one in BACKENDS if kind in one.devices and artifact.kind in one.artifacts
+    ]
+    instead = f", or --runtime {join_words(others, 'or')} for the GPU" if others else ""
+    raise UserError(
+        f"{backend.name} runs on the CPU here, not on {device}: use --device cpu{instead}"
+    )
+
+
+def _require_options(
+    backend: Backend, artifact: "Artifact", threads: int | None, precision: str | None
+) -> None:
+    """Raises UserError for options that mean nothing to the backend."""
+    from srdeploy.validation import closest
+
+    if precision is not None and not backend.precisions:
+        choosers = [one for one in BACKENDS if one.precisions]
+        have = "has" if len(choosers) == 1 else "have"
+        names = join_words((one.name for one in choosers), "or")
+        raise UserError(
+            f"--precision {precision}: {backend.name} computes what the types in {artifact.path} "
+            f"say; only {precision_labels()} {have} a choice (--runtime {names}), elsewhere "
+            "export with --precision"
+        )
+    if precision is not None and precision not in backend.precisions:
+        raise UserError(
+            f"{backend.label} computes in {join_words(backend.precisions, 'or')}, not in "
+            f"'{precision}' ({closest(precision, backend.precisions)}): quantised layers need no "
+            "--precision"
+        )
+    if threads is not None and not backend.threads:
+        raise UserError(f"--threads sets threads of the CPU, and {backend.label} uses none")
 
 
 def _resolve_spec(artifact: "Artifact", given: "Spec | None") -> "Spec":
-    from srdeploy.graph.signature import check_class_count, spec_for_graph
-
+    """The artifact's own spec, or the one given for an artifact that has none."""
     own = artifact.spec
     if given is None:
         if own is None:
@@ -257,6 +315,8 @@ def _resolve_spec(artifact: "Artifact", given: "Spec | None") -> "Spec":
             "leave --classes away"
         )
     if artifact.signature is not None:
+        from srdeploy.graph.signature import check_class_count, spec_for_graph
+
         check_class_count(artifact.signature.classes, given, artifact.path)
         if own is None:
             return spec_for_graph(given, artifact.signature)

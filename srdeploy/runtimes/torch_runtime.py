@@ -8,7 +8,7 @@ from srdeploy.deployable import Deployable
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
 from srdeploy.runs import load_network, open_run
-from srdeploy.runtimes.base import ImageShapeError, Logits, Runtime, parse_device
+from srdeploy.runtimes.base import ImageShapeError, Logits, Runtime, RuntimeOptions, parse_device
 from srdeploy.spec import Spec
 
 
@@ -18,12 +18,10 @@ class TorchRuntime(Runtime):
     backend = "torch"
     precision = "float32"
 
-    def __init__(
-        self, artifact: Artifact, spec: Spec, device: str, threads: int | None = None
-    ) -> None:
+    def __init__(self, artifact: Artifact, spec: Spec, options: RuntimeOptions) -> None:
         height, width = spec.input.largest if spec.input.fixed else (None, None)
-        super().__init__(artifact, spec, device, (None, height, width, 3))
-        self._threads = threads
+        super().__init__(artifact, spec, options.device, (None, height, width, 3))
+        self._threads = options.threads
         self._threads_before: int | None = None
         self._to_labels: Deployable | None = None
         self._to_logits: Deployable | None = None
@@ -97,7 +95,3 @@ class TorchRuntime(Runtime):
                 f"{torch.cuda.device_count()} CUDA devices: check the driver and the torch build, "
                 "or use --device cpu"
             )
-
-
-def import_library(builder: str | None = None) -> None:
-    """Does nothing: importing this module has imported torch, which only it may."""

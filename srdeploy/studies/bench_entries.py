@@ -11,7 +11,7 @@ from pathlib import Path
 from srdeploy import console
 from srdeploy.artifacts.artifact import Artifact, open_artifact
 from srdeploy.errors import UserError
-from srdeploy.runtimes.registry import BACKENDS, choose_runtime, pick_artifact
+from srdeploy.runtimes.registry import choose_runtime, has_precisions, runs_graphs
 from srdeploy.serve.bench.entries import BenchEntry, Setting, find_checkpoints, short_names
 from srdeploy.spec import Spec
 
@@ -69,9 +69,7 @@ def entries_for(
                 )
             )
         regulated = _regulated([run or one.path for run, one in zip(runs, opened, strict=True)])
-        graphs = any(
-            BACKENDS[_resolved(opened[0], one.runtime, runs[0])].converts for one in settings
-        )
+        graphs = any(runs_graphs(_resolved(opened[0], one.runtime, runs[0])) for one in settings)
         if exits_left_in and regulated is not None and graphs and _has_torch():
             entries.append(_with_exits(regulated, settings, workshop))
         yield entries
@@ -94,7 +92,7 @@ def _form(
                 f"(srdeploy export RUN --precision {precision} --trt) and give its folder"
             )
         return _builds(artifact, workshop) if workshop.builds > 1 else None
-    if precision is None or BACKENDS[runtime].precisions:
+    if precision is None or has_precisions(runtime):
         return None
     return _converted(artifact, precision, workshop)
 
@@ -149,8 +147,9 @@ def _builds(artifact: Artifact, workshop: Workshop) -> tuple[Path, ...]:
         from srdeploy.artifacts.artifact import read_sidecar
         from srdeploy.export.engines.build import BuildOptions, build_engine
         from srdeploy.files import sha256_of
+        from srdeploy.runtimes.trt.compatibility import engine_for
 
-        engine = pick_artifact(artifact, "tensorrt", workshop.device).file
+        engine = engine_for(artifact, parse_device(workshop.device)[1]).file
         sidecar = read_sidecar(engine)
         graph = engine.with_name(sidecar.onnx)
         if not graph.is_file() or sha256_of(graph) != sidecar.onnx_sha256:
@@ -201,8 +200,8 @@ def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> B
     artifact = open_artifact(path)
     forms: dict[tuple[str, str | None], tuple[Path, ...]] = {}
     for one in settings:
-        backend = BACKENDS[choose_runtime(artifact, one.runtime)]
-        if backend.converts and not backend.precisions and one.precision is not None:
+        runtime = choose_runtime(artifact, one.runtime) if one.runtime == "auto" else one.runtime
+        if one.precision is not None and runs_graphs(runtime) and not has_precisions(runtime):
             found = _converted(artifact, one.precision, workshop)
             if found is not None:
                 forms[one.runtime, one.precision] = found

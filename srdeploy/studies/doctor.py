@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from srdeploy.environment import describe_environment, versions
-from srdeploy.runtimes.registry import BACKENDS, runtime_packages
+from srdeploy.runtimes.registry import BACKENDS, Backend, DeviceKind, runtime_packages
+from srdeploy.studies.doctor_probes import graph_probe_name
 from srdeploy.validation import Settings
 
 if TYPE_CHECKING:
@@ -23,15 +24,10 @@ if TYPE_CHECKING:
 Offered = Mapping[str, frozenset[str]]
 """Verb -> its options, as the command line has them."""
 
-PACKAGES = tuple(
-    dict.fromkeys(
-        (
-            *("torch", "torchvision", "numpy", "onnx", "onnxscript"),
-            *runtime_packages(),
-            *("nvidia-ml-py", "pycuda"),
-            *("tritonclient", "fastapi", "uvicorn", "ray", "transformers"),
-        )
-    )
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "onnx", "onnxscript"),
+    *(package for package in runtime_packages() if package != "torch"),
+    *("pycuda", "tritonclient", "fastapi", "uvicorn", "ray", "transformers"),
 )
 SECONDS = 120
 """After which a probe is given up."""
@@ -52,40 +48,42 @@ class _Trial:
     """Whether an environment without it is broken, rather than without an extra."""
 
 
-_CUDA = "--device cuda"
+def trials() -> list[_Trial]:
+    """Everything that is tried, in the order of the report."""
+    return [
+        _Trial("train", "--device cpu", "torch", ("train cpu",), essential=True),
+        _Trial("train", "--device cuda", "torch", ("train cuda",)),
+        _Trial("export", "", "torch", ("export",), essential=True),
+        *(
+            _Trial("export", f"--precision {name}", "conversion", (name,))
+            for name in ("fp16", "bf16", "int8")
+        ),
+        _Trial("export", "--trt", "tensorrt", ("import", "build")),
+        _Trial("export", "--trt --builder rtx", "rtx", ("import", "build")),
+        *(
+            trial
+            for backend in BACKENDS
+            for device in backend.devices
+            for trial in _runs_of(backend, device)
+        ),
+        _Trial("serve", "", "server", ("import",)),
+        _Trial("predict", "--engine ray", "ray", ("import",)),
+    ]
 
 
-def _runtime_trials() -> Iterator[_Trial]:
-    """Each backend on each of its devices, and in each arithmetic that it has a choice of."""
-    for name, backend in BACKENDS.items():
-        for device in backend.runs_on:
-            options = f"--runtime {name}" + ("" if device == "cpu" else f" {_CUDA}")
-            if name == "torch":  # one probe for all that torch does
-                answer, essential = f"run {device}", device == "cpu"
-                yield _Trial("predict", options, name, (answer,), essential=essential)
-                continue
-            for precision in backend.precisions or ("run",):
-                # The default arithmetic needs no flag.
-                flag = f" --precision {precision}" if precision in backend.precisions[1:] else ""
-                probe = backend.probe_name(name, device)
-                yield _Trial("predict", options + flag, probe, (precision,))
-
-
-TRIALS = (
-    _Trial("train", "--device cpu", "torch", ("train cpu",), essential=True),
-    _Trial("train", _CUDA, "torch", ("train cuda",)),
-    _Trial("export", "", "torch", ("export",), essential=True),
-    *(
-        _Trial("export", f"--precision {name}", "conversion", (name,))
-        for name in ("fp16", "bf16", "int8")
-    ),
-    _Trial("export", "--trt", "tensorrt", ("import", "build")),
-    _Trial("export", "--trt --builder rtx", "rtx", ("import", "build")),
-    *_runtime_trials(),
-    _Trial("predict", f"--runtime tensorrt {_CUDA}", "rtx", ("run",), note="built for RTX"),
-    _Trial("serve", "", "server", ("import",)),
-    _Trial("predict", "--engine ray", "ray", ("import",)),
-)
+def _runs_of(backend: Backend, device: DeviceKind) -> Iterator[_Trial]:
+    """The trials of one runtime on one device: what it opens decides what is run."""
+    options = f"--runtime {backend.name}" + (" --device cuda" if device == "cuda" else "")
+    if backend.runs_graphs:
+        probe = graph_probe_name(backend, device)
+        for name in backend.precisions or ("run",):
+            chosen = "" if name in ("run", *backend.precisions[:1]) else f" --precision {name}"
+            yield _Trial("predict", options + chosen, probe, (name,))
+    elif "engine" in backend.artifacts:
+        yield _Trial("predict", options, "tensorrt", ("run",))
+        yield _Trial("predict", options, "rtx", ("run",), note="built for RTX")
+    else:
+        yield _Trial("predict", options, "torch", (f"run {device}",), essential=device == "cpu")
 
 
 class Gpu(Settings):
@@ -164,15 +162,15 @@ def diagnose(offered: Offered) -> Diagnosis:
 
     offered: what there is to try; of what this version has no verb or option for, nothing is told.
     """
-    trials = [trial for trial in TRIALS if _is_offered(trial, offered)]
-    names = sorted({trial.probe for trial in trials} | {"gpu", "onnxruntime"}, key=_longest_first)
+    tried = [trial for trial in trials() if _is_offered(trial, offered)]
+    names = sorted({trial.probe for trial in tried} | {"gpu", "providers"}, key=_longest_first)
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         answers = dict(zip(names, pool.map(run_probe, names), strict=True))
-    abilities = [_ability(trial, answers[trial.probe]) for trial in trials]
+    abilities = [_ability(trial, answers[trial.probe]) for trial in tried]
     found = versions(PACKAGES)
     problems = [
         f"{trial.verb} {trial.options}".strip() + f" does not work: {ability.reason}"
-        for trial, ability in zip(trials, abilities, strict=True)
+        for trial, ability in zip(tried, abilities, strict=True)
         if trial.essential and not ability.ok and "failure" not in answers[trial.probe]
     ]
     problems += [
@@ -191,7 +189,7 @@ def diagnose(offered: Offered) -> Diagnosis:
         cuda=gpu.get("cuda"),
         gpu_note=gpu.get("nvml", gpu.get("failure")),
         packages={name: found.get(name) for name in PACKAGES},
-        providers=answers["onnxruntime"].get("offered", ()),
+        providers=answers["providers"].get("offered", ()),
         abilities=tuple(abilities),
         problems=tuple(problems),
     )

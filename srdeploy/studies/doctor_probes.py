@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.runtimes.registry import BACKENDS
+from srdeploy.runtimes.registry import BACKENDS, Backend, DeviceKind
 
 if TYPE_CHECKING:
     from srdeploy.spec import Spec
@@ -107,17 +107,28 @@ def conversion_probe() -> Answers:
     }
 
 
-def graph_probe(runtime: str, device: str) -> Answers:
-    """A backend that runs graphs, on one device and in each arithmetic that it has a choice of."""
+def graph_probe_name(backend: Backend, device: DeviceKind) -> str:
+    """The probe that runs a graph in `backend`: one process for each backend and device."""
+    return backend.name if device == backend.devices[0] else f"{backend.name}-{device}"
+
+
+def graph_probe(backend: Backend, device: DeviceKind) -> Answers:
+    """A graph in `backend`, in each precision that there is to choose."""
+    if not backend.precisions:
+        return {"run": attempt(partial(_run_graph, device, backend.name))}
     return {
-        precision or "run": attempt(partial(_run_graph, device, runtime, precision=precision))
-        for precision in BACKENDS[runtime].precisions or (None,)
+        name: attempt(partial(_run_graph, device, backend.name, precision=name))
+        for name in backend.precisions
     }
 
 
-def onnxruntime_probe() -> Answers:
-    """onnxruntime on the CPU, and the providers that it says it has."""
-    return {**graph_probe("onnxruntime", "cpu"), "offered": _offered_providers()}
+def providers_probe() -> Answers:
+    """The providers that onnxruntime says it has."""
+    with suppress(ImportError):
+        import onnxruntime
+
+        return {"offered": list(onnxruntime.get_available_providers())}
+    return {"offered": []}
 
 
 def tensorrt_probe() -> Answers:
@@ -152,23 +163,24 @@ def ray_probe() -> Answers:
     return {"import": attempt(partial(_import, "ray", "ray.data"))}
 
 
-PROBES: dict[str, Callable[[], Answers]] = {
-    **{
-        backend.probe_name(name, device): partial(graph_probe, name, device)
-        for name, backend in BACKENDS.items()
-        if backend.converts
-        for device in backend.runs_on
-    },
-    "torch": torch_probe,
-    "conversion": conversion_probe,
-    "onnxruntime": onnxruntime_probe,
-    "tensorrt": tensorrt_probe,
-    "rtx": rtx_probe,
-    "gpu": gpu_probe,
-    "server": server_probe,
-    "ray": ray_probe,
-}
-"""Probes by name. A backend that runs graphs needs none of its own."""
+def probes() -> dict[str, Callable[[], Answers]]:
+    """Everything that can be tried, by name."""
+    of_graphs: dict[str, Callable[[], Answers]] = {
+        graph_probe_name(backend, device): partial(graph_probe, backend, device)
+        for backend in BACKENDS
+        if backend.runs_graphs
+        for device in backend.devices
+    }
+    return of_graphs | {
+        "torch": torch_probe,
+        "conversion": conversion_probe,
+        "providers": providers_probe,
+        "tensorrt": tensorrt_probe,
+        "rtx": rtx_probe,
+        "gpu": gpu_probe,
+        "server": server_probe,
+        "ray": ray_probe,
+    }
 
 
 def attempt(action: Callable[[], None]) -> str | None:
@@ -236,19 +248,11 @@ def _to_int8() -> None:
     to_int8(tiny_model(), [tiny_photo()[0]], "cpu", ends=True)
 
 
-def _run_graph(device: str = "cpu", runtime: str = "onnxruntime", **options: Any) -> None:
+def _run_graph(device: str, runtime: str, **options: Any) -> None:
     from srdeploy.runtimes.registry import open_runtime
 
     with tiny_file() as graph, open_runtime(graph, device, runtime, **options) as opened:
         opened.run(tiny_photo())
-
-
-def _offered_providers() -> list[str]:
-    with suppress(ImportError):
-        import onnxruntime
-
-        return list(onnxruntime.get_available_providers())
-    return []
 
 
 def _tensorrt(builder: Literal["tensorrt", "rtx"]) -> Answers:
@@ -336,4 +340,4 @@ def _import(extra: str, *modules: str) -> None:
 def main() -> None:
     """PROBE FILE: writes the probe's answers to FILE, whatever libraries print."""
     name, file = sys.argv[1:]
-    Path(file).write_text(json.dumps(PROBES[name]()))
+    Path(file).write_text(json.dumps(probes()[name]()))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import local
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,10 @@ import numpy.typing as npt
 from srdeploy.artifacts.artifact import Artifact, Builder, EngineSidecar, check_whole, read_sidecar
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels
-from srdeploy.runtimes.base import ImageShapeError, parse_device
+from srdeploy.runtimes.base import ImageShapeError, RuntimeOptions, parse_device
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
 from srdeploy.runtimes.trt.arrays import DeviceArray, read_interface, stream_handle
-from srdeploy.runtimes.trt.compatibility import check_fits, machine
+from srdeploy.runtimes.trt.compatibility import check_fits, engine_for, machine
 from srdeploy.runtimes.trt.cuda_api import Cuda, CudaMemoryError, DeviceClock, import_cuda_runtime
 from srdeploy.runtimes.trt.engine import import_tensorrt, load_engine
 from srdeploy.runtimes.trt.session import PHASES, Session
@@ -51,12 +51,12 @@ class TensorRTRuntime(GraphRuntime):
         self,
         artifact: Artifact,
         spec: Spec,
-        device: str,
+        options: RuntimeOptions,
         *,
         cuda_graph: bool = False,
         libraries: Libraries = Libraries(),
     ) -> None:
-        super().__init__(artifact, spec, device)
+        super().__init__(artifact, spec, options.device)
         self.sidecar = read_sidecar(artifact.file)
         self.precision = _arithmetic(self.sidecar)
         self._cuda_graph = cuda_graph
@@ -64,6 +64,18 @@ class TensorRTRuntime(GraphRuntime):
         self._cuda: Cuda | None = None
         self._session: Session | None = None
         self._timing = local()
+
+    @classmethod
+    def pick_file(cls, artifact: Artifact, device: str) -> Artifact:
+        """The engine of a deploy folder for this GPU. Raises UserError where there is none."""
+        return engine_for(artifact, parse_device(device)[1])
+
+    @classmethod
+    def import_library(cls, builder: Builder | None = None) -> Any:
+        """TensorRT's package and CUDA's. Raises MissingPackageError."""
+        builder = builder or "tensorrt"
+        import_cuda_runtime(builder)
+        return import_tensorrt(builder)
 
     def run_device(
         self,
@@ -168,13 +180,6 @@ class TensorRTRuntime(GraphRuntime):
         n, height, width = (shape[0], *shape[2:]) if planes else shape[:3]
         # The contract's own check reads type and shape alone: this array has no memory.
         self._check(np.broadcast_to(np.uint8(0), (n, height, width, 3)))
-
-
-def import_library(builder: str | None) -> None:
-    """Imports TensorRT, as `builder` names it, and CUDA's bindings. Raises MissingPackageError."""
-    assert builder is not None
-    import_tensorrt(cast(Builder, builder))
-    import_cuda_runtime(cast(Builder, builder))
 
 
 def _arithmetic(sidecar: EngineSidecar) -> str:

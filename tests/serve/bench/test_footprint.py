@@ -97,7 +97,7 @@ def test_a_crash_is_told_in_one_line(
 
 
 def test_a_refusal_inside_arrives_as_it_was_said(make_graph: MakeGraph) -> None:
-    with pytest.raises(UserError, match=r"^.*fixed\.onnx takes images of \[1, 64, 32, 3\] alone"):
+    with pytest.raises(UserError, match=r"^.*fixed\.onnx takes only images of \[1, 64, 32, 3\]"):
         measured(make_graph("fixed.onnx", size=(1, 64, 32)))
 
 

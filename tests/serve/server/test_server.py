@@ -35,7 +35,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, tiny_spec: Spec) -> Path:
     """A folder with night.onnx, and day.onnx, which takes one size."""
     import onnx
 
-    from tests.serve.conftest import colour_model
+    from tests.conftest import colour_model
 
     folder = tmp_path_factory.mktemp("graphs")
     for name, size in (("night", ("N", "H", "W")), ("day", ("N", "H", "W"))):

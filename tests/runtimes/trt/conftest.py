@@ -10,9 +10,9 @@ from srdeploy.files import sha256_of
 from srdeploy.graph.signature import read_signature
 from srdeploy.precision import Precision
 from srdeploy.runtimes.trt.cuda_api import Cuda
-from tests.serve.engines.fake_cuda import FakeCuda
-from tests.serve.engines.fake_machine import COMMAND, PROFILE, Bench, MakeEngine
-from tests.serve.engines.fake_tensorrt import write_plan
+from tests.runtimes.trt.fake_cuda import FakeCuda
+from tests.runtimes.trt.fake_machine import COMMAND, PROFILE, Bench, MakeEngine
+from tests.runtimes.trt.fake_tensorrt import write_plan
 
 
 @pytest.fixture

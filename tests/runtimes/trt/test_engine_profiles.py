@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from srdeploy.artifacts.artifact import Profile
 from srdeploy.runtimes.base import ImageShapeError
 from srdeploy.runtimes.trt.engine import choose_profile, plan_chunks
-from tests.serve.engines.fake_machine import PROFILE, Bench, MakeEngine, photos
+from tests.runtimes.trt.fake_machine import PROFILE, Bench, MakeEngine, photos
 
 
 @pytest.mark.parametrize("shape", [(1, 65, 40), (1, 40, 65), (9, 65, 40)])

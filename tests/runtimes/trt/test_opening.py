@@ -7,15 +7,15 @@ import pytest
 
 from srdeploy.artifacts.artifact import EngineSidecar, open_artifact
 from srdeploy.errors import MissingPackageError, UserError
-from srdeploy.runtimes.base import ImageShapeError
+from srdeploy.runtimes.base import ImageShapeError, RuntimeOptions
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.runtimes.trt.arrays import DeviceArray, Stream
 from srdeploy.runtimes.trt.cuda_api import Cuda
 from srdeploy.runtimes.trt.engine import _TYPES
 from srdeploy.runtimes.trt.runtime import Libraries, TensorRTRuntime
-from tests.serve.engines.fake_cuda import cudaError_t
-from tests.serve.engines.fake_machine import COMMAND, Bench, MakeEngine, by_onnxruntime, photos
-from tests.serve.engines.fake_tensorrt import write_plan
+from tests.runtimes.trt.fake_cuda import cudaError_t
+from tests.runtimes.trt.fake_machine import COMMAND, Bench, MakeEngine, by_onnxruntime, photos
+from tests.runtimes.trt.fake_tensorrt import write_plan
 
 
 def test_it_must_be_open_and_can_be_opened_again(bench: Bench, make_engine: MakeEngine) -> None:
@@ -156,7 +156,9 @@ def test_the_guard_speaks_before_tensorrt(bench: Bench, make_engine: MakeEngine)
     libraries = Libraries(lambda _: bench.trt, lambda _: bench.api, guard)
     bench.api.count = 2
     with pytest.raises(UserError, match="another GPU"):
-        TensorRTRuntime(artifact, artifact.spec, "cuda:1", libraries=libraries).__enter__()
+        TensorRTRuntime(
+            artifact, artifact.spec, RuntimeOptions("cuda:1"), libraries=libraries
+        ).__enter__()
     assert asked == [(COMMAND, 1)]
 
 

@@ -13,7 +13,7 @@ from srdeploy.runtimes.trt.cuda_api import (
     DeviceClock,
     PinnedBuffer,
 )
-from tests.serve.engines.fake_cuda import FakeCuda, cudaError_t
+from tests.runtimes.trt.fake_cuda import FakeCuda, cudaError_t
 
 
 @pytest.mark.parametrize("kind", [DeviceBuffer, PinnedBuffer])

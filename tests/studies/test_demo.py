@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 SHORT = """
-from srdeploy.cli import demo, main
+from srdeploy.cli import main
+from srdeploy.studies import demo
 demo.BENCH_SECONDS = 5.0  # a verdict is not waited for
 main.main()
 """

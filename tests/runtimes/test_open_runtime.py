@@ -189,7 +189,7 @@ def test_a_fixed_shape_refuses_others_and_names_both(make_graph: MakeGraph) -> N
     with open_runtime(make_graph(size=(1, 40, "W"))) as runtime:
         assert runtime.input_shape == (1, 40, None, 3)
         runtime.run(noise(1, 40, 77))
-        message = r"takes images of \[1, 40, W, 3\] alone, not \[1, 48, 48, 3\] \(H is 48\)"
+        message = r"takes only images of \[1, 40, W, 3\], not \[1, 48, 48, 3\] \(H is 48\)"
         with pytest.raises(ImageShapeError, match=message):
             runtime.run(noise(1, 48, 48))
         with pytest.raises(ImageShapeError, match=r"not \[2, 40, 48, 3\] \(N is 2\)"):

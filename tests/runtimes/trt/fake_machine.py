@@ -9,10 +9,11 @@ import numpy as np
 
 from srdeploy.artifacts.artifact import Profile, open_artifact
 from srdeploy.imaging import Pixels
+from srdeploy.runtimes.base import RuntimeOptions
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.runtimes.trt.runtime import Libraries, TensorRTRuntime
-from tests.serve.engines.fake_cuda import FakeCuda
-from tests.serve.engines.fake_tensorrt import FakeTensorRT
+from tests.runtimes.trt.fake_cuda import FakeCuda
+from tests.runtimes.trt.fake_tensorrt import FakeTensorRT
 
 COMMAND = "srdeploy export runs/night --trt"
 PROFILE = Profile(smallest=(1, 32, 32), usual=(1, 40, 48), largest=(4, 64, 64))
@@ -32,7 +33,11 @@ class Bench:
         assert artifact.spec is not None
         libraries = Libraries(lambda _: self.trt, lambda _: self.api, lambda _, __: None)
         return TensorRTRuntime(
-            artifact, artifact.spec, device, cuda_graph=cuda_graph, libraries=libraries
+            artifact,
+            artifact.spec,
+            RuntimeOptions(device),
+            cuda_graph=cuda_graph,
+            libraries=libraries,
         )
 
     def give(self, images: np.ndarray, producer: int, **interface: Any) -> Any:

@@ -9,12 +9,13 @@ import pytest
 from srdeploy.artifacts.artifact import Builder, open_artifact
 from srdeploy.errors import UserError
 from srdeploy.export.engines.build import RTX_CAPABILITIES, BuildOptions, build_engine
+from srdeploy.runtimes.base import RuntimeOptions
 from srdeploy.runtimes.gpus import find_gpu
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.runtimes.trt.arrays import DeviceArray, Stream
 from srdeploy.runtimes.trt.cuda_api import Cuda, import_cuda_runtime
 from srdeploy.runtimes.trt.runtime import TensorRTRuntime
-from tests.serve.engines.fake_machine import COMMAND, PROFILE, photos
+from tests.runtimes.trt.fake_machine import COMMAND, PROFILE, photos
 
 
 @pytest.mark.tensorrt
@@ -40,7 +41,9 @@ def test_a_real_engine_on_a_real_gpu(
     assert artifact.spec is not None
     shapes = [(1, 32, 32), (9, 64, 64), (2, 33, 47), (1, 32, 32), (1, 32, 32)]
     with (
-        TensorRTRuntime(artifact, artifact.spec, "cuda", cuda_graph=cuda_graph) as runtime,
+        TensorRTRuntime(
+            artifact, artifact.spec, RuntimeOptions("cuda"), cuda_graph=cuda_graph
+        ) as runtime,
         open_runtime(onnx, threads=1) as reference,
     ):
         for shape in shapes:

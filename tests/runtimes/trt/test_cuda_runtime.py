@@ -10,7 +10,7 @@ import pytest
 
 from srdeploy.errors import UserError
 from srdeploy.runtimes.trt.cuda_api import Cuda, import_cuda_runtime
-from tests.serve.engines.fake_cuda import FakeCuda, cudaError_t
+from tests.runtimes.trt.fake_cuda import FakeCuda, cudaError_t
 
 SOURCES = sorted(Path(__file__).parents[3].glob("srdeploy/runtimes/trt/*.py"))
 

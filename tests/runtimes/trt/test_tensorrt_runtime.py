@@ -9,8 +9,8 @@ from srdeploy.artifacts.artifact import Profile
 from srdeploy.errors import UserError
 from srdeploy.precision import Precision
 from srdeploy.runtimes.base import ImageShapeError
-from tests.serve.engines.fake_machine import Bench, MakeEngine, by_onnxruntime, photos
-from tests.serve.engines.fake_tensorrt import write_plan
+from tests.runtimes.trt.fake_machine import Bench, MakeEngine, by_onnxruntime, photos
+from tests.runtimes.trt.fake_tensorrt import write_plan
 
 FORMS = [(i, o) for i in ("uint8", "float32") for o in ("labels", "logits", "both")]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.serve.engines.fake_cuda import ALIGNMENT, GARBAGE, FakeCuda
+from tests.runtimes.trt.fake_cuda import ALIGNMENT, GARBAGE, FakeCuda
 
 Shape = tuple[int, ...]
 

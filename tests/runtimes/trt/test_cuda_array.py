@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from srdeploy.errors import UserError
 from srdeploy.runtimes.trt.arrays import DeviceArray, Stream, read_interface, stream_handle
 from srdeploy.runtimes.trt.cuda_api import Cuda
-from tests.serve.engines.fake_cuda import FREED, GARBAGE, FakeCuda
+from tests.runtimes.trt.fake_cuda import FREED, GARBAGE, FakeCuda
 
 
 class Foreign:

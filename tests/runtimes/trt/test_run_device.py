@@ -9,8 +9,8 @@ from srdeploy.errors import UserError
 from srdeploy.runtimes.base import ImageShapeError
 from srdeploy.runtimes.trt.arrays import read_interface
 from srdeploy.runtimes.trt.cuda_api import Cuda
-from tests.serve.engines.fake_cuda import ALIGNMENT
-from tests.serve.engines.fake_machine import Bench, MakeEngine, by_onnxruntime, photos
+from tests.runtimes.trt.fake_cuda import ALIGNMENT
+from tests.runtimes.trt.fake_machine import Bench, MakeEngine, by_onnxruntime, photos
 
 
 @pytest.mark.parametrize(("input", "output"), [("uint8", "labels"), ("float32", "both")])

@@ -121,7 +121,7 @@ def test_only_what_the_command_line_offers_is_tried(monkeypatch: pytest.MonkeyPa
         ("train", "--device cpu", None),
         ("train", "--device cuda", "no GPU"),
     ]
-    assert set(asked) == {"torch", "gpu", "onnxruntime"}
+    assert set(asked) == {"torch", "gpu", "providers"}
     assert diagnose({"predict": frozenset(RUN)}).abilities[-1].note == "built for RTX"
     with_ray = diagnose({"predict": frozenset(RUN | {"--engine"}), "serve": frozenset()})
     assert {one.verb for one in with_ray.abilities} == {"predict", "serve"}
@@ -229,7 +229,8 @@ def test_people_get_tables_with_marks_and_gpus(monkeypatch: pytest.MonkeyPatch) 
     gpu = {"name": "NVIDIA L4", "memory_bytes": 24 << 30, "compute_capability": "8.9"}
     answers: dict[str, dict[str, Any]] = {
         "gpu": {"gpus": [gpu], "driver": "580.65.06", "cuda": "13.0", "nvml": None},
-        "onnxruntime": {"run": None, "offered": ["CPUExecutionProvider"]},
+        "onnxruntime": {"run": None},
+        "providers": {"offered": ["CPUExecutionProvider"]},
         "onnxruntime-cuda": {
             "run": "device cuda was asked for, but no: pip install onnxruntime-gpu"
         },

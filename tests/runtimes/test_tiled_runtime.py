@@ -17,7 +17,7 @@ from srdeploy.runtimes.base import Runtime
 from srdeploy.runtimes.registry import open_runtime
 from srdeploy.runtimes.views import AugmentedRuntime, TiledRuntime
 from srdeploy.spec import InputPolicy, Spec
-from tests.serve.conftest import colour_model
+from tests.conftest import colour_model
 
 MakeGraph = Callable[..., Path]
 REACH = 7

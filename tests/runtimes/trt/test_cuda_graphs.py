@@ -5,9 +5,9 @@ import pytest
 
 from srdeploy.errors import UserError
 from srdeploy.runtimes.trt.session import CAPTURED
-from tests.serve.engines.fake_cuda import cudaError_t
-from tests.serve.engines.fake_machine import Bench, MakeEngine, by_onnxruntime, launches, photos
-from tests.serve.engines.fake_tensorrt import CudaGraphStrategy
+from tests.runtimes.trt.fake_cuda import cudaError_t
+from tests.runtimes.trt.fake_machine import Bench, MakeEngine, by_onnxruntime, launches, photos
+from tests.runtimes.trt.fake_tensorrt import CudaGraphStrategy
 
 
 def test_a_shape_is_captured_once_and_launched_then(bench: Bench, make_engine: MakeEngine) -> None:
