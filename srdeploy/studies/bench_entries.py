@@ -11,6 +11,7 @@ from pathlib import Path
 from srdeploy import console
 from srdeploy.artifacts.artifact import Artifact, open_artifact
 from srdeploy.errors import UserError
+from srdeploy.runtimes.base import parse_device
 from srdeploy.runtimes.registry import choose_runtime, has_precisions, runs_graphs
 from srdeploy.serve.bench.entries import BenchEntry, Setting, find_checkpoints, short_names
 from srdeploy.spec import Spec

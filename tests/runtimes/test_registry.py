@@ -92,7 +92,7 @@ def test_a_row_is_enough_for_messages(toy: Backend, make_graph: MakeGraph) -> No
         open_runtime(path, precision="t8")
     with pytest.raises(UserError, match="unknown runtime 'toys': did you mean 'toy'"):
         open_runtime(path, runtime="toys")
-    with pytest.raises(MissingPackageError, match=r"toy_library.* pip install 'srdeploy\[toy\]'"):
+    with pytest.raises(MissingPackageError, match=r"toy_library.* pip install toy_library"):
         registry.import_package("toy")
 
 
