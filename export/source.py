@@ -33,33 +33,11 @@ from srdeploy.spec import InputPolicy, Spec
 from srdeploy.validation import closest, setting_flags, validated
 
 MOST = 4
-"""Of a folder, as many photos."""
+"""Photos taken from a folder."""
 
 _SYNTHETIC = 3
 _SYNTHETIC_SIDE = 240
 """Longest side of synthetic images, pixels; each size compared at is resized from it."""
-
-
-def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
-    """Photos to compare on: those in `folder`, else those saved with the run. Raises UserError."""
-    if folder is not None:
-        return first_photos(folder, MOST)
-    if not run.samples:
-        raise UserError(
-            f"{run.folder} has no sample photos to compare torch and the exported file on: "
-            "give a folder of photos with --images"
-        )
-    return [read_photo(file) for file in run.samples[:MOST]]
-
-
-def synthetic_pictures(spec: Spec) -> list[Pixels]:
-    """Made-up scenes of the usual size's proportions, for want of photos; always the same ones."""
-    height, width = scaled_size(*spec.input.usual, _SYNTHETIC_SIDE)
-    size = max(height, LEAST_SIDE), max(width, LEAST_SIDE)
-    return [scene(np.random.default_rng(seed), *size)[0] for seed in range(_SYNTHETIC)]
-
-
-# What is exported: a run, or a network by name with a weight file. One form for both.
 
 
 @dataclass(frozen=True)
@@ -235,3 +213,22 @@ def _flags(given: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             flags += [flag, str(value)]
     return flags
+
+
+def parity_images(run: Run, folder: Path | None) -> list[Pixels]:
+    """Photos to compare on: those in `folder`, else those saved with the run. Raises UserError."""
+    if folder is not None:
+        return first_photos(folder, MOST)
+    if not run.samples:
+        raise UserError(
+            f"{run.folder} has no sample photos to compare torch and the exported file on: "
+            "give a folder of photos with --images"
+        )
+    return [read_photo(file) for file in run.samples[:MOST]]
+
+
+def synthetic_pictures(spec: Spec) -> list[Pixels]:
+    """Scenes of the usual size's proportions, in place of photos; always the same ones."""
+    height, width = scaled_size(*spec.input.usual, _SYNTHETIC_SIDE)
+    size = max(height, LEAST_SIDE), max(width, LEAST_SIDE)
+    return [scene(np.random.default_rng(seed), *size)[0] for seed in range(_SYNTHETIC)]

@@ -1,7 +1,8 @@
-"""Protocol buffers' text format, as far as configuration files need it.
+"""A deploy folder as a model of a Triton model repository.
 
-A message is a dict of field names to values: str, int, bool, `Enum`, another dict, or a list of
-these for a repeated field. A map is a list of {"key": ..., "value": ...}.
+Its configuration is written in protocol buffers' text format: a message is a dict of field names to
+values (str, int, bool, `Enum`, another dict, or a list of these for a repeated field); a map is a
+list of {"key": ..., "value": ...}.
 """
 
 import re
@@ -65,8 +66,6 @@ def _quoted(text: str) -> str:
             parts.append(f"\\{byte:03o}")
     return '"' + "".join(parts) + '"'
 
-
-# A deploy folder as a model of a Triton model repository.
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
