@@ -13,7 +13,7 @@ from srdeploy.files import write_whole
 from srdeploy.imaging import Pixels, overlay, restore
 from srdeploy.pages.report import drawing, photo, render_page
 from srdeploy.spec import Spec
-from srdeploy.studies.inspection import PRESENT, Accuracy, PhotoView, RunView
+from srdeploy.studies.inspection import PRESENT, ExitAccuracy, PhotoView, RunView
 from srdeploy.train.pictures import ExitView
 
 COLOURS = "magma"
@@ -77,7 +77,7 @@ def heat_line(exit: ExitView) -> str:
     return "contrast of the features" if exit.role == "tap" else "confidence"
 
 
-def mask_lines(exit: ExitView, accuracy: Accuracy | None) -> list[str]:
+def mask_lines(exit: ExitView, accuracy: ExitAccuracy | None) -> list[str]:
     """The figures below a segmentation; none for the output without ground truth."""
     lines = []
     if accuracy is not None:
@@ -111,7 +111,7 @@ COLUMN_REM = 12
 READING = (
     "Each column is an exit, from the shallowest on. An exit reads the feature map of one stage of "
     "the network, segments the image from it and says which classes are in the image. Exits exist "
-    "in training alone; the last column is the network that is deployed.",
+    "only in training; the last column is the network that is deployed.",
     "Maps: of an exit, how far each cell's features lie from the image's mean features (Euclidean "
     "distance over the channels); each map has its own scale from the 2nd to the 98th percentile, "
     "so that maps tell where something stands out, and not how much more than elsewhere. Of an "
@@ -121,7 +121,7 @@ READING = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class PictureCell:
     """A picture; `source` is a data URI."""
 
     source: str
@@ -133,7 +133,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Bar:
+class PresenceBar:
     """One class's score of one exit."""
 
     name: str
@@ -150,9 +150,9 @@ class Column:
     heading: str
     name: str
     shape: str
-    heat: Cell
-    mask: Cell | None
-    bars: tuple[Bar, ...]
+    heat: PictureCell
+    mask: PictureCell | None
+    bars: tuple[PresenceBar, ...]
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class Block:
 
     title: str
     note: str
-    photo: Cell
-    truth: Cell | None
+    photo: PictureCell
+    truth: PictureCell | None
     columns: tuple[Column, ...]
     has_scores: bool
 
@@ -177,7 +177,7 @@ class PhotoSection:
 
 
 @dataclass(frozen=True)
-class Page:
+class InspectionPage:
     """What the template shows."""
 
     title: str
@@ -200,14 +200,14 @@ def write_page(views: Sequence[PhotoView], path: Path, command: str, blend: floa
     write_whole(path, render_page("srdeploy.pages", "inspection.html", page=page))
 
 
-def inspection_page(views: Sequence[PhotoView], command: str, blend: float) -> Page:
+def inspection_page(views: Sequence[PhotoView], command: str, blend: float) -> InspectionPage:
     """The page as data."""
     import matplotlib
 
     spec = views[0].runs[-1].subject.run.spec
     runs = run_titles(views[0])
     ends = matplotlib.colormaps[COLOURS](np.linspace(0, 1, 9), bytes=True)
-    return Page(
+    return InspectionPage(
         title="What each exit sees",
         lead=" · ".join([*runs, _photos(views)]),
         photos=tuple(_section(view, blend) for view in views),
@@ -278,7 +278,7 @@ def _columns(view: PhotoView, run: RunView, title: str, blend: float) -> Iterato
             heading=head,
             name=exit.name if exit.role != "output" else "deployed",
             shape=shape_line(exit),
-            heat=Cell(
+            heat=PictureCell(
                 source,
                 f"{about}: {heat_line(exit)}",
                 heat_line(exit),
@@ -290,12 +290,12 @@ def _columns(view: PhotoView, run: RunView, title: str, blend: float) -> Iterato
         )
 
 
-def _bars(view: PhotoView, presence: tuple[float, ...] | None, spec: Spec) -> Iterator[Bar]:
+def _bars(view: PhotoView, presence: tuple[float, ...] | None, spec: Spec) -> Iterator[PresenceBar]:
     if presence is None:
         return
     for index in view.classes:
         score = presence[index]
-        yield Bar(
+        yield PresenceBar(
             name=spec.classes[index],
             percent=f"{100 * score:.1f}",
             figure=f"{score:.2f}",
@@ -304,12 +304,12 @@ def _bars(view: PhotoView, presence: tuple[float, ...] | None, spec: Spec) -> It
         )
 
 
-def _photograph(image: Pixels, alt: str, caption: str) -> Cell:
-    return Cell(photo(image, "").source, alt, caption, _height(image))
+def _photograph(image: Pixels, alt: str, caption: str) -> PictureCell:
+    return PictureCell(photo(image, "").source, alt, caption, _height(image))
 
 
 def _height(image: Pixels) -> int:
-    height: int = round(Page.width * image.shape[0] / image.shape[1])
+    height: int = round(InspectionPage.width * image.shape[0] / image.shape[1])
     return max(1, height)
 
 
