@@ -221,7 +221,7 @@ class BuildOptions(Settings):
         if self.builder == "tensorrt":
             if self.sm:
                 raise ValueError(
-                    "--sm goes with --builder rtx alone: TensorRT proper builds on the GPU that "
+                    "--sm goes only with --builder rtx: TensorRT proper builds on the GPU that "
                     "the engine is for"
                 )
             return self
@@ -237,7 +237,7 @@ class BuildOptions(Settings):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuiltPlan:
     """A serialized engine, and what is known of how it was built."""
 
     content: bytes
@@ -344,7 +344,7 @@ def build_plan(
     profiles: tuple[Profile, ...],
     options: BuildOptions,
     gpu: Gpu | None,
-) -> Plan:
+) -> BuiltPlan:
     """Builds a parsed network whose layers have the types of `options.precision`.
 
     Raises UserError where they have others, and where TensorRT gives up.
@@ -354,7 +354,7 @@ def build_plan(
     require_agreement(options.precision, types, path)
     if options.refittable and options.builder == "rtx" and gpu is None:
         raise UserError(
-            f"{path}: TensorRT for RTX builds refittable engines on a machine with a GPU alone: "
+            f"{path}: TensorRT for RTX builds refittable engines only on a machine with a GPU: "
             "leave out refittable, or leave out --sm there"
         )
     config = _configured(parsed, options, gpu)
@@ -368,7 +368,7 @@ def build_plan(
     seconds = time.perf_counter() - start
     if cache is not None and options.timing_cache is not None:
         save_timing_cache(cache, options.timing_cache)
-    return Plan(
+    return BuiltPlan(
         content=bytes(serialized),
         types=types,
         warnings=warnings_of(parsed.logger),
@@ -392,7 +392,7 @@ def _configured(parsed: Parsed, options: BuildOptions, gpu: Gpu | None) -> Any:
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.builder == "tensorrt":
-        # Else the engine holds its layers' names alone, and no types to read back.
+        # Else the engine holds only its layers' names, and no types to read back.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     else:
         set_targets(trt, config, capabilities(options, gpu))
@@ -417,7 +417,7 @@ def input_shape(shape: tuple[int, int, int], signature: Signature) -> tuple[int,
     return (batch, height, width, 3) if signature.input == "uint8" else (batch, 3, height, width)
 
 
-def _inspect(parsed: Parsed, plan: Plan) -> tuple[dict[str, str], dict[str, Any]]:
+def _inspect(parsed: Parsed, plan: BuiltPlan) -> tuple[dict[str, str], dict[str, Any]]:
     """Layer -> type in the engine as it is loaded, and figures of it."""
     trt = parsed.trt
     runtime = trt.Runtime(parsed.logger)

@@ -36,7 +36,7 @@ def photo_sizes(
     folder: Path, spec: Spec
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Smallest, most frequent and largest (height, width) at which the network sees the photos in
-    `folder` and below; their headers alone are read.
+    `folder` and below; only their headers are read.
 
     Raises UserError where there are none, or one is smaller than the network takes.
     """
@@ -89,7 +89,7 @@ def check_profiles(
             wrong = [shape[axis] for shape in shapes if fixed is not None and shape[axis] != fixed]
             if wrong:
                 raise UserError(
-                    f"profile {profile.text()}: {onnx} takes {name} {fixed} alone, not {wrong[0]}"
+                    f"profile {profile.text()}: {onnx} takes only {name} {fixed}, not {wrong[0]}"
                 )
             if profile.smallest[axis] < least[axis]:
                 raise UserError(

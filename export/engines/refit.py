@@ -102,7 +102,7 @@ def _compared(baseline: Path, regulated: Path, options: BuildOptions) -> Line:
 
 
 def compare_plans(baseline: bytes, regulated: bytes, weights: int, tensors: int) -> dict[str, Any]:
-    """Whether two plans differ in one stretch alone that has no room for more than the weights:
+    """Whether two plans differ in only one stretch that has no room for more than the weights:
     `weights` bytes in `tensors` pieces. Weights that don't differ at all are no new weights."""
     found: dict[str, Any] = {"plan_bytes": len(baseline), "weight_bytes": weights}
     if len(baseline) != len(regulated):

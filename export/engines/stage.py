@@ -166,8 +166,8 @@ def _verified(
             name="engine verification",
             passed=None,
             detail=(
-                f"NOT run: built ahead of time for compute capability {capabilities}, it runs on "
-                "such a GPU alone; there, srdeploy evaluate and bench take it"
+                f"NOT run: built ahead of time for compute capability {capabilities}, it runs only "
+                "on such a GPU; there, srdeploy evaluate and bench take it"
             ),
         )
     line = verification_line(

@@ -55,7 +55,7 @@ class GraphRuntime(Runtime):
     def _logits(self, images: Pixels) -> Logits:
         if self.signature.logits is None:
             raise UserError(
-                f"{self.path} gives labels alone: export with --output logits or both to get logits"
+                f"{self.path} gives only labels: export with --output logits or both to get logits"
             )
         (logits,) = self._infer(images, self._feed(images), [self.signature.logits])
         if logits.ndim != 4 or logits.shape[1] != self.spec.class_count:

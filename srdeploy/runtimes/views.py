@@ -1,4 +1,4 @@
-"""What runtimes around another one share: they open and close it, and are what it is."""
+"""Runtimes around another one: test-time augmentation, and tiles of large images."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,29 @@ from srdeploy.graph.signature import Shape
 from srdeploy.imaging import Pixels, strongest
 from srdeploy.runtimes.base import Logits, Runtime
 from srdeploy.spec import InputPolicy, Spec
+
+GRID = 32
+"""Tiles start on multiples of it: networks halve images up to five times, and see the same pixels
+together only where they halve them alike."""
+LARGEST = 1 << 20
+"""Pixels a side; what bounds an image is the memory."""
+
+Run = Callable[[Pixels], npt.NDArray[Any]]
+"""Runtime.run or Runtime.logits."""
+Weights = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tile along one axis, in pixels: from `start` to before `end`."""
+
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """In pixels."""
+        return self.end - self.start
 
 
 class WrappedRuntime(Runtime):
@@ -46,21 +69,21 @@ class WrappedRuntime(Runtime):
 class AugmentedRuntime(WrappedRuntime):
     """Test-time augmentation: the classes' probabilities are averaged over the views.
 
-    Its logits are the logarithms of the mean probabilities: softmax gives these back. Scale 1 alone
+    Its logits are the logarithms of the mean probabilities: softmax gives these back. Only scale 1
     gives what the inner runtime gives, bit for bit.
     """
 
     def __init__(self, inner: Runtime, scales: Sequence[float], flip: bool) -> None:
         """scales: relative to the images' size. flip: each also mirrored left to right. Raises
-        UserError where the graph gives no logits, or takes one size alone."""
+        UserError where the graph gives no logits, or takes only one size."""
         if not inner.gives_logits:
             raise UserError(
-                f"{inner.path} gives labels alone, and scales and mirrored images are averaged "
+                f"{inner.path} gives only labels, and scales and mirrored images are averaged "
                 "over logits: export it with --output both"
             )
         fixed = inner.spec.input.fixed or inner.input_shape[1:3] != (None, None)
         if fixed and set(scales) != {1.0}:
-            raise UserError(f"{inner.path} takes images of one size alone: leave --scales away")
+            raise UserError(f"{inner.path} takes images of only one size: leave --scales away")
         super().__init__(inner, inner.spec, inner.input_shape)
         self._scales = tuple(scales)
         self._flip = flip
@@ -132,97 +155,14 @@ def _softmax(logits: Logits) -> Logits:
     return shares
 
 
-# Where the tiles of an image lie, and how much each of them counts at each pixel.
-
-Weights = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Span:
-    """One tile along one axis, in pixels: from `start` to before `end`."""
-
-    start: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        """In pixels."""
-        return self.end - self.start
-
-
-def spans(length: int, tile: int, overlap: int, grid: int, exact: bool) -> tuple[Span, ...]:
-    """The tiles of an axis of `length` pixels: neighbours overlap by `overlap` or more.
-
-    They start on multiples of `grid`. The last one is longer than `tile` by less than `grid`, so
-    that it ends with the image; `exact`: it is as long as all others, and starts anywhere.
-    """
-    if length <= tile:
-        return (Span(0, length),)
-    step = (tile - overlap) // grid * grid
-    last = length - tile if exact else (length - tile) // grid * grid
-    starts = [*range(0, last, step), last]
-    return (*(Span(start, start + tile) for start in starts[:-1]), Span(last, length))
-
-
-def blending(tiles: Sequence[Span], overlap: int) -> tuple[Weights, ...]:
-    """The weight of each tile at each of its pixels; those of all tiles sum to 1 everywhere.
-
-    At an edge inside the image a tile knows the least: over the outermost quarter of the overlap
-    its weight is 0, over the middle half it grows to what it has further inside. Where one tile
-    alone counts, its weight is exactly 1.
-    """
-    length = tiles[-1].end
-    own = []
-    total = np.zeros(length, np.float64)
-    for index, tile in enumerate(tiles):
-        weight = np.ones(tile.length, np.float64)
-        inwards = np.arange(tile.length) + 0.5
-        if index > 0:
-            weight = np.minimum(weight, _ramp(inwards, overlap))
-        if index < len(tiles) - 1:
-            weight = np.minimum(weight, _ramp(inwards, overlap)[::-1])
-        own.append(weight)
-        total[tile.start : tile.end] += weight
-    return tuple(
-        (weight / total[tile.start : tile.end]).astype(np.float32)
-        for tile, weight in zip(tiles, own, strict=True)
-    )
-
-
-def cuts(tiles: Sequence[Span]) -> tuple[Span, ...]:
-    """Which pixels each tile decides alone, where nothing can be blended: neighbours part in the
-    middle of their overlap."""
-    middles = [
-        (before.end + after.start) // 2 for before, after in zip(tiles, tiles[1:], strict=False)
-    ]
-    borders = [0, *middles, tiles[-1].end]
-    return tuple(Span(start, end) for start, end in zip(borders, borders[1:], strict=False))
-
-
-def _ramp(inwards: npt.NDArray[Any], overlap: int) -> npt.NDArray[Any]:
-    """0 up to a quarter of the overlap from the edge, 1 from three quarters on."""
-    if overlap == 0:
-        return np.ones_like(inwards)
-    return np.clip((inwards - overlap / 4) / (overlap / 2), 0.0, 1.0)
-
-
 # A runtime that looks at large images tile by tile.
-
-GRID = 32
-"""Tiles start on multiples of it: networks halve images up to five times, and see the same pixels
-together only where they halve them alike."""
-LARGEST = 1 << 20
-"""Pixels a side; what bounds an image is the memory."""
-
-Run = Callable[[Pixels], npt.NDArray[Any]]
-"""Runtime.run or Runtime.logits."""
 
 
 class TiledRuntime(WrappedRuntime):
     """Images of any size, at their own size, through a network that sees tiles of them.
 
     Inside the tiles, further from their edges than the network looks, logits are those of the whole
-    image. Where tiles overlap, their logits are blended; of graphs that give labels alone, each
+    image. Where tiles overlap, their logits are blended; of graphs that give only labels, each
     tile decides up to the middle of the overlap. Networks that look at the image as a whole (global
     pooling) give other logits for tiles. Images smaller than what the network takes are padded
     with the mean colour, and the result is cut.
@@ -238,8 +178,9 @@ class TiledRuntime(WrappedRuntime):
         fitting = tuple(own or side for own, side in zip(self._sides, tile, strict=True))
         if tile != fitting:
             raise UserError(
-                f"{inner.path} takes images of {self._sides[0] or 'H'}x{self._sides[1] or 'W'} "
-                f"alone: use --tile {fitting[0]}x{fitting[1]}"
+                f"{inner.path} takes only images of "
+                f"{self._sides[0] or 'H'}x{self._sides[1] or 'W'}: "
+                f"use --tile {fitting[0]}x{fitting[1]}"
             )
         if inner.input_shape[0] not in (None, 1):
             raise UserError(
@@ -261,7 +202,7 @@ class TiledRuntime(WrappedRuntime):
         for own, side in zip(self._sides, tile, strict=True):
             if own is None and side % policy.multiple:
                 raise UserError(
-                    f"{inner.path} takes sizes divisible by {policy.multiple} alone: choose such a "
+                    f"{inner.path} takes only sizes divisible by {policy.multiple}: choose such a "
                     "tile"
                 )
         own_policy = InputPolicy(
@@ -313,7 +254,7 @@ class TiledRuntime(WrappedRuntime):
     def _parts(
         self, image: Pixels, rows: Sequence[Span], columns: Sequence[Span]
     ) -> Iterator[tuple[Span, Span, Pixels]]:
-        """(rows, columns, labels uint8 [rows, columns]) that each tile decides alone."""
+        """(rows, columns, labels uint8 [rows, columns]) that each tile decides by itself."""
         for row, down in zip(rows, cuts(rows), strict=True):
             found = self._run_row(image, row, columns, self.inner.run)
             for column, across, tile in zip(columns, cuts(columns), found, strict=True):
@@ -385,6 +326,65 @@ class TiledRuntime(WrappedRuntime):
 
 
 def _fixed_sides(runtime: Runtime) -> tuple[int | None, int | None]:
-    """Height and width where the runtime takes one alone; None: any."""
+    """Height and width where the runtime takes only one; None: any."""
     policy = runtime.spec.input
     return policy.largest if policy.fixed else runtime.input_shape[1:3]
+
+
+# Where the tiles of an image lie, and how much each of them counts at each pixel.
+
+
+def spans(length: int, tile: int, overlap: int, grid: int, exact: bool) -> tuple[Span, ...]:
+    """The tiles of an axis of `length` pixels: neighbours overlap by `overlap` or more.
+
+    They start on multiples of `grid`. The last one is longer than `tile` by less than `grid`, so
+    that it ends with the image; `exact`: it is as long as all others, and starts anywhere.
+    """
+    if length <= tile:
+        return (Span(0, length),)
+    step = (tile - overlap) // grid * grid
+    last = length - tile if exact else (length - tile) // grid * grid
+    starts = [*range(0, last, step), last]
+    return (*(Span(start, start + tile) for start in starts[:-1]), Span(last, length))
+
+
+def blending(tiles: Sequence[Span], overlap: int) -> tuple[Weights, ...]:
+    """The weight of each tile at each of its pixels; those of all tiles sum to 1 everywhere.
+
+    At an edge inside the image a tile knows the least: over the outermost quarter of the overlap
+    its weight is 0, over the middle half it grows to what it has further inside. Where only one
+    tile counts, its weight is exactly 1.
+    """
+    length = tiles[-1].end
+    own = []
+    total = np.zeros(length, np.float64)
+    for index, tile in enumerate(tiles):
+        weight = np.ones(tile.length, np.float64)
+        inwards = np.arange(tile.length) + 0.5
+        if index > 0:
+            weight = np.minimum(weight, _ramp(inwards, overlap))
+        if index < len(tiles) - 1:
+            weight = np.minimum(weight, _ramp(inwards, overlap)[::-1])
+        own.append(weight)
+        total[tile.start : tile.end] += weight
+    return tuple(
+        (weight / total[tile.start : tile.end]).astype(np.float32)
+        for tile, weight in zip(tiles, own, strict=True)
+    )
+
+
+def cuts(tiles: Sequence[Span]) -> tuple[Span, ...]:
+    """Which pixels each tile decides by itself, where nothing can be blended: neighbours meet in
+    the middle of their overlap."""
+    middles = [
+        (before.end + after.start) // 2 for before, after in zip(tiles, tiles[1:], strict=False)
+    ]
+    borders = [0, *middles, tiles[-1].end]
+    return tuple(Span(start, end) for start, end in zip(borders, borders[1:], strict=False))
+
+
+def _ramp(inwards: npt.NDArray[Any], overlap: int) -> npt.NDArray[Any]:
+    """0 up to a quarter of the overlap from the edge, 1 from three quarters on."""
+    if overlap == 0:
+        return np.ones_like(inwards)
+    return np.clip((inwards - overlap / 4) / (overlap / 2), 0.0, 1.0)

@@ -21,7 +21,7 @@ STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Workshop:
+class ScratchFiles:
     """Makes files on the way: each once, in a folder that goes with the benchmark."""
 
     folder: Path
@@ -52,7 +52,7 @@ def entries_for(
     names = short_names(artifacts)
     foreign = any(one.spec is None for one in opened)
     with tempfile.TemporaryDirectory(prefix="srdeploy-") as text:
-        workshop = Workshop(Path(text), builds, device, spec)
+        scratch = ScratchFiles(Path(text), builds, device, spec)
         runs = find_checkpoints(artifacts, checkpoints)
         entries = []
         for artifact, name, run in zip(opened, names, runs, strict=True):
@@ -65,26 +65,26 @@ def entries_for(
                     forms={
                         (one.runtime, one.precision): found
                         for one in settings
-                        if (found := _form(artifact, run, one, workshop)) is not None
+                        if (found := _form(artifact, run, one, scratch)) is not None
                     },
                 )
             )
         regulated = _regulated([run or one.path for run, one in zip(runs, opened, strict=True)])
         graphs = any(runs_graphs(_resolved(opened[0], one.runtime, runs[0])) for one in settings)
         if exits_left_in and regulated is not None and graphs and _has_torch():
-            entries.append(_with_exits(regulated, settings, workshop))
+            entries.append(_with_exits(regulated, settings, scratch))
         yield entries
 
 
 def _form(
-    artifact: Artifact, run: Path | None, setting: Setting, workshop: Workshop
+    artifact: Artifact, run: Path | None, setting: Setting, scratch: ScratchFiles
 ) -> tuple[Path, ...] | None:
     """What this setting runs in place of the artifact; None: the artifact itself."""
     runtime, precision = _resolved(artifact, setting.runtime, run), setting.precision
     if runtime == "torch" and artifact.kind != "run":
         assert run is not None
         if precision not in (None, "fp32"):
-            raise UserError(f"--precision {precision}: torch computes runs in fp32 alone")
+            raise UserError(f"--precision {precision}: torch computes runs only in fp32")
         return (run,)
     if runtime == "tensorrt":
         if precision is not None:
@@ -92,10 +92,10 @@ def _form(
                 f"--precision {precision}: an engine has its own; build one "
                 f"(srdeploy export RUN --precision {precision} --trt) and give its folder"
             )
-        return _builds(artifact, workshop) if workshop.builds > 1 else None
+        return _builds(artifact, scratch) if scratch.builds > 1 else None
     if precision is None or has_precisions(runtime):
         return None
-    return _converted(artifact, precision, workshop)
+    return _converted(artifact, precision, scratch)
 
 
 def _resolved(artifact: Artifact, runtime: str, run: Path | None) -> str:
@@ -110,7 +110,9 @@ def _resolved(artifact: Artifact, runtime: str, run: Path | None) -> str:
     return choose_runtime(artifact, runtime)
 
 
-def _converted(artifact: Artifact, precision: str, workshop: Workshop) -> tuple[Path, ...] | None:
+def _converted(
+    artifact: Artifact, precision: str, scratch: ScratchFiles
+) -> tuple[Path, ...] | None:
     """The graph in other types, made by the same conversion as `srdeploy export --precision`."""
     stored = "float32" if artifact.signature is None else artifact.signature.precision
     if STORED.get(precision) == stored:
@@ -122,35 +124,35 @@ def _converted(artifact: Artifact, precision: str, workshop: Workshop) -> tuple[
             "folder"
         )
     key = artifact.path, precision
-    if key not in workshop.made:
+    if key not in scratch.made:
         from srdeploy.export.certificate import read_model
         from srdeploy.export.precision.stage import TypeOptions, convert
         from srdeploy.files import write_whole
 
-        spec = artifact.spec if artifact.spec is not None else workshop.spec
+        spec = artifact.spec if artifact.spec is not None else scratch.spec
         if spec is None:
             raise UserError(f"{artifact.path} carries no metadata: give --classes classes.json")
         console.say(f"converting {artifact.path} to {precision}")
         typed = convert(
             read_model(artifact.file), spec, TypeOptions.model_validate({"precision": precision})
         )
-        path = workshop.folder / f"{len(workshop.made)}-{precision}.onnx"
+        path = scratch.folder / f"{len(scratch.made)}-{precision}.onnx"
         write_whole(path, typed.SerializeToString(deterministic=True))
-        workshop.made[key] = (path,)
-    return workshop.made[key]
+        scratch.made[key] = (path,)
+    return scratch.made[key]
 
 
-def _builds(artifact: Artifact, workshop: Workshop) -> tuple[Path, ...]:
+def _builds(artifact: Artifact, scratch: ScratchFiles) -> tuple[Path, ...]:
     """The engine and further builds of it: no two builds choose the same kernels, so that one of
     each side would prove nothing."""
     key = artifact.path, "engine"
-    if key not in workshop.made:
+    if key not in scratch.made:
         from srdeploy.artifacts.artifact import read_sidecar
         from srdeploy.export.engines.build import BuildOptions, build_engine
         from srdeploy.files import sha256_of
         from srdeploy.runtimes.trt.compatibility import engine_for
 
-        engine = engine_for(artifact, parse_device(workshop.device)[1]).file
+        engine = engine_for(artifact, parse_device(scratch.device)[1]).file
         sidecar = read_sidecar(engine)
         graph = engine.with_name(sidecar.onnx)
         if not graph.is_file() or sha256_of(graph) != sidecar.onnx_sha256:
@@ -167,14 +169,14 @@ def _builds(artifact: Artifact, workshop: Workshop) -> tuple[Path, ...]:
             command=sidecar.command,
         )
         paths = [engine]
-        for number in range(1, workshop.builds):
-            folder = workshop.folder / f"build-{len(workshop.made)}-{number}"
+        for number in range(1, scratch.builds):
+            folder = scratch.folder / f"build-{len(scratch.made)}-{number}"
             folder.mkdir()
-            console.say(f"building {engine.name} again ({number + 1} of {workshop.builds})")
+            console.say(f"building {engine.name} again ({number + 1} of {scratch.builds})")
             build_engine(graph, folder / engine.name, options)
             paths.append(folder / engine.name)
-        workshop.made[key] = tuple(paths)
-    return workshop.made[key]
+        scratch.made[key] = tuple(paths)
+    return scratch.made[key]
 
 
 def _regulated(paths: Sequence[Path]) -> Path | None:
@@ -192,10 +194,10 @@ def _has_torch() -> bool:
     return found
 
 
-def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> BenchEntry:
+def _with_exits(run: Path, settings: Sequence[Setting], scratch: ScratchFiles) -> BenchEntry:
     from srdeploy.studies.with_exits import export_with_exits
 
-    path = workshop.folder / "exits-left-in.onnx"
+    path = scratch.folder / "exits-left-in.onnx"
     console.say(f"exporting {run} with its exits left in, to show what stripping saves")
     export_with_exits(run, path)
     artifact = open_artifact(path)
@@ -203,7 +205,7 @@ def _with_exits(run: Path, settings: Sequence[Setting], workshop: Workshop) -> B
     for one in settings:
         runtime = choose_runtime(artifact, one.runtime) if one.runtime == "auto" else one.runtime
         if one.precision is not None and runs_graphs(runtime) and not has_precisions(runtime):
-            found = _converted(artifact, one.precision, workshop)
+            found = _converted(artifact, one.precision, scratch)
             if found is not None:
                 forms[one.runtime, one.precision] = found
     return BenchEntry(name="exits left in", path=path, judged=False, forms=forms)

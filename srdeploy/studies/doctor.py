@@ -35,7 +35,7 @@ RUNNERS = ("evaluate", "predict", "bench")
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _Check:
     """What is told of one ability, and where its answer comes from."""
 
     verb: str
@@ -48,45 +48,45 @@ class _Trial:
     """Whether an environment without it is broken, rather than without an extra."""
 
 
-def trials() -> list[_Trial]:
+def checks() -> list[_Check]:
     """Everything that is tried, in the order of the report."""
     return [
-        _Trial("train", "--device cpu", "torch", ("train cpu",), essential=True),
-        _Trial("train", "--device cuda", "torch", ("train cuda",)),
-        _Trial("export", "", "torch", ("export",), essential=True),
+        _Check("train", "--device cpu", "torch", ("train cpu",), essential=True),
+        _Check("train", "--device cuda", "torch", ("train cuda",)),
+        _Check("export", "", "torch", ("export",), essential=True),
         *(
-            _Trial("export", f"--precision {name}", "conversion", (name,))
+            _Check("export", f"--precision {name}", "conversion", (name,))
             for name in ("fp16", "bf16", "int8")
         ),
-        _Trial("export", "--trt", "tensorrt", ("import", "build")),
-        _Trial("export", "--trt --builder rtx", "rtx", ("import", "build")),
+        _Check("export", "--trt", "tensorrt", ("import", "build")),
+        _Check("export", "--trt --builder rtx", "rtx", ("import", "build")),
         *(
-            trial
+            check
             for backend in BACKENDS
             for device in backend.devices
-            for trial in _runs_of(backend, device)
+            for check in _runs_of(backend, device)
         ),
-        _Trial("serve", "", "server", ("import",)),
-        _Trial("predict", "--engine ray", "ray", ("import",)),
+        _Check("serve", "", "server", ("import",)),
+        _Check("predict", "--engine ray", "ray", ("import",)),
     ]
 
 
-def _runs_of(backend: Backend, device: DeviceKind) -> Iterator[_Trial]:
+def _runs_of(backend: Backend, device: DeviceKind) -> Iterator[_Check]:
     """The trials of one runtime on one device: what it opens decides what is run."""
     options = f"--runtime {backend.name}" + (" --device cuda" if device == "cuda" else "")
     if backend.runs_graphs:
         probe = graph_probe_name(backend, device)
         for name in backend.precisions or ("run",):
             chosen = "" if name in ("run", *backend.precisions[:1]) else f" --precision {name}"
-            yield _Trial("predict", options + chosen, probe, (name,))
+            yield _Check("predict", options + chosen, probe, (name,))
     elif "engine" in backend.artifacts:
-        yield _Trial("predict", options, "tensorrt", ("run",))
-        yield _Trial("predict", options, "rtx", ("run",), note="built for RTX")
+        yield _Check("predict", options, "tensorrt", ("run",))
+        yield _Check("predict", options, "rtx", ("run",), note="built for RTX")
     else:
-        yield _Trial("predict", options, "torch", (f"run {device}",), essential=device == "cpu")
+        yield _Check("predict", options, "torch", (f"run {device}",), essential=device == "cpu")
 
 
-class Gpu(Settings):
+class GpuDescription(Settings):
     """One GPU as the driver describes it."""
 
     name: str
@@ -111,7 +111,7 @@ class Diagnosis(Settings):
 
     environment: dict[str, str]
     """srdeploy, Python, system, processor, cores."""
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[GpuDescription, ...]
     driver: str | None
     """Version of NVIDIA's driver."""
     cuda: str | None
@@ -162,16 +162,16 @@ def diagnose(offered: Offered) -> Diagnosis:
 
     offered: what there is to try; of what this version has no verb or option for, nothing is told.
     """
-    tried = [trial for trial in trials() if _is_offered(trial, offered)]
-    names = sorted({trial.probe for trial in tried} | {"gpu", "providers"}, key=_longest_first)
+    tried = [check for check in checks() if _is_offered(check, offered)]
+    names = sorted({check.probe for check in tried} | {"gpu", "providers"}, key=_longest_first)
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         answers = dict(zip(names, pool.map(run_probe, names), strict=True))
-    abilities = [_ability(trial, answers[trial.probe]) for trial in tried]
+    abilities = [_ability(check, answers[check.probe]) for check in tried]
     found = versions(PACKAGES)
     problems = [
-        f"{trial.verb} {trial.options}".strip() + f" does not work: {ability.reason}"
-        for trial, ability in zip(tried, abilities, strict=True)
-        if trial.essential and not ability.ok and "failure" not in answers[trial.probe]
+        f"{check.verb} {check.options}".strip() + f" does not work: {ability.reason}"
+        for check, ability in zip(tried, abilities, strict=True)
+        if check.essential and not ability.ok and "failure" not in answers[check.probe]
     ]
     problems += [
         f"trying {name} {one['failure']}" for name, one in answers.items() if "failure" in one
@@ -223,19 +223,19 @@ def run_probe(name: str) -> dict[str, Any]:
     return {"failure": _last_words(done)}
 
 
-def _ability(trial: _Trial, answers: Mapping[str, Any]) -> Ability:
-    reasons = (answers.get(name, answers.get("failure")) for name in trial.answers)
+def _ability(check: _Check, answers: Mapping[str, Any]) -> Ability:
+    reasons = (answers.get(name, answers.get("failure")) for name in check.answers)
     reason = next((one for one in reasons if one is not None), None)
     if reason is not None:
         reason = reason.removeprefix("device cuda was asked for, but ")
     return Ability(
-        verb=trial.verb, options=trial.options, note=trial.note, ok=reason is None, reason=reason
+        verb=check.verb, options=check.options, note=check.note, ok=reason is None, reason=reason
     )
 
 
-def _is_offered(trial: _Trial, offered: Offered) -> bool:
-    options = {word for word in trial.options.split() if word.startswith("--")}
-    return trial.verb in offered and options <= offered[trial.verb]
+def _is_offered(check: _Check, offered: Offered) -> bool:
+    options = {word for word in check.options.split() if word.startswith("--")}
+    return check.verb in offered and options <= offered[check.verb]
 
 
 def _is_run(ability: Ability) -> bool:

@@ -46,7 +46,7 @@ class Subject:
         settings = self.regulated.settings
         if not self.trained:
             return (
-                "A baseline run: no exit was trained on it, so its taps show their features alone."
+                "A baseline run: no exit was trained on it, so its taps show only their features."
             )
         absent = []
         if settings.seg_weight == 0:
@@ -57,7 +57,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class ExitAccuracy:
     """One exit against the image's ground truth; shares in 0..1."""
 
     pixels: float
@@ -72,7 +72,7 @@ class RunView:
 
     subject: Subject
     exits: tuple[ExitView, ...]
-    accuracy: tuple[Accuracy | None, ...]
+    accuracy: tuple[ExitAccuracy | None, ...]
     """Per exit; None without labels, and where the exit has no segmentation."""
 
 
@@ -201,7 +201,7 @@ def _read_truth(mask: Path, photo: Path, size: tuple[int, int]) -> Pixels:
 
 def _accuracy(
     exit: ExitView, truth: Pixels | None, size: tuple[int, int], spec: Spec, mask: Path | None
-) -> Accuracy | None:
+) -> ExitAccuracy | None:
     if truth is None or exit.labels is None:
         return None
     score = Score(spec)
@@ -210,7 +210,7 @@ def _accuracy(
         result = score.result()
     except UserError as error:
         raise UserError(f"{mask}: {error}") from error
-    return Accuracy(result.pixel_accuracy, result.miou)
+    return ExitAccuracy(result.pixel_accuracy, result.miou)
 
 
 def _classes_in(labels: Pixels, spec: Spec) -> frozenset[int]:

@@ -26,7 +26,7 @@ from srdeploy.pages.report import (
     write_report,
 )
 from srdeploy.spec import Spec
-from srdeploy.studies.inspection import PRESENT, Accuracy, PhotoView, RunView
+from srdeploy.studies.inspection import PRESENT, ExitAccuracy, PhotoView, RunView
 from srdeploy.train.pictures import ExitView
 
 COLOURS = "magma"
@@ -90,7 +90,7 @@ def heat_line(exit: ExitView) -> str:
     return "contrast of the features" if exit.role == "tap" else "confidence"
 
 
-def mask_lines(exit: ExitView, accuracy: Accuracy | None) -> list[str]:
+def mask_lines(exit: ExitView, accuracy: ExitAccuracy | None) -> list[str]:
     """The figures below a segmentation; none for the output without ground truth."""
     lines = []
     if accuracy is not None:
@@ -123,7 +123,7 @@ COLUMN_REM = 10.5
 READING = (
     "Each column is an exit, from the shallowest on. An exit reads the feature map of one stage of "
     "the network, segments the image from it and says which classes are in the image. Exits exist "
-    "in training alone; the last column is the network that is deployed.",
+    "only in training; the last column is the network that is deployed.",
     "Maps: of an exit, how far each cell's features lie from the image's mean features (Euclidean "
     "distance over the channels); each map has its own scale from the 2nd to the 98th percentile, "
     "so that maps tell where something stands out, and not how much more than elsewhere. Of an "

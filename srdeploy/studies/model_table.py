@@ -56,9 +56,9 @@ class NetworkCost:
     auxiliary_heads: dict[str, float]
     """Further heads that training supervises, with their loss weights."""
     added_parameters: int
-    """Of the exits, in training alone."""
+    """Of the exits, only in training."""
     added_macs: int
-    """Of the exits' forward, in training alone."""
+    """Of the exits' forward, only in training."""
 
     def summary(self) -> dict[str, Any]:
         """The figures, for --json."""
@@ -132,7 +132,7 @@ def _regulated(
         try:
             return SelfRegulation(network, classes), PROBE_SIZE
         except UserError:
-            # Some networks take images of one size alone. What else is wrong fails again.
+            # Some networks take images of only one size. What else is wrong fails again.
             return SelfRegulation(network, classes, probe_size=size), size
 
 
@@ -224,7 +224,7 @@ def network_table(cost: NetworkCost) -> "Table":
         )
     table.add_section()
     table.add_row(
-        "all exits, in training alone",
+        "all exits, only in training",
         "",
         "",
         "",
@@ -238,7 +238,7 @@ def _legend(costs: Sequence[NetworkCost]) -> str:
     lines = [
         "GMACs: 10^9 multiply-accumulates of convolutions and matrix products, forward.",
         "stride: of the logits, before they are resized.",
-        "exits: one per stage, in training alone; nothing is left of them in what is deployed.",
+        "exits: one per stage, only in training; nothing is left of them in what is deployed.",
         "own exits: further heads of the network itself that training supervises.",
     ]
     if any(cost.interpretation for cost in costs):

@@ -22,10 +22,10 @@ from srdeploy.files import sha256_of
 from srdeploy.graph.signature import read_signature
 from srdeploy.runtimes.gpus import Gpu
 from srdeploy.runtimes.trt import compatibility
-from srdeploy.runtimes.trt.compatibility import Machine, check_fits, machine
+from srdeploy.runtimes.trt.compatibility import EngineHost, check_fits, engine_host
 
 PROFILE = Profile(smallest=(1, 32, 32), usual=(1, 48, 64), largest=(4, 64, 80))
-L4 = Machine(
+L4 = EngineHost(
     gpu="NVIDIA L4",
     compute_capability="8.9",
     builder="tensorrt",
@@ -182,10 +182,10 @@ def test_the_machine_is_asked_for_package_gpu_and_driver(monkeypatch: pytest.Mon
     monkeypatch.setattr(compatibility, "import_tensorrt", lambda builder: Package)
     monkeypatch.setattr(compatibility, "find_gpu", {1: gpu}.__getitem__)
     monkeypatch.setattr(compatibility, "cuda_driver_version", lambda: "13.0")
-    assert machine("tensorrt", 1) == L4
+    assert engine_host("tensorrt", 1) == L4
 
 
 def test_an_absent_package_comes_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MissingPackageError, match=r"pip install tensorrt "):
-        machine("tensorrt")
+        engine_host("tensorrt")

@@ -138,10 +138,10 @@ def test_a_row_is_enough_for_the_server(toy: Backend, make_graph: MakeGraph) -> 
 
 
 def test_a_row_is_enough_for_the_doctor(toy: Backend) -> None:
-    from srdeploy.studies.doctor import trials
+    from srdeploy.studies.doctor import checks
     from srdeploy.studies.doctor_probes import probes
 
-    told = [(one.options, one.probe, one.answers) for one in trials() if "toy" in one.options]
+    told = [(one.options, one.probe, one.answers) for one in checks() if "toy" in one.options]
     assert told == [
         ("--runtime toy", "toy", ("t4",)),
         ("--runtime toy --precision t8", "toy", ("t8",)),

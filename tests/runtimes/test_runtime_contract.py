@@ -69,7 +69,7 @@ def test_labels_are_those_of_the_torch_network(
 def test_logits_lead_to_the_labels_or_are_refused(runtime: Runtime) -> None:
     images = photos(2, 40, 48)
     if runtime.path.stem.endswith("labels"):
-        with pytest.raises(UserError, match="labels alone: export with --output logits or both"):
+        with pytest.raises(UserError, match="only labels: export with --output logits or both"):
             runtime.logits(images)
         return
     logits = runtime.logits(images)

@@ -177,7 +177,7 @@ def test_a_graph_of_one_width_takes_images_of_any_size(looking: Callable[..., Pa
     with open_runtime(looking()) as whole:
         expected = whole.logits(images)
     fixed = open_runtime(looking(size=("H", 96)))
-    with pytest.raises(UserError, match="of Hx96 alone: use --tile 64x96"):
+    with pytest.raises(UserError, match="takes only images of Hx96: use --tile 64x96"):
         TiledRuntime(fixed, (64, 64))
     with TiledRuntime(fixed, (64, 96), 4 * REACH + 4) as tiled:
         # The last tile is shifted to an even column, which the stride of 2 sees alike.

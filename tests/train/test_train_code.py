@@ -169,7 +169,7 @@ def test_a_network_of_one_size_is_trained_and_scored_at_the_crops_size(
     images = np.zeros((1, 32, 48, 3), np.uint8)
     with open_runtime(tmp_path / "run") as runtime:
         assert runtime.run(images).shape == (1, 32, 48)
-        with pytest.raises(UserError, match=r"takes images of \[N, 32, 48, 3\] alone"):
+        with pytest.raises(UserError, match=r"takes only images of \[N, 32, 48, 3\]"):
             runtime.run(np.zeros((1, 40, 48, 3), np.uint8))
 
 

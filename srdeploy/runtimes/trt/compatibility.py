@@ -60,7 +60,7 @@ BUILDER_NAMES: dict[Builder, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT fo
 
 
 @dataclass(frozen=True)
-class Machine:
+class EngineHost:
     """What an engine is bound to, as this machine has it."""
 
     gpu: str
@@ -73,7 +73,7 @@ class Machine:
     """Newest CUDA version that the driver runs, e.g. "13.0"."""
 
 
-def machine(builder: Builder, index: int = 0) -> Machine:
+def engine_host(builder: Builder, index: int = 0) -> EngineHost:
     """This machine, as an engine of `builder` on the GPU cuda:`index` meets it.
 
     Raises MissingPackageError without the builder's package or CUDA's, UserError without a driver
@@ -81,7 +81,7 @@ def machine(builder: Builder, index: int = 0) -> Machine:
     """
     version = str(import_tensorrt(builder).__version__)
     gpu = find_gpu(index)
-    return Machine(
+    return EngineHost(
         gpu=gpu.name,
         compute_capability=gpu.compute_capability,
         builder=builder,
@@ -90,7 +90,7 @@ def machine(builder: Builder, index: int = 0) -> Machine:
     )
 
 
-def check_fits(sidecar: EngineSidecar, here: Machine) -> None:
+def check_fits(sidecar: EngineSidecar, here: EngineHost) -> None:
     """Raises UserError where the engine can't run on `here`: the fields that differ, and the
     command that builds it again.
 
@@ -110,7 +110,7 @@ def check_fits(sidecar: EngineSidecar, here: Machine) -> None:
         )
 
 
-def _differences(sidecar: EngineSidecar, here: Machine) -> list[tuple[str, str, str]]:
+def _differences(sidecar: EngineSidecar, here: EngineHost) -> list[tuple[str, str, str]]:
     found = []
     if sidecar.builder != here.builder:
         names = BUILDER_NAMES[sidecar.builder], BUILDER_NAMES[here.builder]

@@ -28,7 +28,7 @@ def import_tensorrt(builder: Builder) -> Any:
 
 
 @dataclass(frozen=True)
-class Message:
+class LogMessage:
     """One line of TensorRT's log."""
 
     error: bool
@@ -39,15 +39,15 @@ class Message:
 def collecting_logger(trt: Any) -> Any:
     """A logger for TensorRT with a list `messages` of the errors and warnings; prints nothing."""
 
-    class Collector(trt.ILogger):  # type: ignore[misc]  # the base is known at run time alone
+    class Collector(trt.ILogger):  # type: ignore[misc]  # the base is known only at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.messages: list[Message] = []
+            self.messages: list[LogMessage] = []
 
         def log(self, severity: Any, msg: str) -> None:
             if severity <= trt.ILogger.WARNING:
                 error = severity <= trt.ILogger.ERROR
-                self.messages.append(Message(error=error, warning=not error, text=msg))
+                self.messages.append(LogMessage(error=error, warning=not error, text=msg))
 
     return Collector()
 
@@ -69,7 +69,7 @@ _LONGEST = 300
 
 
 @dataclass(frozen=True)
-class Tensor:
+class EngineTensor:
     """An input or output."""
 
     name: str
@@ -77,7 +77,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Engine:
+class LoadedEngine:
     """A deserialised engine. TensorRT's objects are freed with the last reference."""
 
     path: Path
@@ -87,15 +87,15 @@ class Engine:
     """The ICudaEngine."""
     log: Any
     """The logger; its list `errors` has what TensorRT said went wrong."""
-    input: Tensor
-    outputs: tuple[Tensor, ...]
+    input: EngineTensor
+    outputs: tuple[EngineTensor, ...]
     profiles: tuple[Profile, ...]
     planes_first: bool
     """Whether the input is [N, 3, H, W] rather than [N, H, W, 3]."""
 
     def new_context(self, cuda_graph: bool = False) -> Any:
-        """An IExecutionContext with memory of its own. cuda_graph: TensorRT for RTX, which alone
-        can, shall capture and launch graphs by itself.
+        """An IExecutionContext with memory of its own. cuda_graph: whether the engine captures and
+        launches graphs by itself (only TensorRT for RTX can).
 
         Raises UserError where TensorRT can't make one, usually for want of memory.
         """
@@ -119,7 +119,7 @@ class Engine:
         return (n, rest[1], rest[2]) if self.planes_first else (n, rest[0], rest[1])
 
 
-def load_engine(trt: Any, path: Path, sidecar: EngineSidecar) -> Engine:
+def load_engine(trt: Any, path: Path, sidecar: EngineSidecar) -> LoadedEngine:
     """Deserialises the engine onto the current GPU.
 
     Raises UserError with the command that rebuilds it where TensorRT refuses it, or where it takes
@@ -141,7 +141,7 @@ def load_engine(trt: Any, path: Path, sidecar: EngineSidecar) -> Engine:
     outputs = [name for name in tensors if name not in inputs]
     _check_signature(trt, plan, inputs, outputs, path, sidecar)
     planes_first = sidecar.signature.input == "float32"
-    return Engine(
+    return LoadedEngine(
         path=path,
         trt=trt,
         plan=plan,
@@ -272,8 +272,8 @@ def _check_signature(
         )
 
 
-def _tensor(plan: Any, name: str) -> Tensor:
-    return Tensor(name, np.dtype(_TYPES[plan.get_tensor_dtype(name).name]))
+def _tensor(plan: Any, name: str) -> EngineTensor:
+    return EngineTensor(name, np.dtype(_TYPES[plan.get_tensor_dtype(name).name]))
 
 
 def _read_profiles(plan: Any, name: str, planes_first: bool) -> tuple[Profile, ...]:

@@ -14,25 +14,25 @@ from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import ImageShapeError, RuntimeOptions, parse_device
 from srdeploy.runtimes.graph_runtime import GraphRuntime, arithmetic
 from srdeploy.runtimes.trt.arrays import DeviceArray, read_interface, stream_handle
-from srdeploy.runtimes.trt.compatibility import check_fits, engine_for, machine
+from srdeploy.runtimes.trt.compatibility import check_fits, engine_for, engine_host
 from srdeploy.runtimes.trt.cuda_api import Cuda, CudaMemoryError, DeviceClock, import_cuda_runtime
 from srdeploy.runtimes.trt.engine import import_tensorrt, load_engine
-from srdeploy.runtimes.trt.session import PHASES, Session
+from srdeploy.runtimes.trt.session import PHASES, EngineSession
 from srdeploy.spec import Spec
 
 
 def _require_fit(sidecar: EngineSidecar, index: int) -> None:
-    check_fits(sidecar, machine(sidecar.builder, index))
+    check_fits(sidecar, engine_host(sidecar.builder, index))
 
 
 @dataclass(frozen=True)
-class Libraries:
+class TensorRTLibraries:
     """Where the runtime takes what is not Python's own from."""
 
     tensorrt: Callable[[Builder], Any] = import_tensorrt
     cuda: Callable[[Builder], Any] = import_cuda_runtime
     """The module of CUDA's runtime API."""
-    guard: Callable[[EngineSidecar, int], None] = _require_fit
+    check_fit: Callable[[EngineSidecar, int], None] = _require_fit
     """Raises UserError where the engine does not run on the GPU cuda:N."""
 
 
@@ -54,7 +54,7 @@ class TensorRTRuntime(GraphRuntime):
         options: RuntimeOptions,
         *,
         cuda_graph: bool = False,
-        libraries: Libraries = Libraries(),
+        libraries: TensorRTLibraries = TensorRTLibraries(),
     ) -> None:
         super().__init__(artifact, spec, options.device)
         self.sidecar = read_sidecar(artifact.file)
@@ -62,7 +62,7 @@ class TensorRTRuntime(GraphRuntime):
         self._cuda_graph = cuda_graph
         self._libraries = libraries
         self._cuda: Cuda | None = None
-        self._session: Session | None = None
+        self._session: EngineSession | None = None
         self._timing = local()
 
     @classmethod
@@ -137,12 +137,12 @@ class TensorRTRuntime(GraphRuntime):
         sidecar, index = self.sidecar, parse_device(self.device)[1]
         trt = self._libraries.tensorrt(sidecar.builder)
         cuda = Cuda(self._libraries.cuda(sidecar.builder), index)
-        self._libraries.guard(sidecar, index)
+        self._libraries.check_fit(sidecar, index)
         check_whole(self.artifact.file, sidecar)
         with cuda.on_device():
             engine = load_engine(trt, self.artifact.file, sidecar)
-            # TensorRT for RTX compiles kernels while it runs, and alone knows when to capture.
-            self._session = Session(
+            # TensorRT for RTX compiles kernels while it runs, and only it knows when to capture.
+            self._session = EngineSession(
                 engine, cuda, self._cuda_graph, own_graphs=sidecar.builder == "rtx"
             )
         self._cuda = cuda
@@ -162,7 +162,7 @@ class TensorRTRuntime(GraphRuntime):
         except CudaMemoryError as error:
             raise self._too_large(images.shape, error) from error
 
-    def _opened(self) -> Session:
+    def _opened(self) -> EngineSession:
         if self._session is None:
             raise UserError(f"the runtime of {self.path} is not open: use it in a with block")
         return self._session
@@ -178,7 +178,7 @@ class TensorRTRuntime(GraphRuntime):
             form = "float32 [N, 3, H, W]" if planes else "uint8 [N, H, W, 3]"
             raise ImageShapeError(f"images are {dtype} {list(shape)}: {form} is needed")
         n, height, width = (shape[0], *shape[2:]) if planes else shape[:3]
-        # The contract's own check reads type and shape alone: this array has no memory.
+        # The contract's own check reads only type and shape: this array has no memory.
         self._check(np.broadcast_to(np.uint8(0), (n, height, width, 3)))
 
 

@@ -13,7 +13,7 @@ from srdeploy.errors import UserError
 from srdeploy.runtimes.base import ImageShapeError
 from srdeploy.runtimes.trt.arrays import DeviceArray, DeviceView, Stream
 from srdeploy.runtimes.trt.cuda_api import Cuda, DeviceBuffer, PinnedBuffer, array_bytes
-from srdeploy.runtimes.trt.engine import Chunk, Engine, plan_chunks, require_profile
+from srdeploy.runtimes.trt.engine import Chunk, LoadedEngine, plan_chunks, require_profile
 
 CAPTURED = 4
 """Shapes whose graphs are kept; each costs the memory of one execution context."""
@@ -26,7 +26,9 @@ Addresses = Mapping[str, int]
 class Execution:
     """One execution context of an engine, on one stream."""
 
-    def __init__(self, engine: Engine, cuda: Cuda, stream: int, cuda_graph: bool = False) -> None:
+    def __init__(
+        self, engine: LoadedEngine, cuda: Cuda, stream: int, cuda_graph: bool = False
+    ) -> None:
         """cuda_graph: TensorRT for RTX's own. Raises UserError as Engine.new_context."""
         self._engine = engine
         self._cuda = cuda
@@ -99,7 +101,7 @@ class GraphedExecution(Execution):
     A graph is bound to the state of its context, so this context serves no other shape.
     """
 
-    def __init__(self, engine: Engine, cuda: Cuda, stream: int) -> None:
+    def __init__(self, engine: LoadedEngine, cuda: Cuda, stream: int) -> None:
         super().__init__(engine, cuda, stream)
         self._graph: Any = None
         self._captured: dict[str, int] = {}
@@ -132,10 +134,10 @@ class GraphedExecution(Execution):
             self._cuda.free_graph(graph)
 
 
-class Graphs:
+class CapturedGraphs:
     """The captured executions of the shapes used last."""
 
-    def __init__(self, engine: Engine, cuda: Cuda, stream: int) -> None:
+    def __init__(self, engine: LoadedEngine, cuda: Cuda, stream: int) -> None:
         self._made = (engine, cuda, stream)
         self._kept: OrderedDict[tuple[int, Shape], GraphedExecution] = OrderedDict()
 
@@ -164,10 +166,12 @@ Mark = Callable[[str | None], None]
 """Called where a phase begins on the stream."""
 
 
-class Session:
+class EngineSession:
     """Takes arrays through an engine, one call at a time; callers from several threads queue."""
 
-    def __init__(self, engine: Engine, cuda: Cuda, cuda_graph: bool, own_graphs: bool) -> None:
+    def __init__(
+        self, engine: LoadedEngine, cuda: Cuda, cuda_graph: bool, own_graphs: bool
+    ) -> None:
         """own_graphs: whether the engine's library captures graphs by itself.
 
         Raises UserError; nothing stays taken then. The GPU must be the calling thread's.
@@ -187,9 +191,9 @@ class Session:
         except BaseException:
             cuda.free_stream(self._stream.handle)
             raise
-        self._graphs: Graphs | None = None
+        self._graphs: CapturedGraphs | None = None
         if cuda_graph and not own_graphs:
-            self._graphs = Graphs(engine, cuda, handle)
+            self._graphs = CapturedGraphs(engine, cuda, handle)
 
     @property
     def stream(self) -> int:

@@ -18,9 +18,10 @@ import pytest
 from tests.export.engines.uses import NAMES, read_uses
 
 ROOT = Path(__file__).resolve().parents[3]
-FILES = sorted((ROOT / "export" / "engines").glob("*.py")) + sorted(
-    (ROOT / "srdeploy" / "runtimes" / "trt").glob("[ers]*.py")
-)
+FILES = [
+    *sorted((ROOT / "export" / "engines").glob("*.py")),
+    *(ROOT / "srdeploy" / "runtimes" / "trt" / name for name in ("engine.py", "session.py")),
+]
 DESCRIBE = Path(__file__).with_name("describe_bindings.py")
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 FUNCTIONS = (

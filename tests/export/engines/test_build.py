@@ -152,8 +152,8 @@ def test_a_graph_without_a_spec_is_refused(
 @pytest.mark.parametrize(
     ("size", "profile", "told"),
     [
-        (("N", 48, 64), "1x48x64,1x48x64,1x64x64", "takes height 48 alone, not 64"),
-        ((1, "H", "W"), "1x48x64,1x48x64,2x48x64", "takes batch 1 alone, not 2"),
+        (("N", 48, 64), "1x48x64,1x48x64,1x64x64", "takes only height 48, not 64"),
+        ((1, "H", "W"), "1x48x64,1x48x64,2x48x64", "takes only batch 1, not 2"),
         (("N", "H", "W"), "1x16x64,1x48x64,1x64x64", "height 16 is less than the network takes"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_profile_that_the_graph_does_not_take_is_refused(
         ({"builder": "rtx", "sm": ("7.5",), "precision": "bf16"}, "do not compute in bf16"),
         ({"builder": "rtx", "sm": ("8.9", "7.5"), "precision": "tf32"}, "do not compute in tf32"),
         ({"builder": "rtx", "timing_cache": "a"}, "timing_cache goes only with TensorRT proper"),
-        ({"sm": ("8.9",)}, "--sm goes with --builder rtx alone"),
+        ({"sm": ("8.9",)}, "--sm goes only with --builder rtx"),
         ({"workspace_gib": 0}, "'workspace_gib' is '0': input should be greater than 0"),
         ({"precison": "fp16"}, "did you mean 'precision'?"),
     ],

@@ -39,7 +39,7 @@ RTX_ONLY = {
     "IBuilderConfig.set_compute_capability",
     "IRuntimeConfig.cuda_graph_strategy",
 }
-"""What only TensorRT for RTX has; the code takes it on that branch alone."""
+"""What only TensorRT for RTX has; the code takes it only on that branch."""
 OUR_OWN = {"ILogger.messages", "ILogger.errors"}
 """Attributes of our subclasses."""
 

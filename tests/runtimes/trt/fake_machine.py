@@ -11,7 +11,7 @@ from srdeploy.artifacts.artifact import Profile, open_artifact
 from srdeploy.imaging import Pixels
 from srdeploy.runtimes.base import RuntimeOptions
 from srdeploy.runtimes.registry import open_runtime
-from srdeploy.runtimes.trt.runtime import Libraries, TensorRTRuntime
+from srdeploy.runtimes.trt.runtime import TensorRTLibraries, TensorRTRuntime
 from tests.runtimes.trt.fake_cuda import FakeCuda
 from tests.runtimes.trt.fake_tensorrt import FakeTensorRT
 
@@ -31,7 +31,7 @@ class Bench:
     def runtime(self, path: Path, cuda_graph: bool = False, device: str = "cuda") -> Any:
         artifact = open_artifact(path)
         assert artifact.spec is not None
-        libraries = Libraries(lambda _: self.trt, lambda _: self.api, lambda _, __: None)
+        libraries = TensorRTLibraries(lambda _: self.trt, lambda _: self.api, lambda _, __: None)
         return TensorRTRuntime(
             artifact,
             artifact.spec,

@@ -12,7 +12,7 @@ from srdeploy.runtimes.registry import open_runtime
 from srdeploy.runtimes.trt.arrays import DeviceArray, Stream
 from srdeploy.runtimes.trt.cuda_api import Cuda
 from srdeploy.runtimes.trt.engine import _TYPES
-from srdeploy.runtimes.trt.runtime import Libraries, TensorRTRuntime
+from srdeploy.runtimes.trt.runtime import TensorRTLibraries, TensorRTRuntime
 from tests.runtimes.trt.fake_cuda import cudaError_t
 from tests.runtimes.trt.fake_machine import COMMAND, Bench, MakeEngine, by_onnxruntime, photos
 from tests.runtimes.trt.fake_tensorrt import write_plan
@@ -153,7 +153,7 @@ def test_the_guard_speaks_before_tensorrt(bench: Bench, make_engine: MakeEngine)
         asked.append((sidecar.command, index))
         raise UserError("built for another GPU")
 
-    libraries = Libraries(lambda _: bench.trt, lambda _: bench.api, guard)
+    libraries = TensorRTLibraries(lambda _: bench.trt, lambda _: bench.api, guard)
     bench.api.count = 2
     with pytest.raises(UserError, match="another GPU"):
         TensorRTRuntime(

@@ -25,7 +25,7 @@ def test_labels_and_logits_are_those_of_onnxruntime(
             labels, logits = by_onnxruntime(engine, images)
             assert (runtime.run(images) == labels).all()
             if logits is None:
-                with pytest.raises(UserError, match="labels alone"):
+                with pytest.raises(UserError, match="gives only labels"):
                     runtime.logits(images)
             else:
                 assert (runtime.logits(images) == logits).all()
