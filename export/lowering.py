@@ -8,8 +8,13 @@ program with any other operator is left to torch.
 What is written is the same, byte for byte (a test compares them), but for flattened axes: torch
 computes the new size from the images' size, here it is read off the tensor. Either way, one
 architecture always goes one way, so that its graph stays a function of the architecture alone.
+
+This takes the place of code that torch keeps to itself, which may change with any version. So it is
+done only with the versions in CHECKED; any other exports by torch's public way, in more time.
 """
 
+import hashlib
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +24,16 @@ from unittest import mock
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.onnx._internal.exporter import _fx_passes
 
 _aten = torch.ops.aten
+
+CHECKED: dict[str, str] = {
+    "2.13.0": "2817d16f52c441f7d94f99512ff010274e69100ce6c511bc249cdc684cdb4a81",
+}
+"""Version of torch -> what `digest_of_torch` gave when both ways were found to write equal files.
+
+To add one: write its line, then run tests/export/test_lowering.py with it.
+"""
 
 DIRECT: frozenset[Any] = frozenset(
     {
@@ -85,12 +97,49 @@ _ASSERTIONS = frozenset({_aten._assert_scalar.default, _aten._assert_tensor_meta
 @contextmanager
 def lowered_in_place() -> Iterator[None]:
     """While the block runs, programs that need few decompositions are decomposed by `lower`, and
-    those that mix no types are not interpreted once more to bring operands to one type."""
+    those that mix no types are not interpreted once more to bring operands to one type.
+
+    Changes nothing unless torch `is_checked`.
+    """
+    if not is_checked():
+        yield
+        return
+    from torch.onnx._internal.exporter import _fx_passes  # other versions may have no such module
+
+    promote = _fx_passes.insert_type_promotion_nodes
+
+    def promote_where_mixed(module: GraphModule) -> None:
+        if not module.meta.get(_ONE_TYPE, False):
+            promote(module)
+
     with (
         mock.patch.object(ExportedProgram, "run_decompositions", _lowered_or_decomposed),
-        mock.patch.object(_fx_passes, "insert_type_promotion_nodes", _promote_where_mixed),
+        mock.patch.object(_fx_passes, "insert_type_promotion_nodes", promote_where_mixed),
     ):
         yield
+
+
+def is_checked() -> bool:
+    """Whether this torch is in CHECKED and has the code that it had then."""
+    version = torch.__version__.partition("+")[0]  # what follows says which devices it is built for
+    if version not in CHECKED:
+        return False  # without a look at private modules, which may not be there
+    try:
+        return digest_of_torch() == CHECKED[version]
+    except OSError:  # installed without its source
+        return False
+
+
+def digest_of_torch() -> str:
+    """SHA-256 of the source of the modules in which functions are replaced here, and of those that
+    say what the functions do."""
+    from torch.onnx._internal.exporter import _decomp, _fx_passes
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    digest = hashlib.sha256()
+    for module in (torch.export.exported_program, _fx_passes, _decomp, type_promotion):
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
 
 
 def lower(program: ExportedProgram) -> bool:
@@ -116,7 +165,6 @@ def lower(program: ExportedProgram) -> bool:
 
 
 _decompose = ExportedProgram.run_decompositions
-_promote = _fx_passes.insert_type_promotion_nodes
 _ONE_TYPE = "srdeploy.one_type"
 """Marks a graph that was lowered here and whose operators meet operands of one type alone."""
 
@@ -128,11 +176,6 @@ def _lowered_or_decomposed(program: ExportedProgram, *args: Any, **options: Any)
     module = program.graph_module
     module.meta[_ONE_TYPE] = all(map(_meets_one_type, module.graph.nodes))
     return program
-
-
-def _promote_where_mixed(module: GraphModule) -> None:
-    if not module.meta.get(_ONE_TYPE, False):
-        _promote(module)
 
 
 def _meets_one_type(node: Node) -> bool:
