@@ -11,7 +11,7 @@ from srdeploy.console import track
 from srdeploy.data import DataSet, open_dataset, spec_for
 from srdeploy.data.confidence import require_confidence
 from srdeploy.data.dataset import measured_policy
-from srdeploy.data.photo_set import PhotoSet
+from srdeploy.data.pairs import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.spec import InputPolicy, Spec
 from srdeploy.train.augment import augmentation_for

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from srdeploy.data import DataSet
-from srdeploy.data.photo_set import PhotoSet
+from srdeploy.data.pairs import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, fit
 from srdeploy.spec import Spec

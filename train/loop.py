@@ -38,6 +38,7 @@ from srdeploy.train.loader import batches
 from srdeploy.train.optimize import (
     StepModel,
     accumulate_gradient,
+    learning_rate,
     make_optimizer,
     set_learning_rate,
     shares,
@@ -52,7 +53,6 @@ from srdeploy.train.run_folder import (
     require_same_spec,
     write_start,
 )
-from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import TrainingJob, describe, prepare
 
 

@@ -1,5 +1,6 @@
 """The optimizer, and the gradient of one step over its micro-batches."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -47,6 +48,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets every group's rate to `rate` times its factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step 0 .. steps - 1: linear warm-up times poly decay, Chen et al., DeepLab (TPAMI
+    2018)."""
+    warm = min(1.0, (step + 1) / (config.warm_up + 1))
+    decay = math.pow(1 - step / config.steps, config.power)
+    return config.lr * warm * decay
 
 
 def shares(

@@ -25,8 +25,7 @@ from srdeploy.train.exits import (
     make_exits,
 )
 from srdeploy.train.losses import Targets, from_deepest, from_shallowest, truth_of
-from srdeploy.train.regulation_config import RegulationConfig
-from srdeploy.train.schedule import ramp
+from srdeploy.train.regulation_config import RegulationConfig, ramp
 
 AUXILIARY_WEIGHT = 0.4
 """Loss weight of a foreign network's auxiliary head, as PSPNet and FCN trainings have it."""

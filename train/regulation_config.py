@@ -98,3 +98,15 @@ class RegulationConfig(Settings):
             start=0.25,
             ramp=0.0,
         )
+
+
+def ramp(progress: float, start: float, length: float) -> float:
+    """Strength of the feedback, 0..1: 0 up to `start`, then linear, 1 from `start + length` on.
+
+    All three are shares of the whole training, 0..1. With `length` 0 it steps from 0 to 1 at
+    `start`. An exit teaches others only after it has learnt from ground truth: the paper's authors
+    switch feedback on after a quarter of training (README of their code); the ramp avoids the jump.
+    """
+    if length <= 0:
+        return 1.0 if progress >= start else 0.0
+    return min(1.0, max(0.0, (progress - start) / length))

@@ -16,12 +16,12 @@ from srdeploy.data.pairs import (
     NOT_AN_ID,
     Item,
     Pairs,
+    PhotoSet,
     common_lookup,
     parts_of,
     read_parts,
     refuse_faults,
 )
-from srdeploy.data.photo_set import PhotoSet
 from srdeploy.errors import UserError
 from srdeploy.imaging import Pixels, photo_size, read_labels, read_photo, scaled_size
 from srdeploy.spec import IMAGENET_MEAN, IMAGENET_STD, InputPolicy, Spec

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from srdeploy.data.classes import ClassTable
 from srdeploy.errors import UserError
-from srdeploy.imaging import PHOTO_SUFFIXES
+from srdeploy.imaging import PHOTO_SUFFIXES, Pixels
 from srdeploy.validation import Settings, closest
 
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff"})
@@ -65,6 +65,23 @@ class Pairs:
     """256 entries: the class id (or ignore index) that each raw mask value means, or NOT_AN_ID."""
     bare: tuple[Item, ...] = ()
     """Photos without a mask, sorted by name; each is among the faults too."""
+
+
+class PhotoSet(Protocol):
+    """Photos of a split, with their labels or with what stands in for them."""
+
+    @property
+    def classes(self) -> ClassTable:
+        """What labels can be."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The photos, in their order."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Pixels, Pixels]:
+        """Photo uint8 [H, W, 3] and labels uint8 [H, W] of one item. Raises UserError."""
 
 
 def plain_lookup(classes: ClassTable) -> tuple[int, ...]:

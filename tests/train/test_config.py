@@ -18,7 +18,7 @@ from srdeploy.train.config import (
     merge,
     nested,
 )
-from srdeploy.train.schedule import learning_rate
+from srdeploy.train.optimize import learning_rate
 from srdeploy.validation import validated
 
 pytestmark = pytest.mark.wheel

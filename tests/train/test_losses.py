@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from srdeploy.train import losses
-from srdeploy.train.schedule import ramp
+from srdeploy.train.regulation_config import ramp
 
 IGNORE = 255
 Floats = NDArray[np.float64]

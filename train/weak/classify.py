@@ -26,9 +26,8 @@ from srdeploy.train.device import deterministic, find_device
 from srdeploy.train.distributed import ALONE
 from srdeploy.train.guard import NORM, DivergenceGuard, explain_failure
 from srdeploy.train.loader import Batch, Samples, batches
-from srdeploy.train.optimize import make_optimizer, set_learning_rate
+from srdeploy.train.optimize import learning_rate, make_optimizer, set_learning_rate
 from srdeploy.train.recorder import Recorder, RunningMeans
-from srdeploy.train.schedule import learning_rate
 from srdeploy.train.start import place
 from srdeploy.train.weak.pseudo_run import UNUSED
 from srdeploy.train.weak.tag_network import TagNetwork

@@ -20,8 +20,7 @@ from srdeploy.train import losses
 from srdeploy.train.encoder import encoder_levels
 from srdeploy.train.exits import choose_taps, collected, feature_map, given_taps, unit
 from srdeploy.train.regulation import Losses
-from srdeploy.train.regulation_config import RegulationConfig
-from srdeploy.train.schedule import ramp
+from srdeploy.train.regulation_config import RegulationConfig, ramp
 
 BACKBONE = "backbone"
 """The sub-module whose output is read where the network has one of this name that gives a map."""
