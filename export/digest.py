@@ -5,7 +5,7 @@ In: operators, domains, attributes, topology, dtypes and shapes of initialisers,
 operator sets, functions, and the values that steer the computation. Out: names, doc strings,
 metadata, weight values. A value steers where it is an integer or a boolean, a float of rank 0, or
 where the input meets it before any weighted operator (the normalisation's mean and deviation), as
-it stands or computed from constants alone. Operands of weighted operators are weights, whatever
+it stands or computed only from constants. Operands of weighted operators are weights, whatever
 their type, and so is a class token, which the input meets after a convolution. A Constant node
 counts as an initialiser. The scales and the region that a resize reads steer too, wherever it
 stands.
@@ -34,7 +34,7 @@ WEIGHTED = frozenset(
 """Operators whose operands after the first are learnt or calibrated."""
 
 MEASURING = frozenset(("Shape", "Size"))
-"""Operators that read a value's shape alone."""
+"""Operators that read only a value's shape."""
 
 RESIZING = frozenset(("Resize", "Upsample"))
 """Operators whose operands after the first say where they sample, in floats."""
@@ -200,7 +200,7 @@ def _steering(
 ) -> set[str]:
     """Names of the constants whose values count."""
     weighted = {name: value.weighted for name, value in values.items()}
-    # Values that depend on what the graph is given, and not on its shape alone.
+    # Values that depend on what the graph is given, and not only on its shape.
     fed = set(values) - set(tensors)
     for node in nodes:
         after = _after_weighted(node, weighted)
@@ -209,7 +209,7 @@ def _steering(
             fed.update(node.output)
     weights: set[str] = set()
     early = {value.name for value in graph.output}
-    # From the end: what is computed from constants alone steers where its result does.
+    # From the end: what is computed only from constants steers where its result does.
     for node in reversed(nodes):
         after = _after_weighted(node, weighted)
         joins = not fed.isdisjoint(node.output) or not early.isdisjoint(node.output)

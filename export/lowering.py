@@ -7,7 +7,7 @@ program with any other operator is left to torch.
 
 What is written is the same, byte for byte (a test compares them), but for flattened axes: torch
 computes the new size from the images' size, here it is read off the tensor. Either way, one
-architecture always goes one way, so that its graph stays a function of the architecture alone.
+architecture always goes one way, so that its graph stays a function of only the architecture.
 
 This takes the place of code that torch keeps to itself, which may change with any version. So it is
 done only with the versions in CHECKED; any other exports by torch's public way, in more time.
@@ -166,7 +166,7 @@ def lower(program: ExportedProgram) -> bool:
 
 _decompose = ExportedProgram.run_decompositions
 _ONE_TYPE = "srdeploy.one_type"
-"""Marks a graph that was lowered here and whose operators meet operands of one type alone."""
+"""Marks a graph that was lowered here and whose operators meet only operands of one type."""
 
 
 def _lowered_or_decomposed(program: ExportedProgram, *args: Any, **options: Any) -> ExportedProgram:

@@ -128,12 +128,12 @@ class TrainConfig(Settings):
     """Photos are scaled so that their longest side is this, here and wherever the network is
     deployed."""
     multiple: int = Field(default=1, ge=1, le=1024)
-    """The network takes heights and widths divisible by this alone: photos are padded, here and
+    """The network takes only heights and widths divisible by this: photos are padded, here and
     wherever it is deployed; crops must be divisible."""
     smallest: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (32, 32)
     """(height, width) from which on the network takes images, in pixels; "64x64" is read too."""
     fixed_size: bool = False
-    """The network takes images of the crop's size alone: photos are resized to it, whatever their
+    """The network takes only images of the crop's size: photos are resized to it, whatever their
     proportions, here and wherever it is deployed."""
     mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
     """Subtracted per channel (RGB, of values in 0..1): as pretrained weights were trained with."""
@@ -184,13 +184,13 @@ class TrainConfig(Settings):
     """Decay per step of a moving average of network and exits, e.g. 0.999: what is validated and
     saved as the run's network is then the average; null: off."""
     deterministic: bool = False
-    """On a GPU too every run gives the same bits: deterministic algorithms alone, an operation that
+    """On a GPU too every run gives the same bits: only deterministic algorithms, an operation that
     has none is refused by name. Slower. On the CPU runs always do."""
     compile: bool = False
     """Train through torch.compile, which needs a C++ compiler, and on a GPU Triton: the first step
     takes longer, the others less. Numbers differ by rounding."""
     sync_batch_norm: bool = False
-    """BatchNorm's statistics over the images of all processes (on GPUs alone); false: each
+    """BatchNorm's statistics over the images of all processes (only on GPUs); false: each
     process's own."""
     channels_last: bool = False
     """Lay activations out as N, H, W, C in memory."""

@@ -61,7 +61,7 @@ def configured_spec(config: TrainConfig, dataset: PhotoSet) -> Spec:
 
 
 def input_policy(config: TrainConfig, dataset: PhotoSet) -> InputPolicy:
-    """Which sizes the run's network is given: the photos', or the crop's alone; reads their
+    """Which sizes the run's network is given: the photos', or only the crop's; reads their
     headers. Raises UserError where a photo is too small."""
     measured = measured_policy(dataset, config.longest_side)
     values = measured.model_dump() | {"multiple": config.multiple, "smallest": config.smallest}

@@ -12,8 +12,8 @@ from srdeploy.train.distributed import ALONE, World
 
 
 def find_device(name: str, world: World = ALONE) -> torch.device:
-    """ "auto": the first CUDA device where there is one, else the CPU; any other name: that device
-    alone. Of several processes each takes the CUDA device of its number on its machine.
+    """ "auto": the first CUDA device where there is one, else the CPU; any other name: only that
+    device. Of several processes each takes the CUDA device of its number on its machine.
 
     Raises UserError for an unknown name and for a CUDA device that torch does not see.
     """
@@ -46,7 +46,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """While the block runs, torch takes deterministic algorithms alone and refuses an operation
+    """While the block runs, torch takes only deterministic algorithms and refuses an operation
     that has none: UserError with its name. Where it is not `wanted`, nothing changes."""
     if not wanted:
         yield

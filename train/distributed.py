@@ -1,8 +1,8 @@
-"""The processes of a training run: torchrun's, or this one alone.
+"""The processes of a training run: torchrun's, or only this one.
 
     torchrun --nproc-per-node 2 -m srdeploy train DATA --out RUN
 
-Every process computes a share of each batch; rank 0 leads: it alone writes and speaks. An error
+Every process computes a share of each batch; rank 0 leads: only it writes and speaks. An error
 anywhere ends the job with one line, said by the process that failed, or by the first that misses
 one that was killed.
 """

@@ -187,7 +187,7 @@ def _keep(outputs: dict[str, Any], name: str, _module: nn.Module, _args: Any, ou
     outputs[name] = output
 
 
-# Exits: a segmenter and a classifier that read one stage of a network, in training alone.
+# Exits: a segmenter and a classifier that read one stage of a network, only in training.
 
 AUTHORS_WIDTH = 256
 

@@ -78,7 +78,7 @@ class DivergenceGuard:
         )
 
     def _photos(self, step: int) -> str:
-        """The photos of step number `step`, from their positions alone."""
+        """The photos of step number `step`, from their positions."""
         count = self._config.batch * self._config.accumulate
         positions = range((step - 1) * count, (step - 1) * count + min(count, SHOWN))
         items = self._samples.dataset.items

@@ -1,5 +1,5 @@
 """Batches of augmented photos. Which photo comes when, and how it is varied, follows from the seed
-and the position alone: not from the number of threads, not from what was read before. Resuming
+and the position only: not from the number of threads, not from what was read before. Resuming
 needs no state."""
 
 from collections import deque

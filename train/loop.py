@@ -106,7 +106,7 @@ class TrainResult:
     finished: bool
     """False where Ctrl-C or SIGTERM stopped it; its state is saved."""
     seconds: float
-    """Time of this call alone, validation included."""
+    """Time of only this call, validation included."""
 
     def summary(self) -> dict[str, Any]:
         """The result as JSON."""

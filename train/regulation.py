@@ -92,7 +92,7 @@ def check_classes(
             )
 
 
-# Self-regulation of any segmentation network, in training alone (ICCV 2021, arXiv 2108.09702).
+# Self-regulation of any segmentation network, only in training (ICCV 2021, arXiv 2108.09702).
 
 DEFAULTS = RegulationConfig()
 
@@ -109,7 +109,7 @@ class ExitOutputs:
     """[N, C, h, w] each; None for the network's own output."""
     own: dict[str, Tensor] = field(default_factory=dict)
     """Logits [N, K, h, w] of the network's own further supervised heads (`auxiliary_heads`), by
-    name; without those that the network runs in training mode alone and now left out."""
+    name; without those that the network runs only in training mode and now left out."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class SelfRegulation(nn.Module):
     `choice` says which and why. With `settings.enabled` False it is a baseline: no exits, and the
     same loss function without their terms. ignore_index: label of pixels that count for nothing.
     class_weights: float [K], weighs the cross-entropies against ground truth. probe_size: (H, W) of
-    the blank image that the network is probed with, for networks that take certain sizes alone.
+    the blank image that the network is probed with, for networks that take only certain sizes.
     auxiliary_heads: names of further heads to supervise, with their loss weights, or "auto": the
     network's `auxiliary_heads`, else its auxiliary heads that run in training and give maps of K
     classes, at `srdeploy.train.regulation.AUXILIARY_WEIGHT` each.
@@ -212,7 +212,7 @@ class SelfRegulation(nn.Module):
                 logits = main_logits(self.network(images))
         else:
             logits, outputs = faster.network(images)
-        # A head that the network runs in training mode alone has nothing to say in evaluation.
+        # A head that the network runs only in training mode has nothing to say in evaluation.
         asked = (n for n in self.auxiliary_heads if n in outputs or self.network.training)
         own = {name: feature_map(outputs, name) for name in asked}
         if self.exits is None or self.choice is None:

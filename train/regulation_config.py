@@ -22,7 +22,7 @@ class RegulationConfig(Settings):
     """
 
     enabled: bool = True
-    """False trains the baseline: no exits, the network's own loss alone."""
+    """False trains the baseline: no exits, only the network's own loss."""
     taps: Literal["auto"] | tuple[str, ...] = "auto"
     """Names of the modules that exits read, shallow to deep; "auto": the network's `stages`, else
     the levels of its encoder, found by tracing a forward (`srdeploy.train.encoder`)."""

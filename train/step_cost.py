@@ -185,7 +185,7 @@ def _regulate(
     try:
         return SelfRegulation(network, classes, settings=settings, probe_size=PROBE_SIZE)
     except UserError:
-        # Some networks take images of one size alone. What else is wrong fails again.
+        # Some networks take only images of one size. What else is wrong fails again.
         return SelfRegulation(network, classes, settings=settings, probe_size=size)
 
 
@@ -274,7 +274,7 @@ class VariantCost(Settings):
     """A key of VARIANTS."""
     description: str
     parameters_added: int
-    """Of the exits, in training alone."""
+    """Parameters of the exits, which exist only in training."""
     median_ms: float
     """Of all steps."""
     time: Interval | None

@@ -5,7 +5,7 @@ away. *Failure-2*, parts of large things get another class: cow and buffalo shar
 so that only the fence or the water elsewhere in the picture tells whose hide a patch is.
 
 One seed gives the same bytes on every run of the same Pillow and numpy; a scene depends on the
-seed, its split and its number alone, so that asking for more scenes keeps the earlier ones.
+seed, its split and its number only, so that asking for more scenes keeps the earlier ones.
 """
 
 from pathlib import Path

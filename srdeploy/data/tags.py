@@ -246,7 +246,7 @@ class _Index:
                 self._loose.setdefault(key, []).append(photo)
 
     def find(self, text: str) -> list[Path]:
-        """The photos that `text` fits; a whole path fits one alone."""
+        """The photos that `text` fits; a whole path fits only one."""
         key = str(PurePosixPath(text))  # "./images/train/a.jpg", as find prints it, is fine
         exact = self._exact.get(key)
         return [exact] if exact is not None else self._loose.get(key, [])

@@ -1,6 +1,6 @@
 """Auxiliary heads of networks that others wrote: found by what they do, not by their names.
 
-A head that training alone needs (torchvision's aux_classifier, an mmseg-style auxiliary_head) does
+A head that only training needs (torchvision's aux_classifier, an mmseg-style auxiliary_head) does
 not influence the main logits. So: run the network, ask which parameters the main logits depend on,
 and the top-most modules without any such parameter are the ones that deployment can leave out.
 """

@@ -30,7 +30,7 @@ def pool_2x2(features: Tensor) -> tuple[Tensor, Choice]:
     """2x2 max-pool, stride 2, ceil mode: [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)], choices.
 
     `features` must not be negative (they come from a ReLU): the zeros that pad odd sizes then never
-    win. Equal to max_pool2d(return_indices=True), but of comparisons and selections alone: TensorRT
+    win. Equal to max_pool2d(return_indices=True), but only of comparisons and selections: TensorRT
     has neither MaxPool's indices nor MaxUnpool, and CUDA's max_unpool2d is not deterministic. Two
     bools take the place of an int64 index.
     """

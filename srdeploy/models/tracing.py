@@ -44,7 +44,7 @@ class FeatureMap:
     stride: int
     """Input pixels per cell."""
     skipped: int
-    """Tokens before the first cell that belong to no place in the image (NLC alone)."""
+    """Tokens before the first cell that belong to no place in the image (only NLC)."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def forward(network: nn.Module, images: Tensor) -> Tensor:
         raise UserError(
             f"{type(network).__name__} can't take an image of {height}x{width}, on which it is "
             f"probed ({type(error).__name__}: {lines[0] if lines else 'no message'}): it must run "
-            "on images alone; if it needs another size, give probe_size=(H, W) (inspect and "
+            "on only images; if it needs another size, give probe_size=(H, W) (inspect and "
             "models: --size HxW)"
         ) from error
     return main_logits(output)

@@ -146,7 +146,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, or is broken, and reading it could run code in it: "
-            "save its state_dict() alone"
+            "save only its state_dict()"
         ) from error
     except (RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
@@ -162,7 +162,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise UserError(
                 f"{path}: '{name}' is a {type(value).__name__}, not a tensor: "
-                "save the network's state_dict() alone"
+                "save only the network's state_dict()"
             )
     tensors = {str(name): value.detach() for name, value in content.items()}
     if all(name.startswith("module.") for name in tensors):

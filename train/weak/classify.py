@@ -39,7 +39,7 @@ STATE_KEYS = frozenset({"format", "step", "network", "optimizer", "rng", "cuda_r
 
 
 def build_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec) -> TagNetwork:
-    """The untrained classifier, on the CPU; its start depends on config.seed alone. Raises
+    """The untrained classifier, on the CPU; its start depends only on config.seed. Raises
     UserError."""
     torch.manual_seed(config.seed)
     probe_size = spec.input.near(PROBE_SIZE)

@@ -34,7 +34,7 @@ def best(found: PhotoMaps) -> Pixels:
 
 def certainty(found: PhotoMaps) -> npt.NDArray[np.float32]:
     """(a - b) / (a + b) of the best score a and the second best b at each pixel: float32 [H, W] in
-    0..1; 1 where there is one class alone."""
+    0..1; 1 where there is only one class."""
     if len(found.classes) == 1:
         return np.ones(found.maps.shape[1:], np.float32)
     second, first = np.partition(found.maps, -2, axis=0)[-2:]

@@ -117,7 +117,7 @@ def _scaled(photos: Tensor, scale: float, smallest: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class PhotoMaps:
-    """The maps of one photo, of its tags alone (and of the background, where a teacher made
+    """The maps of one photo, of only its tags (and of the background, where a teacher made
     them)."""
 
     classes: tuple[int, ...]

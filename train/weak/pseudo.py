@@ -130,7 +130,7 @@ def make_pseudo(
     """Makes the data set of pseudo masks in `folder`; returns its report, or None where Ctrl-C or
     SIGTERM stopped it (the same call goes on).
 
-    only: this step alone. force: trains anew a classifier that was trained with other settings.
+    only: only this step. force: trains anew a classifier that was trained with other settings.
     A step that is done with these settings is not done again; maps and masks of other settings are
     made anew. Raises UserError.
     """

@@ -47,8 +47,8 @@ class PseudoConfig(Settings):
     walk_power: float = Field(default=30.0, gt=0)
     """Sharpens the affinities: higher, and the walk stays within one colour."""
     walk_steps: int = Field(default=4, ge=1)
-    """Few: colours alone don't hold a longer walk back, as the boundaries that IRN learns do for
-    its 256 steps at power 10."""
+    """Few: colours by themselves don't hold a longer walk back, as the boundaries that IRN learns
+    do for its 256 steps at power 10."""
     background: float = Field(default=0.25, gt=0, lt=1)
     """The background's score. A class's map has 1 as its highest, so a pixel is background where no
     class reaches this. Not used with a teacher, whose maps have the background's own."""
@@ -85,7 +85,7 @@ class PseudoRun(Settings):
 
     classifier: TrainConfig
     """Data, network and training of the classifier of tags; with a teacher its data, splits and
-    sizes alone."""
+    only sizes."""
     pseudo: PseudoConfig = PseudoConfig()
     """From maps to masks."""
     labels_from_masks: bool = False

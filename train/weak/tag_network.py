@@ -60,7 +60,7 @@ class TagNetwork(nn.Module):
     """The encoder of any segmentation network, classified by a 1x1 convolution and a global mean.
 
     network: its decoder and head do not run. classes: K. With `settings.enabled` False there is
-    this one classifier alone; else one at each stage before it too (MEA), which it teaches context
+    only this one classifier; else one at each stage before it too (MEA), which it teaches context
     (SR-L): of `settings` cls_weight, srl_weight, start, ramp, temperature, width, min_stride and
     taps are read. Raises UserError for taps that can't be read, and where no encoder is found.
     """
