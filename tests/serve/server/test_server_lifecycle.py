@@ -194,7 +194,7 @@ def test_a_reload_under_load_drops_no_request_and_others_need_the_key(
 
     # A body that never comes holds its place for the time limit and no longer. Another
     # server: the limit must not strike the requests of a busy machine.
-    hasty = start(graph, *ONE, "--timeout", 1, SRDEPLOY_API_KEY=KEY)
+    hasty = start(graph, *ONE, "--set", "timeout=1", SRDEPLOY_API_KEY=KEY)
     hasty_port = int(hasty.url.rsplit(":", 1)[1])
     head = "POST /v1/segment HTTP/1.1\r\nHost: localhost\r\n"
     head += f"X-API-Key: {KEY}\r\nContent-Length: 99\r\n\r\n"
