@@ -1,4 +1,4 @@
-# make demo: the main job on made-up data; make test: every check. Both set themselves up in .venv.
+# make demo: the main job on synthetic data; make test: every check. Both set themselves up in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup demo test lint check-wheel check-lean bench clean
 
 help:
-	@echo "make demo         train, export, certify, evaluate, bench and predict on made-up data"
+	@echo "make demo         train, export, certify, evaluate, bench and predict on synthetic data"
 	@echo "make test         lint, types, import rules and the whole suite"
 	@echo "make lint         ruff, mypy and the import rules alone"
 	@echo "make check-wheel  build the wheel, install it in a clean environment, test it there"

@@ -1,6 +1,6 @@
 """One variant of a training, ready to step: the baseline, and ways to regulate it.
 
-A step is that of `srdeploy train`, on one made-up batch that stays in memory: reading and varying
+A step is that of `srdeploy train`, on one synthetic batch that stays in memory: reading and varying
 photos, validation and checkpoints are the same for all variants, and left out.
 """
 
@@ -112,7 +112,7 @@ def training_of(
 
 
 class Trainee:
-    """One variant, ready to take training steps on a made-up batch. Raises UserError."""
+    """One variant, ready to take training steps on a synthetic batch. Raises UserError."""
 
     def __init__(self, name: str, config: TrainConfig, classes: int) -> None:
         _, settings, self.progress = VARIANTS[name]

@@ -1,4 +1,4 @@
-"""The stage of the made-up scenes: sky, hills, ground, water and fences.
+"""The stage of the synthetic scenes: sky, hills, ground, water and fences.
 
 A `Canvas` holds photo and labels side by side; everything is painted on it through a coverage map,
 so that the mask is exactly what was painted. H height, W width of the canvas, in pixels.
@@ -191,7 +191,7 @@ def paint_fence(canvas: Canvas, random: np.random.Generator, stage: Stage, foot:
     canvas.paint(0, 0, colours, coverage_of(drawing), FENCE)
 
 
-# The animals of the made-up scenes: bodies of ellipses and polygons on thin legs.
+# The animals of the synthetic scenes: bodies of ellipses and polygons on thin legs.
 
 Point = tuple[float, float]
 

@@ -42,7 +42,7 @@ CLASSES = ClassTable(
     ),
     ignore_index=VOID,
 )
-"""The classes of the made-up scenes."""
+"""The classes of the synthetic scenes."""
 
 MADE_BY = "srdeploy data synth"
 LEAST_SIDE = 64
@@ -63,10 +63,10 @@ def synthesise(
     seed: int = 0,
     force: bool = False,
 ) -> None:
-    """Writes a data set of made-up scenes to `folder`, which appears whole.
+    """Writes a data set of synthetic scenes to `folder`, which appears whole.
 
     `train`, `val` and `test` are numbers of scenes (a split of 0 is left out); width and height are
-    pixels. `force` replaces an older set of made-up scenes, never anything else.
+    pixels. `force` replaces an older set of synthetic scenes, never anything else.
     Raises UserError where `folder` is taken or a size or number can't be used.
     """
     counts = {"train": train, "val": val, "test": test}
@@ -168,6 +168,6 @@ def _refuse_taken(folder: Path, force: bool) -> None:
     table = folder / CLASSES_FILE
     content = read_json(table) if table.is_file() else None
     if not isinstance(content, dict) or content.get("made_by") != MADE_BY:
-        raise UserError(f"{folder} exists and holds no made-up scenes: choose another folder")
+        raise UserError(f"{folder} exists and holds no synthetic scenes: choose another folder")
     if not force:
-        raise UserError(f"{folder} holds made-up scenes already: --force replaces them")
+        raise UserError(f"{folder} holds synthetic scenes already: --force replaces them")

@@ -76,7 +76,7 @@ def demo_report(findings: DemoFindings) -> Report:
     return Report(
         title="Trained with self-regulation, deployed as the plain network",
         lead=(
-            "Two runs of one network on made-up scenes, equal but for self-regulation. "
+            "Two runs of one network on synthetic scenes, equal but for self-regulation. "
             "The exits that regulated the second one are gone from the file that is deployed."
         ),
         verdicts=list(demo_verdicts(findings)),
@@ -196,7 +196,7 @@ def _training(findings: DemoFindings) -> Section:
     return Section("Training", blocks=[Charts(drawn)])
 
 
-# The demo: every stage of the main job on made-up data; a stage that is done is not redone.
+# The demo: every stage of the main job on synthetic data; a stage that is done is not redone.
 
 KINDS = ("baseline", "regulated")
 MARK = "demo.json"

@@ -121,13 +121,13 @@ def test_only_made_up_scenes_are_replaced_and_only_when_forced(tmp_path: Path) -
     root.mkdir()  # an empty folder is free
     synthesise(root, train=1, val=0, test=0, width=64, height=64)
     assert sorted(p.name for p in (root / "images").iterdir()) == ["train"]
-    with pytest.raises(UserError, match="holds made-up scenes already: --force replaces them"):
+    with pytest.raises(UserError, match="holds synthetic scenes already: --force replaces them"):
         synthesise(root, train=1, val=0, test=0, width=64, height=64)
     synthesise(root, train=0, val=1, test=0, width=64, height=64, force=True)
     assert sorted(p.name for p in (root / "images").iterdir()) == ["val"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="home exists and holds no made-up scenes"):
+    with pytest.raises(UserError, match="home exists and holds no synthetic scenes"):
         synthesise(tmp_path / "home", force=True)
     assert (tmp_path / "home" / "thesis.tex").exists()
 
