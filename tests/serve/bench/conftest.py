@@ -1,4 +1,4 @@
-"""A benchmark's report with synthetic latencies: a CPU and a GPU, three artifacts, every outcome."""
+"""A benchmark's report with synthetic latencies: a CPU and a GPU, three artifacts, all outcomes."""
 
 from collections.abc import Callable
 from typing import Any
