@@ -1,4 +1,4 @@
-"""Made-up scenes for the two failures of segmentation, in the folder layout.
+"""Synthetic scenes for the two failures of segmentation, in the folder layout.
 
 *Failure-1*, small things are missed: deer, sheep and herons have thin legs and often stand far
 away. *Failure-2*, parts of large things get another class: cow and buffalo share figure and coats,
@@ -42,7 +42,7 @@ CLASSES = ClassTable(
     ),
     ignore_index=VOID,
 )
-"""The classes of the made-up scenes."""
+"""The classes of the synthetic scenes."""
 
 MADE_BY = "srdeploy data synth"
 LEAST_SIDE = 64
@@ -63,10 +63,10 @@ def synthesise(
     seed: int = 0,
     force: bool = False,
 ) -> None:
-    """Writes a data set of made-up scenes to `folder`, which appears whole.
+    """Writes a data set of synthetic scenes to `folder`, which appears whole.
 
     `train`, `val` and `test` are numbers of scenes (a split of 0 is left out); width and height are
-    pixels. `force` replaces an older set of made-up scenes, never anything else.
+    pixels. `force` replaces an older set of synthetic scenes, never anything else.
     Raises UserError where `folder` is taken or a size or number can't be used.
     """
     counts = {"train": train, "val": val, "test": test}
