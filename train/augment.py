@@ -35,7 +35,7 @@ class Augmentation:
     ignore_index: int
     """Label of that ground."""
     on_device: bool = False
-    """Whether mirroring and colours are left to the device."""
+    """True if the device mirrors and changes colours."""
 
 
 def augmentation_for(config: TrainConfig, spec: Spec) -> Augmentation:

@@ -73,7 +73,7 @@ class EMA:
             _fill(tensors, own)
 
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Goes on from a `shadow` that was kept. Raises KeyError and RuntimeError where it does not
+        """Continues from a saved `shadow`. Raises KeyError and RuntimeError where it does not
         fit."""
         if shadow.keys() != self.shadow.keys():
             odd = sorted(shadow.keys() ^ self.shadow.keys())
@@ -92,7 +92,7 @@ def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         tensor.copy_(values[name])
 
 
-# state.pt: everything that a run needs to go on exactly where it was, in one file that appears
+# state.pt: everything that a run needs to resume exactly, in one file that appears
 # whole.
 
 METADATA_KEY = "srdeploy.best"
@@ -105,7 +105,7 @@ KEYS = {
     *("format", "step", "network", "exits", "optimizer", "rng", "cuda_rng"),
     *("best_miou", "best_step", "items"),
 }
-"""What every state.pt holds."""
+"""The keys of every state.pt."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Progress:
 
 
 def items_digest(dataset: DataSet) -> str:
-    """Of the split's photo names in order: the stream of samples depends on them."""
+    """A digest of the split's photo names in order: the stream of samples depends on them."""
     names = "\n".join(item.name for item in dataset.items)
     # Names come from the disk as they are: some are no UTF-8.
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]

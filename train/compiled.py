@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Compiled:
-    """What `SelfRegulation` runs in training instead of its network and its exits."""
+    """The compiled network and exits that `SelfRegulation` runs in training."""
 
     def __init__(self, regulated: "SelfRegulation") -> None:
         """Compiles at the first call, for one size of images."""
@@ -45,7 +45,7 @@ class Compiled:
             return self._run_network(images)
 
     def exits(self, maps: list[Tensor]) -> list[ExitOutput]:
-        """As the exits themselves."""
+        """Maps the features to the exits' outputs, as `Exits` does."""
         assert self._run_exits is not None
         with self._quiet_at_first("exits"):
             return self._run_exits(maps)
@@ -111,7 +111,7 @@ def require_compiler(device: torch.device, processes: int) -> None:
 
 
 def refusal(error: BaseException) -> UserError:
-    """What torch.compile stumbled over, in one line."""
+    """The error of torch.compile, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     return UserError(

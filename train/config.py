@@ -75,7 +75,7 @@ def open_recipe(name: str) -> Recipe:
 
 
 def _names(kind: str) -> list[str]:
-    """Of all parts of a kind, sorted; no file is read."""
+    """The names of all parts of a kind, sorted; reads no file."""
     files_of_kind = (one.name for one in (_folder() / kind).iterdir())
     return sorted(name.removesuffix(_END) for name in files_of_kind if name.endswith(_END))
 
@@ -300,7 +300,7 @@ def _blame(layers: Sequence[tuple[str, dict[str, Any]]]) -> None:
     Layers are judged in order, and only after the whole was refused: a value that is wrong until a
     later layer corrects another one is fine.
     """
-    # The data folder may come in a later layer; any path stands in for it.
+    # The data folder may come in a later layer; any path serves for now.
     merged: dict[str, Any] = {"data": Path()}
     for where, layer in layers:
         merged = merge(merged, layer)

@@ -38,7 +38,7 @@ def find_device(name: str, world: World = ALONE) -> torch.device:
     return torch.device("cuda", index)
 
 
-# Bit for bit the same on a GPU, where torch has algorithms for it.
+# Deterministic algorithms
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """Variable without which cuBLAS may add in another order each time."""

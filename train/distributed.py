@@ -32,7 +32,7 @@ from srdeploy.train.config import TrainConfig
 from srdeploy.train.regulation import Losses, SelfRegulation
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun puts into the environment of each process."""
+"""The environment variables that torchrun sets for each process."""
 SPOKEN = "srdeploy/spoken"
 """Key of torchrun's store: how many processes have met an error; the first one says so."""
 MISSED = "srdeploy/misses-a-process/"
@@ -45,7 +45,7 @@ _LOST = ("connection closed", "connection reset", "connection refused", "broken 
 @dataclass(frozen=True)
 class World:
     """This process among all of a run. All methods but `seed` are called by every process at the
-    same point; alone they cost nothing."""
+    same point; with one process they cost nothing."""
 
     rank: int = 0
     """0 .. size - 1."""
@@ -55,7 +55,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the run's files and speaks."""
+        """True if this process writes the run's files and prints messages."""
         return self.rank == 0
 
     def share(self, batch: int) -> int:
@@ -91,11 +91,11 @@ class World:
             dist.all_reduce(values)
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on any process."""
+        """True if `flag` is true on any process."""
         return any(row[0] for row in self.gather([float(flag)]))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process arrives here."""
         self.any(False)
 
     def require_same(self, text: str, what: str) -> None:
@@ -187,7 +187,7 @@ def found_world() -> World:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether the error is that another process could not be reached any more."""
+    """True if the error means that another process can no longer be reached."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)
 
@@ -223,7 +223,7 @@ def _last_words(world: World, error: Exception) -> str | None:
     raise error
 
 
-# BatchNorm's running statistics where several processes train: as one process would have them.
+# BatchNorm's running statistics with several processes
 
 
 class RunningStatistics:

@@ -8,7 +8,7 @@ The rule works on the trace of one forward, in four steps:
    no sibling of its kind: a U-Net in a wrapper is cut, the stacks of an hourglass are stages.
 2. *The encoder* ends at the bottleneck, the last unit at the coarsest stride before maps grow, and
    before the part of the network that makes the logits.
-3. *Levels.* Each stride gives its last map before the network goes on to the next one. Several
+3. *Levels.* Each stride gives its last map before the network continues with the next. Several
    stages at one stride (a dilated ResNet's layer2, layer3 and layer4) give one each; a stage is a
    unit that holds two or more blocks of one kind, each giving a map of the unit's own shape, or an
    hourglass. A unit that gives maps on several grids (HRNet's) counts by its coarsest, and is read

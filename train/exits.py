@@ -34,7 +34,7 @@ class TapChoice:
 
     names: tuple[str, ...]
     maps: tuple[FeatureMap, ...]
-    """What each gives, as probed."""
+    """The maps of the taps, as probed."""
     reasons: tuple[str, ...]
     """One line each."""
     source: Literal["stages", "traced", "given"]
@@ -187,13 +187,13 @@ def _keep(outputs: dict[str, Any], name: str, _module: nn.Module, _args: Any, ou
     outputs[name] = output
 
 
-# Exits: a segmenter and a classifier that read one stage of a network, only in training.
+# Exits: a segmenter and a classifier at each tap, only in training
 
 AUTHORS_WIDTH = 256
 
 
 class ExitOutput(NamedTuple):
-    """What one exit says about a batch."""
+    """One exit's outputs for a batch."""
 
     logits: Tensor
     """[N, K, h, w], at the exit's own resolution."""

@@ -14,7 +14,7 @@ from srdeploy.train.device import refused
 from srdeploy.train.loader import Samples
 
 NEVER = torch.iinfo(torch.int64).max
-"""As the first bad step of a term: there was none."""
+"""The value of a term's first bad step while there is none."""
 NORM = "norm of the gradient"
 """Name of the gradient's norm among the loss terms."""
 SHOWN = 4
@@ -88,11 +88,11 @@ class DivergenceGuard:
 
 
 def cause(names: list[str]) -> str:
-    """Of the terms that went bad in one step the first, the cause before what follows from it."""
+    """The first of the terms that went bad in one step: the cause precedes its effects."""
     return next((name for name in names if name not in ("total", NORM)), names[0])
 
 
-# Why a step of training failed, where it is nothing that we can mend: in one line for people.
+# Failures of a training step, explained in one line
 
 
 def explain_failure(

@@ -87,7 +87,7 @@ def validate(
     return score.result()
 
 
-# The training loop: one linear function. Resuming continues bit for bit on the CPU.
+# The training loop
 
 WIDE = 140
 """Columns of a terminal in which all losses fit beside the progress bar."""
@@ -123,7 +123,7 @@ def train(
     """Trains as `config` says into the run folder (its files: srdeploy/runs.py); returns how it
     ended.
 
-    resume: goes on from the last checkpoint of the run in `folder`, with the very results that an
+    resume: continues from the last checkpoint of the run in `folder`, with the very results that an
     uninterrupted run has on the CPU. force: replaces a run that is there. world: the processes that
     train together, each of which calls this (`distributed.joined`).
     Raises UserError for anything that can't be used, before the folder is touched; and where a loss

@@ -282,7 +282,7 @@ def _coarser(a: Tensor, b: Tensor) -> tuple[int, int]:
     return min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
 
 
-# What a batch's outputs are held against: its labels, and how sure they are.
+# Targets: the labels of a batch and their confidence
 
 
 @dataclass(frozen=True)
@@ -300,11 +300,11 @@ class Targets:
 
     @property
     def valid(self) -> Tensor:
-        """Which pixels count, bool [N, H, W]."""
+        """The mask of the pixels that count, bool [N, H, W]."""
         return self.labels != self.ignore_index
 
     def shrunk(self, size: tuple[int, int]) -> "Targets":
-        """At `size` (h, w): each cell takes the pixel under its centre."""
+        """The labels at `size` (h, w): each cell takes the pixel under its centre."""
         sure = None if self.confidence is None else losses.shrink_labels(self.confidence, size)
         return replace(self, labels=losses.shrink_labels(self.labels, size), confidence=sure)
 
@@ -383,7 +383,7 @@ def _check_ids(labels: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-# What exits teach each other: SR-F from the shallowest, SR-L from the deepest.
+# Feedback between exits: SR-F from the shallowest, SR-L from the deepest
 
 
 def from_shallowest(

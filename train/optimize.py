@@ -92,13 +92,13 @@ def _counts(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class StepModel:
-    """What takes the steps of a run: the same for all of them."""
+    """The objects that take a run's steps: the same for all steps."""
 
     regulated: SelfRegulation
     normalise: nn.Module
     """uint8 images of a batch -> what the network sees."""
     amp: bool = False
-    """Whether forward passes run in bfloat16 autocast."""
+    """True if forward passes run in bfloat16 autocast."""
     channels_last: bool = False
     parallel: Parallel | None = None
     """Set where several processes train."""
@@ -125,7 +125,7 @@ def accumulate_gradient(
                 losses = (parallel or model.regulated).losses(
                     images, here.labels, progress, here.confidence
                 )
-            # Processes' gradients meet as a mean, but the weights are made for a sum.
+            # The processes' gradients are averaged, but the weights are made for a sum.
             scale = weight if parallel is None else weight * parallel.world.size
             torch.autograd.backward(losses.total * scale)
         for name, term in {"total": losses.total.detach(), **losses.terms}.items():

@@ -37,7 +37,7 @@ class ExitView:
     """The tap's module, the network's own supervised head, or "output"."""
     role: Literal["tap", "own", "output"]
     channels: int
-    """Of the map that the exit reads; of an output: its classes."""
+    """The channels of the map that the exit reads; for an output, its classes."""
     stride: int | None
     """Input pixels per cell of a tap, as its probe showed; None for outputs."""
     heat: Heat
@@ -111,7 +111,7 @@ def view_exits(
 
 @torch.no_grad()
 def run_exits(regulated: SelfRegulation, image: Pixels, spec: Spec) -> ExitOutputs:
-    """What all exits say about one image, uint8 [H, W, 3], padded where the spec asks for it."""
+    """All exits' views of one image, uint8 [H, W, 3], padded where the spec asks for it."""
     device = next(regulated.network.parameters()).device
     normalise: nn.Module = Normalise(spec).to(device)
     images = normalise(torch.from_numpy(np.array(image))[None].to(device))
@@ -178,7 +178,7 @@ def _keep_input(maps: list[Tensor], _module: nn.Module, args: Sequence[Any]) -> 
     maps.append(args[0])
 
 
-# Pictures of a run: photos kept for later checks, and grids of photo, truth and prediction.
+# Pictures of a run
 
 SAMPLE_LIMIT = 8
 """Photos kept in samples/, for parity checks at export."""

@@ -147,7 +147,7 @@ def read_metrics(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     return records
 
 
-# Sums of loss terms between two records, which cost the device no wait.
+# Sums of loss terms between two records
 
 
 class RunningMeans:

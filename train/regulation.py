@@ -92,14 +92,14 @@ def check_classes(
             )
 
 
-# Self-regulation of any segmentation network, only in training (ICCV 2021, arXiv 2108.09702).
+# Self-regulation of any segmentation network (ICCV 2021, arXiv 2108.09702)
 
 DEFAULTS = RegulationConfig()
 
 
 @dataclass(frozen=True)
 class ExitOutputs:
-    """What all exits say about a batch, shallow to deep; the last is the network's own output."""
+    """All exits' outputs for a batch, shallow to deep; the last is the network's own output."""
 
     logits: list[Tensor]
     """[N, K, h, w] each, at the exit's own resolution."""
@@ -117,7 +117,7 @@ class Losses:
     """One step's losses. They stay on the device: the caller chooses when to read them."""
 
     total: Tensor
-    """What to call backward on."""
+    """The loss to call backward on."""
     terms: dict[str, Tensor]
     """The parts that went into the total, unweighted and detached: "main" always, "own" where the
     network has auxiliary_heads (with its weights in), "seg" and "cls" with exits, "srf" and "srl"

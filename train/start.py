@@ -23,7 +23,7 @@ from srdeploy.train.regulation import SelfRegulation
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a run is made of, ready to step."""
+    """The parts of a run, ready to step."""
 
     data: TrainingData
     regulated: SelfRegulation
@@ -35,7 +35,7 @@ class TrainingJob:
 
     @property
     def spec(self) -> Spec:
-        """What the network sees and gives."""
+        """The spec of the network's inputs and outputs."""
         return self.data.spec
 
 

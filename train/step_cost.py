@@ -49,7 +49,7 @@ class Variant(NamedTuple):
     """One way to train the network."""
 
     description: str
-    """In plain words."""
+    """A description in plain words."""
     regulation: RegulationConfig
     progress: float
     """Share of the training that is done, which decides whether feedback acts: 0..1."""
@@ -197,7 +197,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(name: str, config: TrainConfig, classes: int, threads: int | None) -> Memory:
-    """Peak memory of a variant's training, alone in a fresh process. Raises UserError."""
+    """Peak memory of a variant's training, in a fresh process. Raises UserError."""
     # One process per call: what an earlier variant left behind would count as this one's.
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_quietly) as pool:
@@ -242,7 +242,7 @@ def _first_step_of_all(device: torch.device) -> None:
 
 
 def _peak_resident_mib() -> float:
-    """Of this process so far."""
+    """The peak resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage's, which on Linux starts at what the starting process held.
@@ -253,7 +253,7 @@ def _peak_resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-# What self-regulation costs while training: time and memory of one step, over the baseline's.
+# The cost of self-regulation: time and memory of one step, relative to the baseline
 
 Floats = npt.NDArray[np.float64]
 
@@ -276,16 +276,16 @@ class VariantCost(Settings):
     parameters_added: int
     """Parameters of the exits, which exist only in training."""
     median_ms: float
-    """Of all steps."""
+    """The median of all steps."""
     time: Interval | None
     """Ratio to the baseline's; None for the baseline itself."""
     settled: bool
-    """Whether its times became steady while warming up."""
+    """True if the step times became steady during the warm-up."""
     memory_mib: float
     """Peak in training. CPU: resident memory above what the process held before the network was
     built. CUDA: of torch's allocator."""
     memory_ratio: float
-    """Of memory_mib to the baseline's."""
+    """The ratio of memory_mib to the baseline's."""
     process_mib: float | None
     """Peak of the whole process's resident memory, torch itself included; None on CUDA."""
     rounds_ms: tuple[tuple[float, ...], ...]
@@ -293,12 +293,12 @@ class VariantCost(Settings):
 
 
 class StepCost(Settings):
-    """What one step costs in each variant; the first is the baseline."""
+    """The cost of one step in each variant; the first is the baseline."""
 
     network: str
     options: dict[str, Any]
     parameters: int
-    """Of the plain network."""
+    """The parameter count of the plain network."""
     classes: int
     size: tuple[int, int]
     """(height, width) of the images."""
@@ -306,11 +306,11 @@ class StepCost(Settings):
     rounds: int
     """Every variant stepped twice in each."""
     device: str
-    """As torch names it, with the GPU's own name where there is one."""
+    """The device as torch names it, with the name of the GPU if there is one."""
     arithmetic: str
-    """Of forward and backward, as `srdeploy train` chooses it for the device."""
+    """The precision of forward and backward, as `srdeploy train` chooses it for the device."""
     layout: str
-    """Of activations in memory: NCHW or NHWC."""
+    """The layout of activations in memory: NCHW or NHWC."""
     threads: int
     """CPU threads of torch."""
     compiled: bool = False

@@ -29,7 +29,7 @@ class SplitReport(Settings):
     that has no masks."""
 
     labels: Literal["masks", "tags"] = "masks"
-    """What the photos are labelled with."""
+    """The kind of labels that the photos have."""
     images: int
     """Photos that have a mask; where labels are tags, all photos."""
     sizes: dict[str, int]
@@ -52,7 +52,7 @@ class CheckReport(Settings):
 
     @property
     def passed(self) -> bool:
-        """Whether no fault was found."""
+        """True if the check found no fault."""
         return not self.faults
 
     def fault_counts(self) -> dict[FaultKind, int]:
@@ -70,7 +70,7 @@ def check_dataset(
     """Decodes every photo and mask of `splits` (None: all) and reports what is wrong.
 
     Where there is a tags file, it is checked too: splits without any mask are taken as tagged, and
-    the masks of others are held against the tags of the photos that the file names.
+    the masks of others are compared with the tags of the photos that the file names.
     Raises UserError where the folder can't be used: it is absent, has no class table or no split.
     """
     name, home = find_layout(Path(root), layout)

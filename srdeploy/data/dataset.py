@@ -43,7 +43,7 @@ class Layout:
     photos: Callable[[Path], dict[Path, str]]
     """Every photo of the data set, with its name."""
     signs: str
-    """What the folder must hold, for messages."""
+    """The required content of the folder, for messages."""
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -68,7 +68,7 @@ class DataSet:
 
     root: Path
     split: str
-    """As it was asked for: one name, or several that '+' joins."""
+    """The requested split: one name, or several joined by '+'."""
     layout: str
     """"folder", "voc" or "cityscapes"."""
     classes: ClassTable
@@ -125,7 +125,7 @@ class DataSet:
 
 
 def size_fault(item: Item, photo: tuple[int, int], raw: Pixels) -> str:
-    """What to say where a photo, of size (height, width), and its mask differ in size."""
+    """The message for a photo, of size (height, width), whose mask has another size."""
     return (
         f"{item.label}: the mask is {raw.shape[1]}x{raw.shape[0]}, its photo "
         f"{photo[1]}x{photo[0]} (width x height): they must be equal"
@@ -133,7 +133,7 @@ def size_fault(item: Item, photo: tuple[int, int], raw: Pixels) -> str:
 
 
 def id_fault(item: Item, raw: Pixels, lookup: tuple[int, ...]) -> str:
-    """What to say where a mask holds values that mean nothing."""
+    """The message for a mask that holds values without a meaning."""
     present = np.flatnonzero(np.bincount(raw.ravel(), minlength=256))
     bad = [int(value) for value in present if lookup[value] == NOT_AN_ID]
     known = [value for value in range(256) if lookup[value] != NOT_AN_ID]

@@ -1,4 +1,4 @@
-"""What a layout finds on disk: photos with their masks, and what does not pair up."""
+"""The files that a layout finds on disk: photos with their masks, and files without a partner."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff"})
 """Lossless formats: JPEG blurs class ids."""
 
 NOT_AN_ID = -1
-"""In a lookup: the raw value stands for nothing, so the mask is wrong."""
+"""The lookup entry of a raw value without a meaning: a mask that holds it is wrong."""
 
 FaultKind = Literal[
     "photo without mask",
@@ -68,11 +68,11 @@ class Pairs:
 
 
 class PhotoSet(Protocol):
-    """Photos of a split, with their labels or with what stands in for them."""
+    """Photos of a split, with their labels or a substitute for labels."""
 
     @property
     def classes(self) -> ClassTable:
-        """What labels can be."""
+        """The class table of the labels."""
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -105,7 +105,7 @@ def _files_below(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     return sorted(p for p in found if not p.name.startswith(".") and p.is_file())
 
 
-# Splits by name: one, or several that '+' joins.
+# Split names
 
 JOIN = "+"
 

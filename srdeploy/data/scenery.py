@@ -64,12 +64,12 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where things stand in a scene."""
+    """The positions of things in a scene."""
 
     horizon: int
     """Row where the ground begins."""
     haze: Colour
-    """What distant things fade to."""
+    """The colour that distant things fade to."""
     light: float
     """Overall brightness, about 1."""
 
@@ -191,7 +191,7 @@ def paint_fence(canvas: Canvas, random: np.random.Generator, stage: Stage, foot:
     canvas.paint(0, 0, colours, coverage_of(drawing), FENCE)
 
 
-# The animals of the synthetic scenes: bodies of ellipses and polygons on thin legs.
+# Animals: bodies of ellipses and polygons on thin legs
 
 Point = tuple[float, float]
 
@@ -272,7 +272,7 @@ FIGURES: dict[str, Figure] = {
         legs=2,
     ),
 }
-"""By class name."""
+"""The figures by class name."""
 
 _ACROSS = 2.3
 """Width of the drawing in animal heights."""

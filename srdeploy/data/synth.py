@@ -1,4 +1,4 @@
-"""Made-up scenes for the two failures of segmentation, in the folder layout.
+"""Synthetic scenes for the two failures of segmentation, in the folder layout.
 
 *Failure-1*, small things are missed: deer, sheep and herons have thin legs and often stand far
 away. *Failure-2*, parts of large things get another class: cow and buffalo share figure and coats,

@@ -39,19 +39,19 @@ from srdeploy.validation import closest
 
 CSV_FILE, JSON_FILE = "labels.csv", "labels.json"
 HEADER = ("image", "classes")
-"""Of the CSV file; the keys of an entry in the JSON file, too."""
+"""The columns of the CSV file, and the keys of an entry in the JSON file."""
 SEPARATOR = ";"
 """Between classes in the CSV file."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a tags file says of one photo."""
+    """One photo's entry in a tags file."""
 
     image: str
-    """As written: a name or a path."""
+    """The photo as the file writes it: a name or a path."""
     classes: tuple[str | int, ...]
-    """As written: names, or ids."""
+    """The classes as the file writes them: names or ids."""
     where: str
     """Its place in the file, as "line 3"."""
 
@@ -157,7 +157,7 @@ def _shown(value: object) -> str:
     return repr(value)[:60]
 
 
-# The tags file held against the photos and classes of its data set.
+# Matching a tags file with the photos and classes of its data set
 
 BACKGROUND = "background"
 """The class of what is no object; it needs no tag."""
@@ -165,7 +165,7 @@ BACKGROUND = "background"
 
 @dataclass(frozen=True)
 class Tagging:
-    """What a tags file says, photo by photo, and what is wrong with it."""
+    """The tags of each photo in a tags file, and the file's faults."""
 
     file: Path
     tags: dict[Path, frozenset[int]]
@@ -276,7 +276,7 @@ def _below(photo: Path, home: Path) -> str:
     return photo.relative_to(home).as_posix()
 
 
-# Photos with image-level labels (tags): which classes each shows, for weak supervision.
+# Photos with image-level labels (tags), for weak supervision
 
 Tags = tuple[frozenset[int], ...]
 """Class ids of each item."""
@@ -291,14 +291,14 @@ class TaggedSet:
 
     root: Path
     split: str
-    """As it was asked for: one name, or several that '+' joins."""
+    """The requested split: one name, or several joined by '+'."""
     layout: str
     """"folder", "voc" or "cityscapes"."""
     classes: ClassTable
     items: tuple[Item, ...]
-    """By name within each split; the mask of an item need not exist."""
+    """The items, sorted by name within each split; an item's mask need not exist."""
     tags: Tags
-    """Of each item: scored classes only, without background."""
+    """The classes of each item: only scored ones, without background."""
     background: int
     """The id of the class that what is no object belongs to."""
     source: Literal["file", "masks"]
@@ -312,7 +312,7 @@ class TaggedSet:
     def read(self, index: int) -> tuple[Pixels, Pixels]:
         """Photo uint8 [H, W, 3] in RGB and labels uint8 [H, W] that are all `background`.
 
-        The labels stand in for a mask, so that what reads and augments photos with masks serves
+        The labels replace a mask, so that what reads and augments photos with masks serves
         here too. Raises UserError where the photo can't be read.
         """
         photo = read_photo(self.items[index].image)
@@ -320,7 +320,7 @@ class TaggedSet:
 
     @cached_property
     def has_masks(self) -> bool:
-        """Whether every item has a true mask too, so that pseudo masks can be scored."""
+        """True if every item also has a true mask, so that pseudo masks can be scored."""
         return all(item.label.is_file() for item in self.items)
 
     def mask(self, index: int) -> Pixels:

@@ -26,7 +26,7 @@ class AuxiliaryHead:
     parameters: int
     """Numbers in its parameters."""
     runs: bool
-    """Whether it runs in a forward, be it of evaluation or of training."""
+    """True if the head runs in a forward pass, in evaluation or in training."""
     classes: int | None
     """Channels of the map [N, K, h, w] it gives, where it runs and gives one."""
 
@@ -255,7 +255,7 @@ def _remove(
 
 
 def _stand_ins(module: nn.Module) -> list[nn.Module | None]:
-    """What may take the place of a removed module, in the order of trying."""
+    """The possible replacements of a removed module, in the order of trial."""
     if isinstance(module, nn.ModuleList):
         return [None, nn.ModuleList(), nn.ModuleList(Absent() for _ in module)]
     if isinstance(module, nn.ModuleDict):

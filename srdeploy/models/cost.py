@@ -1,4 +1,4 @@
-"""What a network costs: its parameters, and its multiply-accumulates per image.
+"""The cost of a network: its parameters, and its multiply-accumulates per image.
 
 Counted operators are torch's flop counter's: convolutions, transposed convolutions, matrix products
 (linear layers too) and attention. Everything else (normalisation, activations, pooling, resizing,

@@ -81,7 +81,7 @@ class Fusion(nn.ModuleList):
 
 
 def fusion_path(widths: Sequence[int], source: int, target: int) -> nn.Module:
-    """What carries branch `source`'s map to branch `target`, but for the raising of lower ones."""
+    """The layers from branch `source` to branch `target`, without the upsampling of lower ones."""
     if source == target:
         return nn.Identity()
     if source > target:

@@ -29,7 +29,7 @@ _USAGE = "give PACKAGE.MODULE:FUNCTION, such as my_package.models:make_network"
 
 
 def is_imported(name: str) -> bool:
-    """Whether a network's name is of the form "package.module:function"."""
+    """True if a network's name has the form "package.module:function"."""
     return ":" in name
 
 
@@ -84,7 +84,7 @@ def working_folder_first() -> Iterator[None]:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    """What `name` stands for, which is a function or class."""
+    """The function or class that `name` refers to."""
     path, _, attribute = name.partition(":")
     if path.endswith(".py") or "/" in path or "\\" in path:
         dotted = ".".join(Path(path.replace("\\", "/")).with_suffix("").parts).strip("./")

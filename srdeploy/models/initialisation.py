@@ -1,4 +1,4 @@
-"""What the networks share when they are made: initial weights, and the check of a width."""
+"""Shared construction of the networks: initial weights, and the check of a width."""
 
 from torch import nn
 

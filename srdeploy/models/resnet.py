@@ -167,6 +167,6 @@ def _deep_stem(width: int) -> nn.Sequential:
 
 
 def _called(architecture: str, width: int, deep_stem: bool) -> str:
-    """What weight files are found by: only the plain form has torchvision's shapes."""
+    """The name that finds weight files: only the plain form has torchvision's shapes."""
     name = architecture if width == 64 else f"{architecture} of width {width}"
     return f"{name} with a deep stem" if deep_stem else name

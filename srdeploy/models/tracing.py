@@ -1,4 +1,4 @@
-"""What a network's modules give, seen in one forward: grids, channels, layouts, order.
+"""The outputs of a network's modules in one forward pass: grids, channels, layouts, order.
 
 Any module will do, whoever wrote it. Nothing of it changes: modes, random streams, running
 statistics and hooks are as before.
@@ -69,7 +69,7 @@ class Visit:
     modified: bool
     """Its output was written to after it had been given, e.g. by an in-place ReLU."""
     shape: tuple[int, ...] | None
-    """Of its output, or the first part of it; None where that is no tensor."""
+    """The shape of the output, or of its first part; None where that is no tensor."""
     given: str
     """Its output in words, for messages."""
 
@@ -80,7 +80,7 @@ class Trace:
 
     size: Size
     visits: dict[str, Visit]
-    """By name, in the order in which the modules finished (last call, where there are several)."""
+    """The visits by name, in the order in which the modules finished (by their last call)."""
     logits: tuple[int, ...]
     """Shape of the main logits."""
 
@@ -202,7 +202,7 @@ def forward(network: nn.Module, images: Tensor) -> Tensor:
 
 @dataclass
 class _Seen:
-    """What the hooks noted of one module."""
+    """The hooks' records of one module."""
 
     kind: str
     calls: int = 0

@@ -174,7 +174,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-# Pretrained weights: a file, or torchvision's ImageNet backbones by download.
+# Pretrained weights: a file, or torchvision's ImageNet backbones
 
 IMAGENET = "imagenet"
 BASE_URL = "https://download.pytorch.org/models/"

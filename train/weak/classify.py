@@ -76,7 +76,7 @@ def train_classifier(config: TrainConfig, tagged: TaggedSet, spec: Spec, folder:
     """Trains on the tags and writes classifier.safetensors into `folder`; False where Ctrl-C or
     SIGTERM stopped it, its state saved.
 
-    Goes on from the folder's state where there is one. Raises UserError.
+    Continues from the folder's state if there is one. Raises UserError.
     """
     device = find_device(config.device, ALONE)
     network = build_classifier(config, tagged, spec)
@@ -195,7 +195,7 @@ def tag_scores(network: TagNetwork, tagged: TaggedSet, spec: Spec) -> dict[str, 
 
 
 def _indices(samples: Samples, batch: Batch) -> Tensor:
-    """Of the batch's photos, int64 [N]: a view of a photo keeps its tags."""
+    """The indices of the batch's photos, int64 [N]: a view of a photo keeps its tags."""
     count = len(batch.labels)
     return torch.tensor([samples.index(batch.position + i) for i in range(count)])
 

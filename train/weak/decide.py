@@ -43,7 +43,7 @@ def certainty(found: PhotoMaps) -> npt.NDArray[np.float32]:
 
 
 def lost(found: PhotoMaps, background: int) -> bool:
-    """Whether a class that the photo shows was found nowhere in it."""
+    """True if a class that the photo shows was not found anywhere in it."""
     return any(
         not one.any()
         for ident, one in zip(found.classes, found.maps, strict=True)
@@ -87,10 +87,10 @@ class MapScores:
     """Counts of one photo, or of several: int64 [K, K] each, rows the true class. They add up."""
 
     cam: Confusion
-    """Of the maps as the classifier gives them."""
+    """The counts of the maps as the classifier gives them."""
     refined: Confusion
     mask: Confusion
-    """Of the pseudo mask; ignored pixels are left out."""
+    """The counts of the pseudo mask, without ignored pixels."""
     levels: Confusion
     """[L, K, K]: `refined` at each of LEVELS; [0, K, K] where the background has a map."""
     labelled: int
@@ -202,7 +202,7 @@ def write_scores(path: Path, scores: MapScores) -> None:
 
 
 def read_scores(path: Path) -> MapScores:
-    """What `write_scores` kept. Raises UserError where the file is no such one."""
+    """Reads the counts of `write_scores`. Raises UserError where the file is no such one."""
     found = read_arrays(path, {field.name for field in fields(MapScores)})
     labelled = int(found.pop("labelled"))
     return MapScores(labelled=labelled, **found)

@@ -24,7 +24,7 @@ MOST_ROUNDS = 9
 
 @dataclass(frozen=True)
 class WeakSettings:
-    """What training on tags takes beside the segmenter's configuration."""
+    """The settings of training on tags, beside the segmenter's configuration."""
 
     classifier: dict[str, Any]
     """Keys in which the classifier's training differs."""
@@ -43,7 +43,7 @@ class Places:
 
 
 def places(out: Path, rounds: int) -> list[Places]:
-    """Of every round; the last one's run is `out`, everything else lies beside it."""
+    """The folders of every round; the last round's run is `out`, the others lie beside it."""
     found = []
     for number in range(1, rounds + 1):
         run = out if number == rounds else out.with_name(f"{out.name}-round-{number}")
@@ -67,7 +67,7 @@ def train_from_tags(
     """Trains as `config` says on pseudo masks of its data; None where Ctrl-C or SIGTERM stopped it
     before the last training.
 
-    Round 1's pseudo masks go to OUT-pseudo. resume: goes on wherever it was. force: replaces what
+    Round 1's pseudo masks go to OUT-pseudo. resume: continues from there. force: replaces what
     is there. Raises UserError.
     """
     if not 1 <= weak.rounds <= MOST_ROUNDS:

@@ -39,11 +39,11 @@ def read_arrays(path: Path, names: Set[str]) -> dict[str, npt.NDArray[Any]]:
         raise UserError(f"{path}: absent or broken: remove it and run again") from error
 
 
-# Class maps of photos: a classifier's activation, or what a trained segmenter says.
+# Class maps: a classifier's activation, or a segmenter's probabilities
 
 Maps = npt.NDArray[np.float32]
 HIGHEST = 255
-"""What 1 is kept as."""
+"""The stored value of 1."""
 
 
 class MapMaker(Protocol):
@@ -157,13 +157,13 @@ def write_maps(path: Path, found: PhotoMaps) -> None:
 
 
 def read_maps(path: Path) -> PhotoMaps:
-    """What `write_maps` kept. Raises UserError where the file is no such one."""
+    """Reads the maps that `write_maps` wrote. Raises UserError where the file is no such one."""
     found = read_arrays(path, {"classes", "maps"})
     levels = found["maps"].astype(np.float32) / np.float32(HIGHEST)
     return PhotoMaps(tuple(int(one) for one in found["classes"]), levels)
 
 
-# Pixel-adaptive mask refinement, PAMR: maps follow the photo's edges, with nothing to train.
+# Pixel-adaptive mask refinement (PAMR)
 
 TINY = 1e-8
 SHARPNESS = 0.1
@@ -221,7 +221,7 @@ def neighbours(values: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
                     yield padded[:, :, top : top + height, left : left + width]
 
 
-# Refinement by a random walk: what a map says spreads within regions of one colour.
+# Refinement by a random walk over colours
 
 MOST_CELLS = 6000
 """The matrix of a walk has the square of this many entries."""
@@ -265,7 +265,7 @@ def transitions(cells: Tensor, radius: int, power: float) -> Tensor:
     return affinity / affinity.sum(1, keepdim=True)
 
 
-# Maps at the photo's own grid: brought there, refined along its edges, and scaled again.
+# Refined maps at the photo's own grid
 
 
 def at_size(found: PhotoMaps, size: tuple[int, int]) -> PhotoMaps:

@@ -76,7 +76,7 @@ def read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-# The data set that pseudo masks make: photos, masks and lists where those of the original lie.
+# The data set of pseudo masks, in the original's layout
 
 
 class Mirror:

@@ -56,7 +56,7 @@ PROGRESS = "progress.json"
 
 Step = Literal["classify", "maps", "masks"]
 STEPS: tuple[Step, ...] = get_args(Step)
-"""In their order."""
+"""The steps in their order."""
 
 
 def key_of(*values: Any) -> str:
@@ -76,32 +76,32 @@ class StepLog:
         self._steps: dict[str, dict[str, Any]] = found
 
     def key(self, step: Step) -> str | None:
-        """With what it was begun; None: it never was."""
+        """The key of the settings with which the step began; None if it never began."""
         return self._steps.get(step, {}).get("key")
 
     def done(self, step: Step, key: str) -> bool:
-        """Whether it is done with these settings."""
+        """True if the step is done with these settings."""
         return self._steps.get(step) == {"key": key, "done": True}
 
     def begin(self, step: Step, key: str) -> None:
-        """It is under way; those after it are no more."""
+        """Marks the step as begun and forgets the steps after it."""
         after = STEPS[STEPS.index(step) :]
         self._steps = {name: one for name, one in self._steps.items() if name not in after}
         self._steps[step] = {"key": key, "done": False}
         write_json(self.path, self._steps)
 
     def forget(self) -> None:
-        """None is begun any more."""
+        """Marks every step as not begun."""
         self._steps = {}
         write_json(self.path, self._steps)
 
     def finish(self, step: Step) -> None:
-        """It is done."""
+        """Marks the step as done."""
         self._steps[step]["done"] = True
         write_json(self.path, self._steps)
 
 
-# From image tags to a data set of pseudo masks, in three steps that resume: classify, maps, masks.
+# The three steps: classify, maps, masks
 
 STOP = "stopping after these photos; once more to stop at once"
 MAP_KEYS = {"scales", "flip", "grid"}
@@ -128,7 +128,7 @@ def make_pseudo(
     run: PseudoRun, folder: Path, only: Step | None = None, force: bool = False
 ) -> dict[str, Any] | None:
     """Makes the data set of pseudo masks in `folder`; returns its report, or None where Ctrl-C or
-    SIGTERM stopped it (the same call goes on).
+    SIGTERM stopped it (the same call resumes).
 
     only: only this step. force: trains anew a classifier that was trained with other settings.
     A step that is done with these settings is not done again; maps and masks of other settings are
@@ -203,7 +203,7 @@ def _check(run: PseudoRun, sets: Sets, trained: bool) -> None:
 
 
 def _report(home: Path) -> dict[str, Any]:
-    """What is said so far."""
+    """The report so far."""
     found: dict[str, Any] = read_json(home / REPORT) if (home / REPORT).exists() else {}
     return found
 

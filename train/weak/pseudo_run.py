@@ -59,7 +59,7 @@ class PseudoConfig(Settings):
     """Photos of one size that are looked at together."""
 
 
-# The configuration of a folder of pseudo masks, and whether a folder is one.
+# The configuration of a folder of pseudo masks
 
 HOME = "pseudo"
 """Folder, beside photos and masks, of what they were made with."""
@@ -87,7 +87,7 @@ class PseudoRun(Settings):
     """Data, network and training of the classifier of tags; with a teacher its data, splits and
     only sizes."""
     pseudo: PseudoConfig = PseudoConfig()
-    """From maps to masks."""
+    """The settings from maps to masks."""
     labels_from_masks: bool = False
     """Tags are what each mask shows, instead of what labels.csv says: to measure what the lack of
     masks costs."""
@@ -101,7 +101,7 @@ class PseudoRun(Settings):
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
     def classifier_values(self) -> dict[str, Any]:
-        """What the classifier's numbers depend on, by dotted key."""
+        """The settings that decide the classifier's weights, by dotted key."""
         values = flat(self.classifier.model_dump(mode="json"))
         return {k: v for k, v in values.items() if k.split(".")[0] not in _NOT_FOR_NUMBERS}
 
@@ -164,7 +164,7 @@ def parted(
 
 
 def saved_pseudo_run(folder: Path) -> PseudoRun | None:
-    """What the folder's masks are made with; None where it holds none. Raises UserError."""
+    """The settings of the folder's masks; None where it holds none. Raises UserError."""
     path = folder / HOME / CONFIG
     if not path.exists():
         return None

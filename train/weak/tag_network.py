@@ -28,7 +28,7 @@ BACKBONE = "backbone"
 
 @dataclass(frozen=True)
 class TagOutputs:
-    """What the classifiers say about a batch."""
+    """The classifiers' outputs for a batch."""
 
     class_logits: list[Tensor]
     """[N, K] each, shallow to deep; the last is the network's own classifier."""
