@@ -5,7 +5,8 @@
 A small run is trained undisturbed. Then one of the same configuration is killed with SIGKILL at
 random points, resumed each time, and compared: equal weights to the last bit, equal records. The
 points: any moment, the middle of a checkpoint's bytes, just before and just after a file appears.
-Each process is forked from this one, which imports torch but never computes. CPU alone.
+Each process is forked from this one, which imports torch but never computes. It runs on the
+CPU only.
 """
 
 import os

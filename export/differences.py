@@ -322,7 +322,7 @@ def _miou(confusion: Counts, scored: Sequence[int]) -> float:
     return float((correct[there] / union[there]).mean()) if there.any() else 0.0
 
 
-# The ways in which a converted graph, or an engine, is run to verify it.
+# Runs of the candidate
 
 EMULATED = "rounding emulated in float32 by onnxruntime"
 """How 16-bit graphs are computed besides running the file: every 16-bit tensor is rounded. On CPUs

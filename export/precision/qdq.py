@@ -16,7 +16,7 @@ from srdeploy.graph.index import GraphIndex
 from srdeploy.precision import Target
 
 Ranges = Mapping[str, tuple[float, float]]
-"""By value: (lowest, highest) that int8 shall still tell apart."""
+"""Maps each value to the (lowest, highest) range that int8 must represent."""
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer]
 

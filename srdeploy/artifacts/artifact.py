@@ -98,7 +98,7 @@ def spec_from_classes(path: Path) -> Spec:
     return validated(Spec, values, str(path))
 
 
-# The sidecar of an engine.
+# Engine sidecar
 
 
 class Profile(Settings):

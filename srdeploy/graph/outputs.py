@@ -34,7 +34,7 @@ class OutputShare(Settings):
 
 
 def output_shares(model: ModelProto) -> tuple[OutputShare, ...]:
-    """The outputs in the model's order, with what would go if each alone were removed."""
+    """The outputs in the model's order, with what would go if only that one were removed."""
     names = [value.name for value in model.graph.output]
     whole = size_of(model, ancestors(model, names))
     shares = []
