@@ -116,7 +116,7 @@ def attempt(config: TrainConfig, folder: Path, kill: Kill | None) -> int:
 
 
 def step_of(folder: Path) -> int:
-    """Of the checkpoint that is there; 0 for none. Every one must be whole."""
+    """The step of the present checkpoint; 0 for none. Every one must be whole."""
     path = folder / STATE
     return int(checkpoint.read_state(path)["step"]) if path.exists() else 0
 

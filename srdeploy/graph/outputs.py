@@ -17,7 +17,7 @@ class OutputShare(Settings):
 
     name: str
     dtype: str
-    """As ONNX names it, e.g. float or int64."""
+    """The type as ONNX names it, e.g. float or int64."""
     shape: tuple[int | str, ...] | None
     """A number, a symbol or ? for each axis; None where the rank is unknown."""
     nodes: int
@@ -29,7 +29,7 @@ class OutputShare(Settings):
 
     @property
     def shape_text(self) -> str:
-        """For people."""
+        """The shape as readable text."""
         return "any" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
 
 
