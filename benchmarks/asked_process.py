@@ -42,7 +42,7 @@ class AskedProcess:
 
     @property
     def command(self) -> str:
-        """As it was started, without the paths of this machine."""
+        """The command as it was started, without the paths of this machine."""
         return harmless(shlex.join(self._command))
 
     def ask(self, line: str) -> Any:

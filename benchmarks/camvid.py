@@ -21,7 +21,7 @@ KINDS = {"baseline": "--no-sr", "regulated": "--sr"}
 
 
 def train(journal: Journal, kind: str, data: Path, pretrained: Path, steps: int, run: Path) -> None:
-    """Trains one run, or goes on with it."""
+    """Trains one run, or resumes it."""
     if (run / "state.pt").exists():
         journal.run("train", "--out", run, "--resume")
         return

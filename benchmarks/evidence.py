@@ -5,7 +5,7 @@
 For every seed, every system and every variant, one run: the same steps, start and batches, and
 nothing else differs. The weights that are best on the selecting split are scored on that and on the
 test split. Results are means over seeds, and differences from the baseline of the same seed, with
-95 % t intervals. The same command goes on where it stopped: what is finished is kept, a run that
+95 % t intervals. The same command resumes where it stopped: what is finished is kept, a run that
 was cut off is resumed. Every step is a `srdeploy` command, and the commands stand in the result.
 """
 

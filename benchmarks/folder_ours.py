@@ -1,4 +1,4 @@
-"""`srdeploy predict` over a folder of photos, as often as it is told.
+"""`srdeploy predict` over a folder of photos, as often as requested.
 
     python benchmarks/folder_ours.py deploy/night/model.onnx camvid/images/test
 

@@ -36,7 +36,7 @@ class Reply:
     status: int
     retry_after: bool
     inference_header_length: int
-    """Of KServe's binary tensors: bytes of JSON that begin the body; 0 for other bodies."""
+    """Bytes of JSON that begin a body of KServe binary tensors; 0 for other bodies."""
     body: bytes
 
 

@@ -53,7 +53,7 @@ def leaves(value: Any, trail: tuple[str, ...], left_out: set[str]) -> Iterator[t
 
 
 def read_leaves(file: Path, left_out: set[str]) -> dict[str, str]:
-    """Of a JSON file, or one with an object in each line."""
+    """Reads the leaves of a JSON file, or of a file with one object per line."""
     text = file.read_text(encoding="utf-8")
     if file.suffix != ".jsonl":
         return dict(leaves(json.loads(text), (), left_out))

@@ -5,7 +5,8 @@
 A small run is trained undisturbed. Then one of the same configuration is killed with SIGKILL at
 random points, resumed each time, and compared: equal weights to the last bit, equal records. The
 points: any moment, the middle of a checkpoint's bytes, just before and just after a file appears.
-Each process is forked from this one, which imports torch but never computes. CPU alone.
+Each process is forked from this one, which imports torch but never computes. It runs on the
+CPU only.
 """
 
 import os
@@ -115,7 +116,7 @@ def attempt(config: TrainConfig, folder: Path, kill: Kill | None) -> int:
 
 
 def step_of(folder: Path) -> int:
-    """Of the checkpoint that is there; 0 for none. Every one must be whole."""
+    """The step of the present checkpoint; 0 for none. Every one must be whole."""
     path = folder / STATE
     return int(checkpoint.read_state(path)["step"]) if path.exists() else 0
 

@@ -6,7 +6,7 @@
 Each network is trained for a few steps on synthetic scenes, without and with self-regulation; both
 runs are exported and certified, the two files are certified against each other and then
 benchmarked. The weights hardly matter to any of this. A network that is in the output file already
-is left as it is, so a run that was stopped goes on.
+is left as it is, so a run that was stopped resumes.
 """
 
 import tempfile

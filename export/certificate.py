@@ -32,7 +32,7 @@ class Line(Settings):
     passed: bool | None
     """None: recorded, not judged."""
     detail: str
-    """For people: what was found, in one line."""
+    """A readable line that says what was found."""
     figures: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -52,7 +52,7 @@ class Certificate(Settings):
         write_json(path, self.summary())
 
     def summary(self) -> dict[str, Any]:
-        """As JSON values, with the verdict on top."""
+        """The certificate as JSON values, with the verdict on top."""
         return {"passed": self.passed, **self.model_dump(mode="json")}
 
 

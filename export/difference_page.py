@@ -37,7 +37,7 @@ from srdeploy.precision import Precision
 from srdeploy.spec import Spec
 
 PHOTOS = 4
-"""As many are shown, those that differ most."""
+"""The number of photos shown: those that differ most."""
 _MARKS = {True: "✓", False: "✗", None: "-"}
 """The last: recorded, not judged."""
 

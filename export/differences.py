@@ -44,7 +44,7 @@ class BatchDifference(Settings):
     """Least share allowed in one batch."""
     largest_logit: float | None
     largest_difference: float | None
-    """Of logits; None where the candidate gives only labels, or NaN or infinity."""
+    """Difference of logits; None where the candidate gives only labels, or NaN or infinity."""
     allowed_difference: float | None
     """In the logits' own units; None: recorded, not judged."""
     finite: bool | None
@@ -242,7 +242,7 @@ class Difference:
         return self.worst[min(range(len(order)), key=order.__getitem__)]
 
     def figures(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The figures as JSON values."""
         iou = self.iou
         scores = self.against_masks
         present = [value for value in iou.values() if value is not None]
@@ -322,7 +322,7 @@ def _miou(confusion: Counts, scored: Sequence[int]) -> float:
     return float((correct[there] / union[there]).mean()) if there.any() else 0.0
 
 
-# The ways in which a converted graph, or an engine, is run to verify it.
+# Runs of the candidate
 
 EMULATED = "rounding emulated in float32 by onnxruntime"
 """How 16-bit graphs are computed besides running the file: every 16-bit tensor is rounded. On CPUs

@@ -4,9 +4,9 @@ nodes.
 In: operators, domains, attributes, topology, dtypes and shapes of initialisers, inputs and outputs,
 operator sets, functions, and the values that steer the computation. Out: names, doc strings,
 metadata, weight values. A value steers where it is an integer or a boolean, a float of rank 0, or
-where the input meets it before any weighted operator (the normalisation's mean and deviation), as
+where the input reaches it before any weighted operator (the normalisation's mean and deviation), as
 it stands or computed only from constants. Operands of weighted operators are weights, whatever
-their type, and so is a class token, which the input meets after a convolution. A Constant node
+their type, and so is a class token, which the input reaches after a convolution. A Constant node
 counts as an initialiser. The scales and the region that a resize reads steer too, wherever it
 stands.
 

@@ -24,7 +24,7 @@ from srdeploy.validation import Settings
 JUMP = 4.0
 """A layer's error jumps where it is as many times what came in, or what only rounding gives."""
 SUGGESTED = 8
-"""As many nodes are named for --keep."""
+"""The number of nodes named for --keep."""
 
 _FP16_LARGEST = 65504.0
 _NEAR_OVERFLOW = _FP16_LARGEST / 2

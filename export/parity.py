@@ -55,7 +55,7 @@ class ParityCase(Settings):
     """Share of pixels with equal labels."""
     largest_logit: float
     largest_difference: float
-    """Of logits."""
+    """The largest difference of logits."""
     allowed_difference: float
     """The tolerance in the logits' own units, or what rounding-sized changes do to the network."""
     beyond: float

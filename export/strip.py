@@ -407,7 +407,7 @@ def _stray(originals: Iterable[Message], found: Iterable[Message]) -> Message | 
 
 
 def _name(message: Any) -> str:
-    """Of a node, tensor, value or annotation."""
+    """The name of a node, tensor, value or annotation."""
     for field in ("name", "tensor_name"):
         if getattr(message, field, ""):
             return str(getattr(message, field))

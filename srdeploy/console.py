@@ -56,7 +56,7 @@ def failed(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """One line that people should read although the job goes on."""
+    """One line that people should read although the job continues."""
     if not _follows:
         _print_marked("warning:", "yellow", message)
 

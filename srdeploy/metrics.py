@@ -62,7 +62,7 @@ class Scores(Settings):
     pixel_accuracy: float
     """Share of the scored pixels with the right class."""
     iou: dict[str, float | None]
-    """By the name of each scored class."""
+    """Values by the name of each scored class."""
     failure1: float | None
     """Fraction of small components missed, all foreground classes together."""
     failure1_per_class: dict[str, float | None]

@@ -91,7 +91,7 @@ def _short(text: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
-# An ONNX file as TensorRT's parser reads it.
+# Parsing
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def parse_onnx(path: Path, kind: Builder) -> Parsed:
     return Parsed(trt, path, logger, builder, network, parser)
 
 
-# The compute capabilities that TensorRT for RTX builds for.
+# Compute capabilities (TensorRT for RTX)
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _WITHOUT_TF32 = ("7.5",)
@@ -163,7 +163,7 @@ def set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
             )
 
 
-# TensorRT's timing cache on disk: what kernels took on this GPU.
+# Timing cache
 
 
 def attach_timing_cache(config: Any, path: Path | None) -> Any:

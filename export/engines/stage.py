@@ -112,7 +112,7 @@ def add_engine(
     """Builds an engine into the deploy folder, and adds it to certificate and manifest.
 
     certified: the float32 graph that the folder's was converted from, or the folder's own: on a
-    GPU the engine is held against it. Raises UserError where no engine can be built; the folder
+    GPU the engine is compared with it. Raises UserError where no engine can be built; the folder
     stays as the export left it.
     """
     command = " ".join([result.manifest["command"], shlex.join([*request.flags(), "--force"])])

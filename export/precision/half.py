@@ -253,7 +253,7 @@ def _computes_in_16_bits(body: GraphProto) -> bool:
 
 
 def inlined(model: ModelProto) -> ModelProto:
-    """A copy of `model` without functions of its own: what they do stands in the graph."""
+    """A copy of `model` without functions of its own: their nodes are inlined in the graph."""
     if model.functions:
         return onnx.inliner.inline_local_functions(model)
     copy = ModelProto()

@@ -108,7 +108,7 @@ def _check_graph(model: ModelProto) -> None:
         )
 
 
-# Which range of each value int8 must tell apart, measured on photos.
+# Calibrated ranges
 
 Floats = npt.NDArray[np.float32]
 
@@ -230,7 +230,7 @@ def _values(
     yield from zip(names, results, strict=True)
 
 
-# The photos that int8 is calibrated on.
+# Calibration photos
 
 RECOMMENDED = 64
 LEAST = 8

@@ -46,11 +46,11 @@ class Placement:
     weighted: list[int] = field(default_factory=list)
     """Weighted operators whose kernel becomes int8."""
     reads: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """By value that is rounded: who reads it rounded, as (node, operand)."""
+    """Maps each rounded value to its readers of rounded values, as (node, operand)."""
     shapes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """By value that is rounded: who only asks for its shape, and can ask the int8 value."""
     same_scale: dict[str, str] = field(default_factory=dict)
-    """By rounded value: the rounded value whose scale it has."""
+    """Maps each rounded value to the rounded value whose scale it shares."""
 
     def scale_of(self, name: str) -> str:
         """The rounded value whose range decides the scale of `name`."""

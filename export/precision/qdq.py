@@ -16,7 +16,7 @@ from srdeploy.graph.index import GraphIndex
 from srdeploy.precision import Target
 
 Ranges = Mapping[str, tuple[float, float]]
-"""By value: (lowest, highest) that int8 shall still tell apart."""
+"""Maps each value to the (lowest, highest) range that int8 must represent."""
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer]
 
@@ -134,7 +134,7 @@ class _Writer:
             node.input[2] = self._add("DequantizeLinear", f"{stem}/bias", operands, axis=0)
 
     def _least_scales(self, nodes: Sequence[NodeProto]) -> dict[str, Floats]:
-        """By kernel, scales [C] below which a bias would not fit int32."""
+        """Maps each kernel to the scales [C] below which a bias would not fit int32."""
         found: dict[str, Floats] = {}
         for node in (nodes[index] for index in self._placement.weighted):
             bias = self._bias(node)

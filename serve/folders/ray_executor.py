@@ -13,15 +13,9 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
-
-import pyarrow
-from ray.data import Datasource, ReadTask
-from ray.data.block import BlockMetadata
-from ray.util.queue import Queue
 
 from srdeploy.files import explain_os_error
 from srdeploy.runtimes.base import parse_device
@@ -165,6 +159,8 @@ class RayExecutor:
         from ray.exceptions import RayError
         from ray.util.queue import Queue
 
+        from srdeploy.serve.folders.ray_source import QueueSource
+
         failure: Exception | None = None
         try:
             queue = Queue(actor_options={"num_cpus": 0})
@@ -208,30 +204,6 @@ class RayExecutor:
             self.sessions = allocation.actors * result.plan.shared.sessions
             self.threads = result.plan.shared.threads
             self.batch = result.plan.batch
-
-
-class QueueSource(Datasource):
-    """The items of a queue up to None, as blocks of one row with column `batch`."""
-
-    def __init__(self, queue: Queue) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Ray has no types for it
-        self._queue = queue
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """The one task that reads the queue."""
-        nothing_known = BlockMetadata(
-            num_rows=None, size_bytes=None, input_files=None, exec_stats=None
-        )
-        return [ReadTask(partial(_blocks, self._queue), nothing_known)]
-
-
-def _blocks(queue: Queue) -> Iterator[pyarrow.Table]:
-    while (batch := queue.get()) is not None:
-        yield pyarrow.table({"batch": pyarrow.array([batch], pyarrow.binary())})
 
 
 def _dataset(feed: Any, config: WorkerConfig, allocation: Allocation) -> Any:

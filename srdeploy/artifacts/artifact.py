@@ -98,7 +98,7 @@ def spec_from_classes(path: Path) -> Spec:
     return validated(Spec, values, str(path))
 
 
-# The sidecar of an engine.
+# Engine sidecar
 
 
 class Profile(Settings):
@@ -133,7 +133,7 @@ class EngineSidecar(Settings):
     builder: Builder
     """TensorRT proper, or TensorRT for RTX."""
     builder_version: str
-    """Of the package, e.g. 11.4.0.106."""
+    """The version of the package, e.g. 11.4.0.106."""
     compute_capabilities: tuple[str, ...]
     """Those it runs on, e.g. ("8.9",)."""
     gpu: str | None

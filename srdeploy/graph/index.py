@@ -17,11 +17,11 @@ class GraphIndex:
         """Inputs that must be fed: old files list initialisers as inputs too."""
         self.outputs = {value.name for value in graph.output}
         self.reads = [reads_of(node) for node in self.nodes]
-        """By node: what it reads, itself or in its bodies."""
+        """Maps each node to what it reads, itself or in its bodies."""
         self.producer: dict[str, int] = {}
-        """By value: the node that produces it."""
+        """Maps each value to the node that produces it."""
         self.uses: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        """By value: (node, operand) of every use outside bodies."""
+        """Maps each value to the (node, operand) of every use outside bodies."""
         self._consumers: dict[str, set[int]] = defaultdict(set)
         for index, node in enumerate(self.nodes):
             self.producer.update((name, index) for name in node.output if name)

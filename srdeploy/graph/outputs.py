@@ -17,7 +17,7 @@ class OutputShare(Settings):
 
     name: str
     dtype: str
-    """As ONNX names it, e.g. float or int64."""
+    """The type as ONNX names it, e.g. float or int64."""
     shape: tuple[int | str, ...] | None
     """A number, a symbol or ? for each axis; None where the rank is unknown."""
     nodes: int
@@ -29,12 +29,12 @@ class OutputShare(Settings):
 
     @property
     def shape_text(self) -> str:
-        """For people."""
+        """The shape as readable text."""
         return "any" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
 
 
 def output_shares(model: ModelProto) -> tuple[OutputShare, ...]:
-    """The outputs in the model's order, with what would go if each alone were removed."""
+    """The outputs in the model's order, with what would go if only that one were removed."""
     names = [value.name for value in model.graph.output]
     whole = size_of(model, ancestors(model, names))
     shares = []

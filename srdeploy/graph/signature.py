@@ -42,11 +42,11 @@ class Signature:
     classes: int | None
     """K of the logits where the graph fixes it."""
     precision: str
-    """Of the stored kernels: float32, float16, bfloat16, int8; joined with + where mixed."""
+    """Type of the stored kernels: float32, float16, bfloat16, int8; joined with + where mixed."""
     weights: int
     """Values stored as initialisers, shape constants left out; batch norms may be folded away."""
     spec: Spec | None
-    """From the metadata; None in files that other tools wrote."""
+    """The spec from the metadata; None in files that other tools wrote."""
 
 
 def read_signature(path: Path) -> Signature:

@@ -1,7 +1,7 @@
 """onnxruntime behind the runtime contract, on the CPU, CUDA, or TensorRT through its provider.
 
 onnxruntime lists the providers that it was built with, whether or not their libraries are there,
-and goes on with the CPU where one does not start. So nothing here believes a list.
+and continues on the CPU where one does not start. So nothing here believes a list.
 """
 
 import ctypes
@@ -222,7 +222,7 @@ def first_line(error: BaseException) -> str:
     return text.removeprefix("[ONNXRuntimeError] : ")[:300]
 
 
-# The execution providers: what each needs to start, and whether it really computes.
+# Execution providers
 
 
 def require_offered(ort: Any, provider: Provider, device: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DeviceKind = Literal["cpu", "cuda"]
 ArtifactKind = Literal["run", "deploy", "onnx", "engine"]
-"""As Artifact.kind."""
+"""The values of Artifact.kind."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Backend:
     """What the project knows of one runtime without importing it."""
 
     name: str
-    """As --runtime takes it."""
+    """The name that --runtime takes."""
     label: str
     """Its name in sentences, e.g. "TensorRT"."""
     loader: str

@@ -63,7 +63,7 @@ class WrappedRuntime(Runtime):
         self.inner.__exit__(None, None, None)
 
 
-# A runtime that averages over several views of each image: scales and mirror images.
+# Averaging over scales and mirror images
 
 
 class AugmentedRuntime(WrappedRuntime):
@@ -155,7 +155,7 @@ def _softmax(logits: Logits) -> Logits:
     return shares
 
 
-# A runtime that looks at large images tile by tile.
+# Tiled inference
 
 
 class TiledRuntime(WrappedRuntime):
@@ -331,7 +331,7 @@ def _fixed_sides(runtime: Runtime) -> tuple[int | None, int | None]:
     return policy.largest if policy.fixed else runtime.input_shape[1:3]
 
 
-# Where the tiles of an image lie, and how much each of them counts at each pixel.
+# Tile positions and weights
 
 
 def spans(length: int, tile: int, overlap: int, grid: int, exact: bool) -> tuple[Span, ...]:

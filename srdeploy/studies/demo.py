@@ -196,7 +196,7 @@ def _training(findings: DemoFindings) -> Section:
     return Section("Training", blocks=[Charts(drawn)])
 
 
-# The demo: every stage of the main job on synthetic data; a stage that is done is not redone.
+# Demo stages
 
 KINDS = ("baseline", "regulated")
 MARK = "demo.json"

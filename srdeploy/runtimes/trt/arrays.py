@@ -135,7 +135,7 @@ class DeviceArray:
 
     Its content is there once the work that the runtime's stream was given is done. Consumers of
     __cuda_array_interface__ version 3 wait for it by themselves; for others, and before anything
-    else touches the memory, call synchronize, or give run_device the stream that goes on with it.
+    else touches the memory, call synchronize, or give run_device the stream that uses it next.
     The images it was computed from are kept alive until then.
     """
 

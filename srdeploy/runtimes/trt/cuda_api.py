@@ -250,7 +250,7 @@ class Cuda:
         return UserError(f"CUDA failed on {self.device} while {doing} ({name}: {text}): {remedy}")
 
 
-# Memory that runs share: it grows to the largest that was asked for, and is reused.
+# Reusable memory
 
 
 class DeviceBuffer:
@@ -287,7 +287,7 @@ class DeviceBuffer:
 
 
 class PinnedBuffer(DeviceBuffer):
-    """Memory of the host that the GPU copies from and to by itself, while the CPU goes on."""
+    """Memory of the host that the GPU copies from and to by itself, while the CPU continues."""
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Its first bytes as an array, valid until the buffer grows or is freed."""
@@ -312,7 +312,7 @@ def host_array(address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np
     return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
 
-# Device time of phases of work on a stream, by CUDA events.
+# Device timing
 
 
 class DeviceClock:

@@ -157,7 +157,7 @@ class CapturedGraphs:
             self._kept.popitem()[1].free()
 
 
-# An engine at work: its stream, its memory, and images going through.
+# Engine sessions
 
 PHASES = ("h2d_ms", "compute_ms", "d2h_ms")
 """Copying to the GPU, the engine, copying back."""
