@@ -1,5 +1,5 @@
-"""Batches of photos as a data source of Ray: a module of its own, since its class inherits from Ray,
-which not every machine has."""
+"""Batches of photos as a data source of Ray: a module of its own, since its class inherits from
+Ray, which not every machine has."""
 
 from collections.abc import Iterator
 from functools import partial
