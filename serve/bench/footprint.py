@@ -62,9 +62,8 @@ def measure_footprint(
     builder: Builder | None = None
     backend = find_backend(name)
     assert backend is not None
-    picked = backend.load().pick_file(artifact, device)
-    if picked.kind == "engine":
-        builder = read_sidecar(picked.file).builder
+    if "engine" in backend.artifacts:  # no other backend's library is loaded in this process
+        builder = read_sidecar(backend.load().pick_file(artifact, device).file).builder
     request = FootprintRequest(
         path=str(path),
         batch=batch,
@@ -149,7 +148,7 @@ def _measure(request: FootprintRequest) -> Footprint:
 
 
 def _import_library(runtime: str, builder: Builder | None) -> None:
-    """What other people wrote."""
+    """Imports the runtime's third-party library."""
     backend = find_backend(runtime)
     assert backend is not None
     backend.load().import_library(builder)
